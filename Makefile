@@ -1,0 +1,38 @@
+# make run    train SPPO until it visibly learns (about 3 minutes), then print its evaluation
+# make test   the test suite
+# make lint   ruff check and format
+# Each creates .venv if needed. Variables:
+#   make run SCRIPT=sa2c_continuous_discretized ENV=LunarLanderContinuous-v3 STEPS=500000
+
+SCRIPT ?= sppo_continuous_discretized
+ENV ?= InvertedDoublePendulum-v4
+STEPS ?= 250000
+ARGS ?=
+PYTHON ?= python3
+
+.PHONY: run test lint clean
+
+run: .venv/run
+	.venv/bin/python $(SCRIPT).py --env-id $(ENV) --total-timesteps $(STEPS) $(ARGS)
+
+test: .venv/dev
+	.venv/bin/python -m pytest $(ARGS)
+
+lint: .venv/dev
+	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
+
+.venv/bin/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.11 ...")'
+	$(PYTHON) -m venv .venv
+
+.venv/run: requirements.txt | .venv/bin/python
+	.venv/bin/python -m pip install --quiet --requirement requirements.txt
+	touch $@
+
+.venv/dev: requirements.txt requirements-dev.txt | .venv/bin/python
+	.venv/bin/python -m pip install --quiet --requirement requirements-dev.txt
+	touch $@ .venv/run
+
+clean:
+	rm -rf .venv
