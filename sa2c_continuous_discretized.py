@@ -418,7 +418,7 @@ def train(args: Args, run_dirs: dict[int, Path]) -> None:
             returns.extend(c["last_returns"])
     global_step = counters["global_step"]
     logs = [RunLog(run_dir, args, global_step) for run_dir in run_dirs.values()]
-    progress = Progress(total_timesteps)
+    progress = Progress(total_timesteps, N)
 
     def save_checkpoints(but: Sequence[int] = ()) -> None:
         now = counters | {"wall_seconds": counters["wall_seconds"] + time.monotonic() - start_time}
@@ -546,7 +546,7 @@ def train(args: Args, run_dirs: dict[int, Path]) -> None:
                 log.write(global_step, metrics)
             episodes, stats, last_log = [[] for _ in seeds], [], global_step
         if any(last_returns):
-            progress.show(global_step, np.mean([np.mean(r) for r in last_returns if r]), N * sps)
+            progress.show(global_step, np.mean([np.mean(r) for r in last_returns if r]), sps)
         if global_step % args.checkpoint_every < rollout_size or global_step == total_timesteps or stop_signals:
             save_checkpoints()
 
@@ -757,8 +757,8 @@ class RunLog:
 class Progress:
     """One line: redrawn in place on a terminal, printed every 30 seconds when output is redirected."""
 
-    def __init__(self, total: int):
-        self.total, self.last = total, time.monotonic()
+    def __init__(self, total: int, num_agents: int):
+        self.total, self.num_agents, self.last = total, num_agents, time.monotonic()
 
     def show(self, global_step: int, episodic_return: float, sps: float) -> None:
         terminal = sys.stdout.isatty()
@@ -768,10 +768,8 @@ class Progress:
         left = int((self.total - global_step) / sps)
         done = global_step / self.total
         bar = f"[{'#' * int(20 * done):20}] " if terminal else ""
-        line = (
-            f"{bar}{done:4.0%}  step {global_step:,}  return {episodic_return:.1f}  {sps:,.0f} steps/s  "
-            f"{left // 3600}:{left // 60 % 60:02}:{left % 60:02} left"
-        )
+        line = f"{bar}{done:4.0%}  step {global_step:,}  return {episodic_return:.1f}  "
+        line += f"{self.num_agents * sps:,.0f} steps/s  {left // 3600}:{left // 60 % 60:02}:{left % 60:02} left"
         print(f"\r{line}\x1b[K" if terminal else line, end="" if terminal else "\n", flush=True)
 
 
