@@ -447,8 +447,8 @@ def train(args: Args, run_dirs: dict[int, Path]) -> None:
     if checkpoints[0]:
         learner.load([c["learner"] for c in checkpoints])
         counters = checkpoints[0]["counters"]
-        for returns, c in zip(last_returns, checkpoints):
-            returns.extend(c["last_returns"])
+        for recent, c in zip(last_returns, checkpoints):
+            recent.extend(c["last_returns"])
     global_step = counters["global_step"]
     logs = [RunLog(run_dir, args, global_step) for run_dir in run_dirs.values()]
     progress = Progress(total_timesteps, N)
@@ -587,8 +587,8 @@ def train(args: Args, run_dirs: dict[int, Path]) -> None:
                     metrics["eval/episodic_return"] = evaluated[i].mean()
                 log.write(global_step, metrics)
             episodes, stats, last_log = [[] for _ in seeds], [], global_step
-        if any(last_returns):
-            progress.show(global_step, np.mean([np.mean(r) for r in last_returns if r]), sps)
+        recent = np.concatenate(last_returns)
+        progress.show(global_step, recent.mean() if len(recent) else np.nan, sps)
         if global_step % args.checkpoint_every < rollout_size or global_step == total_timesteps or stop_signals:
             save_checkpoints()
 
@@ -807,7 +807,7 @@ class Progress:
         if time.monotonic() - self.last < (0.2 if terminal else 30) and global_step < self.total:
             return
         self.last = time.monotonic()
-        left = int((self.total - global_step) / sps)
+        left = int((self.total - global_step) / sps) if sps else 0
         done = global_step / self.total
         bar = f"[{'#' * int(20 * done):20}] " if terminal else ""
         line = f"{bar}{done:4.0%}  step {global_step:,}  return {episodic_return:.1f}  "

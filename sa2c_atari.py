@@ -1,0 +1,758 @@
+"""Symmetric A2C (SA2C) for Atari games.
+
+    python sa2c_atari.py --env-id BreakoutNoFrameskip-v4 --seed 1
+    python sa2c_atari.py --env-id BreakoutNoFrameskip-v4 --seed 1 --alpha 1 --beta 0  # A2C, the baseline
+
+Equation, table and section numbers are those of "Symmetric Reinforcement Learning Loss for Robust Learning on
+Diverse Tasks and Model Scales". docs/paper-notes.md says where the paper is silent and what was chosen.
+"""
+
+import csv
+import difflib
+import hashlib
+import json
+import os
+import platform
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, fields
+from functools import partial
+from importlib.metadata import version
+from importlib.util import find_spec
+from pathlib import Path
+
+import ale_py
+import numpy as np
+import torch
+import tyro
+from ale_py.vector_env import AtariVectorEnv
+from gymnasium.utils.save_video import save_video
+from gymnasium.vector import AutoresetMode
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import nn
+from torch.utils.tensorboard import SummaryWriter
+
+SCRIPT = Path(__file__).stem
+EVAL_EPISODES = 10
+LOG_EVERY = 2048  # steps
+TRAINING, EVALUATION = 0, 1  # streams of environment seeds
+PACKAGES = ("torch", "gymnasium", "ale-py", "numpy")  # their versions go into result.json
+METRICS = (
+    "charts/episodic_return",
+    "charts/episodic_length",
+    "charts/learning_rate",
+    "charts/SPS",
+    "losses/policy_loss",
+    "losses/value_loss",
+    "losses/entropy",
+    "losses/grad_norm",
+    "losses/explained_variance",
+    "eval/episodic_return",
+)
+
+
+@dataclass
+class Args:
+    env_id: str = "BreakoutNoFrameskip-v4"
+    """the game: BreakoutNoFrameskip-v4, ALE/Breakout-v5 and breakout are the same"""
+    sticky_actions: bool = False
+    """repeat the previous action with probability 0.25"""
+    total_timesteps: int = 10_000_000
+    """environment steps of 4 frames each, rounded up to whole rollouts"""
+    seed: int = 1
+    """seed of everything random"""
+    alpha: float = 0.5
+    """weight of the A2C loss in Eq. 9"""
+    beta: float = 5.0
+    """weight of the reverse A2C loss in Eq. 9; alpha 1 and beta 0 is plain A2C"""
+    Z: float = -1.0
+    """the constant that stands for log 0 in the reverse loss (Section 4.1); only beta * Z matters"""
+    reward_flip_prob: float = 0.0
+    """probability that a clipped training reward r becomes 1 - r (the paper's BSC noise: 0.1)"""
+
+    learning_rate: float = 7e-4
+    """RMSprop's learning rate"""
+    anneal_lr: bool = False
+    """lower the learning rate linearly to 0"""
+    num_envs: int = 16
+    """games played at once"""
+    num_steps: int = 5
+    """steps per environment and rollout"""
+    gamma: float = 0.99
+    """discount factor"""
+    gae_lambda: float = 1.0
+    """lambda of generalized advantage estimation"""
+    ent_coef: float = 0.01
+    """weight of the entropy bonus"""
+    vf_coef: float = 0.25
+    """weight of the value loss"""
+    max_grad_norm: float = 0.5
+    """global gradient norm above which gradients are scaled down"""
+
+    run_dir: str | None = None
+    """where everything goes; default runs/<env>__<script>__<seed>__<time>"""
+    resume: str | None = None
+    """run directory to continue; all other arguments come from the run"""
+    evaluate: str | None = None
+    """run directory or model.safetensors to evaluate instead of training"""
+    eval_every: int = 0
+    """steps between evaluations during training; 0: only the final one"""
+    checkpoint_every: int = 100_000
+    """steps between checkpoints"""
+    track: bool = False
+    """log to Weights & Biases as well (pip install wandb)"""
+    wandb_project_name: str = "symmetric-rl"
+    """Weights & Biases project"""
+    wandb_entity: str | None = None
+    """Weights & Biases team"""
+    capture_video: bool = False
+    """record the first game of every evaluation (pip install moviepy)"""
+    compile: bool = False
+    """compile the update with torch.compile (needs a C++ compiler)"""
+    cuda: bool = True
+    """use a GPU where there is one"""
+    num_threads: int = min(4, os.cpu_count() or 1)
+    """CPU threads of torch, and of the emulators"""
+
+
+class InputError(ValueError):
+    """Bad input: main() prints its one line and exits with code 2."""
+
+
+class RunError(RuntimeError):
+    """A run that had to stop: main() prints its one line and exits with code 1."""
+
+
+def require(condition: bool, message: str) -> None:
+    if not condition:
+        raise InputError(message)
+
+
+def find_game(env_id: str) -> str:
+    """ale-py's name (ms_pacman) of MsPacmanNoFrameskip-v4, ALE/MsPacman-v5, MsPacman or ms_pacman.
+
+    Raises InputError with near matches when there is no such game.
+    """
+    games = {game.replace("_", ""): game for game in ale_py.roms.get_all_rom_ids()}
+    name = re.sub(r"^ALE/|(NoFrameskip|Deterministic)?-v\d+$|_", "", env_id).lower()
+    near = ", ".join(games[match] for match in difflib.get_close_matches(name, games)) or "see ale_py.roms"
+    require(name in games, f"--env-id {env_id}: no such game. Near matches: {near}")
+    return games[name]
+
+
+def canonical_id(env_id: str) -> str:
+    """MsPacmanNoFrameskip-v4 for every spelling of the game."""
+    return find_game(env_id).title().replace("_", "") + "NoFrameskip-v4"
+
+
+def env_seeds(seed: int, num_envs: int, *stream: int) -> list[int]:
+    """Seeds of num_envs environments; another stream (evaluation, a resumed run) gives other seeds."""
+    return [int(s) >> 1 for s in np.random.SeedSequence([seed, *stream]).generate_state(num_envs)]  # ale-py: 31 bits
+
+
+class Games:
+    """Several copies of one game, as in the published results: no-ops, frame skip 4 with max-pooling, 84x84 gray
+    frames in stacks of 4, minimal action set, 108,000 frames at most. Rewards are raw.
+
+    A lost life ends the episode for learning, but the game plays on. FIRE starts the next life in games that have it:
+    where must_fire is set, the caller has to take the action fire.
+    """
+
+    def __init__(self, args: Args, num_games: int, **options):
+        self.envs = AtariVectorEnv(
+            find_game(args.env_id),
+            num_games,
+            num_threads=args.num_threads,
+            repeat_action_probability=0.25 if args.sticky_actions else 0.0,
+            autoreset_mode=AutoresetMode.SAME_STEP,
+            life_loss_info=True,  # episodic_life would reset the game at every lost life
+            reward_clipping=False,  # the clipped reward would leave no score anywhere
+            **options,
+        )
+        actions = self.envs.ale.get_action_set()
+        self.num_actions = len(actions)
+        self.fire = actions.index(ale_py.Action.FIRE) if ale_py.Action.FIRE in actions else None
+
+    def reset(self, seeds: list[int]) -> np.ndarray:
+        """Start every game; frames (num_games, 4, 84, 84), uint8."""
+        obs, info = self.envs.reset(seed=np.array(seeds))
+        self.frame_number = info["episode_frame_number"].copy()
+        self.must_fire = np.zeros(len(seeds), dtype=bool)
+        return obs
+
+    def step(self, actions: np.ndarray):
+        """Frames, raw rewards, terminated (life lost or game over), truncated, game_over, infos: (num_games, ...).
+
+        infos["final_obs"] holds the last frames of games that ended; the frames returned are the next game's.
+        """
+        obs, rewards, terminated, truncated, infos = self.envs.step(actions)
+        # Lives cannot tell: at game over they are the next game's, and games award extra ones. Frame numbers can.
+        game_over = infos["episode_frame_number"] <= self.frame_number
+        self.frame_number = infos["episode_frame_number"].copy()
+        self.must_fire = terminated & ~game_over & (self.fire is not None)
+        return obs, rewards, terminated, truncated, game_over, infos
+
+
+class Agent(nn.Module):
+    """Nature CNN shared by policy and value. Convolutions run channels-last, which is faster on CPUs and GPUs."""
+
+    def __init__(self, num_actions: int, generator: torch.Generator):
+        super().__init__()
+
+        def init(layer: nn.Module, gain: float) -> nn.Module:
+            nn.init.orthogonal_(layer.weight, gain, generator=generator)
+            nn.init.zeros_(layer.bias)
+            return layer
+
+        self.trunk = nn.Sequential(
+            init(nn.Conv2d(4, 32, 8, stride=4), 2**0.5),
+            nn.ReLU(),
+            init(nn.Conv2d(32, 64, 4, stride=2), 2**0.5),
+            nn.ReLU(),
+            init(nn.Conv2d(64, 64, 3), 2**0.5),
+            nn.ReLU(),
+            nn.Flatten(),
+            init(nn.Linear(64 * 7 * 7, 512), 2**0.5),
+            nn.ReLU(),
+        ).to(memory_format=torch.channels_last)
+        self.actor = init(nn.Linear(512, num_actions), 0.01)
+        self.critic = init(nn.Linear(512, 1), 1.0)
+
+    def forward(self, obs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Frames (batch, 4, 84, 84), uint8 -> logits (batch, num_actions), values (batch,)"""
+        features = self.trunk(obs.to(torch.float32, memory_format=torch.channels_last) / 255)
+        return self.actor(features), self.critic(features).squeeze(-1)
+
+
+def logprob_and_entropy(logits: torch.Tensor, actions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Log-probability of the actions and entropy of the policy, both (...).
+
+    logits: (..., num_actions); actions: (...), indices.
+    """
+    logp = logits.log_softmax(-1)
+    logprob = logp.gather(-1, actions.unsqueeze(-1)).squeeze(-1)
+    return logprob, -(logp.exp() * logp).sum(-1)
+
+
+def flip_rewards(rewards: np.ndarray, uniform: np.ndarray, flip_prob: float) -> np.ndarray:
+    """Clipped rewards through a binary symmetric channel: r becomes 1 - r where uniform < flip_prob (Section 5.1)."""
+    return np.where(uniform < flip_prob, 1 - rewards, rewards)
+
+
+def symmetric_a2c_loss(
+    logprob: torch.Tensor, advantages: torch.Tensor, alpha: float, beta: float, Z: float
+) -> torch.Tensor:
+    """alpha * L_a2c + beta * L_ra2c (Eq. 9), averaged over the last dimension: (..., batch) -> (...).
+
+    logprob is the joint log-probability of the sampled actions under pi. The reverse loss is Eq. 7 with the aligned
+    sign for A < 0 (Eq. 33-34): one form, L_ra2c = -A Z (1 - pi), for both signs, since the other actions'
+    probabilities sum to 1 - pi.
+    """
+    L_a2c = -advantages * logprob  # Eq. 16
+    L_ra2c = advantages * Z * torch.expm1(logprob)  # Eq. 7; expm1(log pi) = -(1 - pi)
+    return (alpha * L_a2c + beta * L_ra2c).mean(-1)  # Eq. 9
+
+
+def gae(
+    rewards: np.ndarray,
+    values: np.ndarray,
+    dones: np.ndarray,
+    last_value: np.ndarray,
+    gamma: float,
+    gae_lambda: float,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Generalized advantage estimation (Schulman et al. 2018): advantages and returns, (num_steps, ...) like rewards.
+
+    dones[t] is true where an episode ended in step t; a time limit's bootstrap value is already in rewards[t].
+    last_value: (...), value of the observation after the last step.
+    """
+    next_values = np.concatenate([values[1:], last_value[None]])
+    deltas = rewards + gamma * next_values * ~dones - values
+    decay = gamma * gae_lambda * ~dones
+    advantages = np.zeros_like(values)
+    advantage = np.zeros_like(last_value)
+    for t in reversed(range(len(rewards))):
+        advantage = deltas[t] + decay[t] * advantage
+        advantages[t] = advantage
+    return advantages, advantages + values
+
+
+def gradients(agent: Agent, batch: list[torch.Tensor], args: Args):
+    """Clipped gradients on a batch, and its losses as {tag: ()}.
+
+    batch: frames (batch, 4, 84, 84) and (batch,) of actions, advantages and returns.
+    """
+    obs, actions, advantages, returns = batch
+    logits, values = agent(obs)
+    logprob, entropy = logprob_and_entropy(logits, actions)
+    policy_loss = symmetric_a2c_loss(logprob, advantages, args.alpha, args.beta, args.Z)
+    value_loss = (values - returns).square().mean(-1)
+    entropy = entropy.mean(-1)
+    loss = policy_loss + args.vf_coef * value_loss
+    if args.ent_coef:
+        loss = loss - args.ent_coef * entropy
+
+    grads = torch.autograd.grad(loss, list(agent.parameters()))
+    grad_norm = torch.stack([torch.linalg.vector_norm(g) for g in grads]).norm()
+    scale = (args.max_grad_norm / (grad_norm + 1e-6)).clamp(max=1)
+
+    return [g * scale for g in grads], {
+        "losses/policy_loss": policy_loss.detach(),
+        "losses/value_loss": value_loss.detach(),
+        "losses/entropy": entropy.detach(),
+        "losses/grad_norm": grad_norm,
+    }
+
+
+class RMSpropTF(torch.optim.Optimizer):
+    """RMSprop as in TensorFlow and the published A2C: the square average starts at one, eps is inside the root."""
+
+    def __init__(self, params, lr: float, alpha: float = 0.99, eps: float = 1e-5):
+        super().__init__(params, {"lr": lr, "alpha": alpha, "eps": eps})
+
+    @torch.no_grad()
+    def step(self) -> None:
+        for group in self.param_groups:
+            for p in group["params"]:
+                state = self.state[p]
+                if not state:
+                    state["square_avg"] = torch.ones_like(p)
+                state["square_avg"].lerp_(p.grad.square(), 1 - group["alpha"])
+                p.addcdiv_(p.grad, (state["square_avg"] + group["eps"]).sqrt(), value=-group["lr"])
+
+
+class Learner:
+    """The agent with what a checkpoint holds of it: network, optimizer, random numbers."""
+
+    def __init__(self, args: Args, num_actions: int):
+        self.device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
+        self.generator = torch.Generator().manual_seed(args.seed)
+        self.agent = Agent(num_actions, self.generator).to(self.device)
+        self.optimizer = RMSpropTF(self.agent.parameters(), args.learning_rate, alpha=0.99, eps=1e-5)
+
+    def state(self) -> dict:
+        optimizer = self.optimizer.state_dict()
+        return {"agent": self.agent.state_dict(), "optimizer": optimizer, "rng": self.generator.get_state()}
+
+    def load(self, state: dict) -> None:
+        self.agent.load_state_dict(state["agent"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.generator.set_state(state["rng"])
+
+
+def train(args: Args, run_dir: Path) -> None:
+    """Train in run_dir, from its checkpoint if it has one, and leave its result.json.
+
+    Raises RunError when a loss is not finite, and KeyboardInterrupt on Ctrl-C or SIGTERM after a checkpoint.
+    """
+    start_time = time.monotonic()
+    torch.set_num_threads(args.num_threads)
+    E, T = args.num_envs, args.num_steps
+    rollout_size = T * E
+    total_timesteps = -(-args.total_timesteps // rollout_size) * rollout_size
+
+    games = Games(args, E)
+    learner = Learner(args, games.num_actions)
+    agent, generator, device = learner.agent, learner.generator, learner.device
+    counters = {"global_step": 0, "train_steps": 0, "train_seconds": 0.0, "wall_seconds": 0.0}
+    last_returns = deque(maxlen=EVAL_EPISODES)
+    checkpoint = load_checkpoint(run_dir)
+    if checkpoint:
+        learner.load(checkpoint["learner"])
+        counters = checkpoint["counters"]
+        last_returns.extend(checkpoint["last_returns"])
+    global_step = counters["global_step"]
+    log = RunLog(run_dir, args, global_step)
+    progress = Progress(total_timesteps, 1)
+
+    def save_checkpoint() -> None:
+        now = counters | {"wall_seconds": counters["wall_seconds"] + time.monotonic() - start_time}
+        state = {"script": SCRIPT, "learner": learner.state(), "counters": now, "last_returns": list(last_returns)}
+        write_atomic(run_dir / "checkpoint.pt", partial(torch.save, state))
+
+    stop_signals = []
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda number, _: (stop_signals.append(number), signal.signal(number, signal.SIG_DFL)))
+
+    compute_gradients = gradients
+    if args.compile:
+        torch._dynamo.config.trace_autograd_ops = True  # forward and backward in one graph
+        compute_gradients = torch.compile(gradients)
+    timed = not args.compile  # the first iteration compiles
+
+    obs_buf = torch.zeros((T, E, 4, 84, 84), dtype=torch.uint8, device=device)
+    action_buf = torch.zeros((T, E), dtype=torch.int64, device=device)
+    value_buf = torch.zeros((T, E), device=device)
+    reward_buf = np.zeros((T, E), np.float32)
+    done_buf = np.zeros((T, E), bool)
+    score, length = np.zeros(E), np.zeros(E)
+    episodes, stats, last_log = [], [], global_step  # since the last log
+
+    obs = games.reset(env_seeds(args.seed, E, TRAINING, global_step))
+    while global_step < total_timesteps and not stop_signals:
+        iteration_start = time.perf_counter()
+
+        # Rollout. argmax(logits + Gumbel noise) is a sample of the policy; the noise is drawn once per rollout.
+        gumbel = -torch.empty(T, E, games.num_actions).exponential_(generator=generator).log().to(device)
+        uniform = torch.empty(T, E).uniform_(generator=generator).numpy()
+        for t in range(T):
+            obs_buf[t] = torch.from_numpy(obs).to(device, non_blocking=True)
+            with torch.no_grad():
+                logits, value_buf[t] = agent(obs_buf[t])
+                action_buf[t] = (logits + gumbel[t]).argmax(-1)
+                if games.must_fire.any():
+                    action_buf[t][torch.from_numpy(games.must_fire)] = games.fire
+            obs, raw_reward, terminated, truncated, game_over, infos = games.step(action_buf[t].cpu().numpy())
+            reward_buf[t] = flip_rewards(np.sign(raw_reward), uniform[t], args.reward_flip_prob)
+            done_buf[t] = terminated | truncated
+            score += raw_reward
+            length += 1
+            time_limit = truncated & ~terminated
+            if time_limit.any():  # the game was cut, not over: add gamma * V(final observation)
+                with torch.no_grad():
+                    _, final_value = agent(torch.from_numpy(infos["final_obs"]).to(device))
+                reward_buf[t] += args.gamma * final_value.cpu().numpy() * time_limit
+            for e in np.flatnonzero(game_over):
+                episodes.append((score[e], length[e]))
+                last_returns.append(float(score[e]))
+            score[game_over], length[game_over] = 0, 0
+
+        # Advantages
+        values = value_buf.cpu().numpy()
+        with torch.no_grad():
+            last_value = agent(torch.from_numpy(obs).to(device))[1].cpu().numpy()
+        advantages, returns = gae(reward_buf, values, done_buf, last_value, args.gamma, args.gae_lambda)
+        b_advantages, b_returns = (torch.from_numpy(x).to(device).flatten() for x in (advantages, returns))
+        batch = (obs_buf.flatten(0, 1), action_buf.flatten(), b_advantages, b_returns)
+
+        # Update
+        global_step += rollout_size
+        remaining = max(0.0, 1 - global_step / args.total_timesteps)
+        if args.anneal_lr:
+            learner.optimizer.param_groups[0]["lr"] = args.learning_rate * remaining
+        grads, losses = compute_gradients(agent, batch, args)
+        for p, g in zip(agent.parameters(), grads):
+            p.grad = g
+        learner.optimizer.step()
+        stats.append(losses)
+
+        counters["global_step"] = global_step
+        finite = bool(stats[-1]["losses/grad_norm"].isfinite())  # waits for the GPU, so that the time below is true
+        if timed:
+            counters["train_steps"] += rollout_size
+            counters["train_seconds"] += time.perf_counter() - iteration_start
+        timed = True
+        if not finite:
+            reason = "the loss is not finite. Try a lower --learning-rate or a lower --beta"
+            raise RunError(f"seed {args.seed} of {args.env_id} stopped at step {global_step:,}: {reason}")
+
+        # Evaluate, log, save
+        sps = counters["train_steps"] / max(counters["train_seconds"], 1e-9)
+        evaluated = None
+        if args.eval_every and global_step % args.eval_every < rollout_size and global_step < total_timesteps:
+            evaluated = evaluate(agent, args, run_dir / f"videos/step{global_step}")
+        if global_step - last_log >= LOG_EVERY or global_step == total_timesteps or evaluated is not None:
+            metrics = {tag: torch.stack([s[tag] for s in stats]).mean().item() for tag in stats[0]}
+            metrics |= {"losses/explained_variance": 1 - (returns - values).var() / (returns.var() + 1e-8)}
+            metrics |= {"charts/learning_rate": learner.optimizer.param_groups[0]["lr"], "charts/SPS": sps}
+            if episodes:
+                mean_return, mean_length = np.mean(episodes, axis=0)
+                metrics |= {"charts/episodic_return": mean_return, "charts/episodic_length": mean_length}
+            if evaluated is not None:
+                metrics["eval/episodic_return"] = evaluated.mean()
+            log.write(global_step, metrics)
+            episodes, stats, last_log = [], [], global_step
+        progress.show(global_step, np.mean(last_returns) if last_returns else np.nan, sps)
+        if global_step % args.checkpoint_every < rollout_size or global_step == total_timesteps or stop_signals:
+            save_checkpoint()
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.default_int_handler)
+    if stop_signals:
+        raise KeyboardInterrupt
+
+    eval_returns = evaluate(agent, args, run_dir / f"videos/step{global_step}")
+    log.write(global_step, {"eval/episodic_return": eval_returns.mean()})
+    log.close()
+    save_model(run_dir, learner, args)
+    result = {
+        "script": SCRIPT,
+        "env_id": args.env_id,
+        "seed": args.seed,
+        "args": asdict(args),
+        "total_timesteps": global_step,
+        "eval_returns": eval_returns.tolist(),
+        "eval_mean": eval_returns.mean(),
+        "train_last10_mean": np.mean(last_returns) if last_returns else None,
+        "sps": counters["train_steps"] / counters["train_seconds"] if counters["train_steps"] else None,
+        "wall_seconds": counters["wall_seconds"] + time.monotonic() - start_time,
+        "versions": {"python": platform.python_version()} | {name: version(name) for name in PACKAGES},
+        "commit": git_commit(),
+    }
+    write_json(run_dir / "result.json", result)
+
+
+def evaluate(agent: Agent, args: Args, video_dir: Path) -> np.ndarray:
+    """Raw scores (10,) of the first whole game in each of 10 environments of its own; actions are sampled.
+
+    With args.capture_video the first of these games is recorded into video_dir.
+    """
+    device = next(agent.parameters()).device
+    seeds = env_seeds(args.seed, EVAL_EPISODES, EVALUATION)
+    generator = torch.Generator().manual_seed(seeds[0])
+    games = Games(args, EVAL_EPISODES)
+    obs = games.reset(seeds)
+    if args.capture_video:  # the vector environment cannot render: a twin in color plays the same game
+        twin = Games(args, 1, img_height=210, img_width=160, grayscale=False, stack_num=1)
+        video = [twin.reset(seeds[:1])[0, -1]]
+    scores = np.zeros(EVAL_EPISODES)
+    running = np.ones(EVAL_EPISODES, dtype=bool)
+    while running.any():
+        gumbel = -torch.empty(EVAL_EPISODES, games.num_actions).exponential_(generator=generator).log().to(device)
+        with torch.no_grad():
+            actions = (agent(torch.from_numpy(obs).to(device))[0] + gumbel).argmax(-1).cpu().numpy()
+        if games.must_fire.any():
+            actions[games.must_fire] = games.fire
+        if args.capture_video and running[0]:
+            video.append(twin.step(actions[:1])[0][0, -1])
+        obs, reward, _, _, game_over, _ = games.step(actions)
+        scores += reward * running
+        running &= ~game_over
+    if args.capture_video:
+        save_video(video, str(video_dir), fps=15)
+    return scores
+
+
+def evaluate_saved(path: Path, capture_video: bool) -> np.ndarray:
+    """Scores (10,) of a saved model in the games of its run's final evaluation.
+
+    Raises InputError when path is neither a model.safetensors of this script nor a run directory that holds one.
+    """
+    path = path / "model.safetensors" if path.is_dir() else path
+    if not path.exists():
+        raise InputError(f"{path} does not exist: a model is written when its run has finished")
+    try:
+        with safe_open(path, "pt") as file:
+            metadata, tensors = file.metadata() or {}, {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise InputError(f"{path} is not a safetensors file ({error})") from None
+    if metadata.get("script") != SCRIPT:
+        raise InputError(f"{path} is a model of {metadata.get('script', 'something else')}, not of {SCRIPT}")
+    args = Args(**json.loads(metadata["args"]) | {"capture_video": capture_video})
+    torch.set_num_threads(args.num_threads)
+    agent = Agent(len(tensors["actor.bias"]), torch.Generator())
+    agent.load_state_dict(tensors)
+    return evaluate(agent, args, path.parent / "videos")
+
+
+def write_atomic(path: Path, write: Callable[[Path], object]) -> None:
+    """Call write(temporary path), then rename: a kill at any moment leaves the old file or the new one."""
+    temporary = path.with_name(path.name + ".tmp")
+    write(temporary)
+    os.replace(temporary, path)
+
+
+def write_json(path: Path, content: dict) -> None:
+    write_atomic(path, lambda temporary: temporary.write_text(json.dumps(content, indent=2) + "\n"))
+
+
+def create_run_dir(args: Args, run_dir: Path) -> None:
+    """Make run_dir with args.json in it. Raises InputError when it is in use or cannot be made."""
+    if run_dir.exists() and (not run_dir.is_dir() or any(run_dir.iterdir())):
+        raise InputError(f"--run-dir {run_dir} is in use: continue it with --resume {run_dir}, or name another")
+    temporary = run_dir.with_name(f".{run_dir.name}.{os.getpid()}")
+    try:
+        temporary.mkdir(parents=True)
+        write_json(temporary / "args.json", {"script": SCRIPT, "args": asdict(args)})
+        os.replace(temporary, run_dir)
+    except OSError as error:
+        raise InputError(f"--run-dir {run_dir} cannot be made: {error.strerror}") from None
+
+
+def open_run_dir(run_dir: Path) -> Args:
+    """Arguments of an existing run. Raises InputError when run_dir holds no run of this script."""
+    if not (run_dir / "args.json").exists():
+        raise InputError(f"{run_dir} holds no run of {SCRIPT}.py: there is no args.json in it")
+    try:
+        saved = json.loads((run_dir / "args.json").read_text())
+        args = Args(**saved["args"]) if saved["script"] == SCRIPT else None
+    except (ValueError, KeyError, TypeError):
+        raise InputError(f"{run_dir / 'args.json'} cannot be read") from None
+    require(args is not None, f"{run_dir} is a run of {saved['script']}.py, not of {SCRIPT}.py")
+    return args
+
+
+def load_checkpoint(run_dir: Path) -> dict | None:
+    """The run's last checkpoint, None before the first. Raises InputError when it cannot be read."""
+    path = run_dir / "checkpoint.pt"
+    if not path.exists():
+        return None
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        assert checkpoint["script"] == SCRIPT
+    except Exception as error:
+        raise InputError(f"{path} is not a checkpoint of {SCRIPT}.py ({type(error).__name__})") from None
+    return checkpoint
+
+
+def save_model(run_dir: Path, learner: Learner, args: Args) -> None:
+    """The network, with its arguments as metadata; loads without pickle."""
+    tensors = {k: v.cpu().contiguous() for k, v in learner.agent.state_dict().items()}
+    metadata = {"script": SCRIPT, "args": json.dumps(asdict(args))}
+    write_atomic(run_dir / "model.safetensors", lambda temporary: save_file(tensors, temporary, metadata))
+
+
+def git_commit() -> str | None:
+    """Commit of the repository this file is in, with "-dirty" when it has changes; None outside a repository."""
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+class RunLog:
+    """TensorBoard, curves.csv and Weights & Biases of one run; on resume, what lies past the checkpoint goes."""
+
+    def __init__(self, run_dir: Path, args: Args, global_step: int):
+        self.writer = SummaryWriter(run_dir, purge_step=global_step + 1)
+        path = run_dir / "curves.csv"
+        rows = path.read_text().splitlines(keepends=True)[1:] if path.exists() else []
+        rows = [row for row in rows if row.endswith("\n") and int(row.split(",")[0]) <= global_step]
+        header = ",".join(("global_step", *METRICS)) + "\n"
+        write_atomic(path, lambda temporary: temporary.write_text(header + "".join(rows)))
+        self.file = path.open("a", newline="")
+        self.csv = csv.DictWriter(self.file, ("global_step", *METRICS), lineterminator="\n")
+        self.wandb = None
+        if args.track:
+            import wandb
+
+            run_id = hashlib.sha1(str(run_dir.resolve()).encode()).hexdigest()[:12]
+            self.wandb = wandb.init(
+                project=args.wandb_project_name,
+                entity=args.wandb_entity,
+                name=run_dir.name,
+                id=run_id,
+                resume="allow",
+                reinit="create_new",
+                config=asdict(args),
+                dir=run_dir,
+            )
+
+    def write(self, global_step: int, metrics: dict[str, float]) -> None:
+        for tag, value in metrics.items():
+            self.writer.add_scalar(tag, value, global_step)
+        self.csv.writerow({"global_step": global_step} | {tag: f"{value:.6g}" for tag, value in metrics.items()})
+        self.file.flush()
+        if self.wandb:
+            self.wandb.log(metrics, step=global_step)
+
+    def close(self) -> None:
+        self.writer.close()
+        self.file.close()
+        if self.wandb:
+            self.wandb.finish()
+
+
+class Progress:
+    """One line: redrawn in place on a terminal, printed every 30 seconds when output is redirected."""
+
+    def __init__(self, total: int, num_agents: int):
+        self.total, self.num_agents, self.last = total, num_agents, time.monotonic()
+
+    def show(self, global_step: int, episodic_return: float, sps: float) -> None:
+        terminal = sys.stdout.isatty()
+        if time.monotonic() - self.last < (0.2 if terminal else 30) and global_step < self.total:
+            return
+        self.last = time.monotonic()
+        left = int((self.total - global_step) / sps) if sps else 0
+        done = global_step / self.total
+        bar = f"[{'#' * int(20 * done):20}] " if terminal else ""
+        line = f"{bar}{done:4.0%}  step {global_step:,}  return {episodic_return:.1f}  "
+        line += f"{self.num_agents * sps:,.0f} steps/s  {left // 3600}:{left // 60 % 60:02}:{left % 60:02} left"
+        print(f"\r{line}\x1b[K" if terminal else line, end="" if terminal else "\n", flush=True)
+
+
+def validate(args: Args) -> None:
+    """Raise InputError with one line that says what is wrong and what is allowed."""
+    counts = "num_envs num_steps checkpoint_every num_threads"
+    for allowed, is_allowed, names in (
+        ("at least 1", lambda x: x >= 1, counts),
+        ("above 0", lambda x: 0 < x < np.inf, "alpha learning_rate max_grad_norm"),
+        ("0 or above", lambda x: 0 <= x < np.inf, "beta ent_coef vf_coef eval_every seed"),
+        ("between 0 and 1", lambda x: 0 <= x <= 1, "reward_flip_prob gamma gae_lambda"),
+        ("below 0", lambda x: -np.inf < x < 0, "Z"),
+    ):
+        for name in names.split():
+            value = getattr(args, name)
+            require(is_allowed(value), f"--{name.replace('_', '-')} must be {allowed}, got {value}")
+    rollout_size = args.num_envs * args.num_steps
+    require(
+        args.total_timesteps >= rollout_size,
+        f"--total-timesteps must be at least one rollout, {rollout_size} steps, got {args.total_timesteps}",
+    )
+    require(
+        not args.compile or any(map(shutil.which, (os.environ.get("CXX", "c++"), "g++", "clang++"))),
+        "--compile needs a C++ compiler (on Debian: apt install g++)",
+    )
+    require(not args.track or find_spec("wandb"), "--track needs Weights & Biases: pip install wandb")
+    require(not args.capture_video or find_spec("moviepy"), "--capture-video needs moviepy: pip install moviepy")
+    find_game(args.env_id)
+
+
+def only(args: Args, *names: str) -> None:
+    """Raise InputError when any other argument than names was given."""
+    extra = [f.name for f in fields(args) if f.name not in names and getattr(args, f.name) != f.default]
+    require(not extra, f"--{names[0]} takes its arguments from the run: drop --{', --'.join(extra).replace('_', '-')}")
+
+
+def run(args: Args, run_dir: Path) -> int:
+    """Train what is unfinished in run_dir and print the result."""
+    if not (run_dir / "result.json").exists():
+        train(args, run_dir)
+    result = json.loads((run_dir / "result.json").read_text())
+    returns = " ".join(f"{r:.1f}" for r in result["eval_returns"])
+    print(f"seed {args.seed}: {result['total_timesteps']:,} steps, evaluation {result['eval_mean']:.1f} ({returns})")
+    print(f"  everything is in {run_dir}; evaluate again with --evaluate {run_dir}")
+    return 0
+
+
+def main() -> int:
+    args = tyro.cli(Args, description=__doc__)
+    name = f"{args.env_id.replace('/', '-')}__{SCRIPT}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
+    run_dir = Path(args.resume or args.run_dir or f"runs/{name}")
+    try:
+        if args.evaluate:
+            only(args, "evaluate", "capture_video")
+            returns = evaluate_saved(Path(args.evaluate), args.capture_video)
+            print(f"evaluation {returns.mean():.1f} ({' '.join(f'{r:.1f}' for r in returns)})")
+            return 0
+        if args.resume:
+            only(args, "resume")
+            args = open_run_dir(run_dir)
+            validate(args)
+        else:
+            validate(args)
+            args.env_id = canonical_id(args.env_id)
+            create_run_dir(args, run_dir)
+        return run(args, run_dir)
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except RunError as error:
+        print(f"error: {error}\nto go on: python {SCRIPT}.py --resume {run_dir}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print(f"\nstopped; to go on: python {SCRIPT}.py --resume {run_dir}", file=sys.stderr)
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())
