@@ -352,7 +352,7 @@ def train(args: Args, run_dir: Path) -> None:
 
     Raises RunError when a loss is not finite, and KeyboardInterrupt on Ctrl-C or SIGTERM after a checkpoint.
     """
-    start_time = time.monotonic()
+    start_time, commit = time.monotonic(), git_commit()
     torch.set_num_threads(args.num_threads)
     E, T = args.num_envs, args.num_steps
     rollout_size = T * E
@@ -494,7 +494,7 @@ def train(args: Args, run_dir: Path) -> None:
         "sps": counters["train_steps"] / counters["train_seconds"] if counters["train_steps"] else None,
         "wall_seconds": counters["wall_seconds"] + time.monotonic() - start_time,
         "versions": {"python": platform.python_version()} | {name: version(name) for name in PACKAGES},
-        "commit": git_commit(),
+        "commit": commit,
     }
     write_json(run_dir / "result.json", result)
 
@@ -610,12 +610,16 @@ def save_model(run_dir: Path, learner: Learner, args: Args) -> None:
 
 
 def git_commit() -> str | None:
-    """Commit of the repository this file is in, with "-dirty" when it has changes; None outside a repository."""
-    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    """Commit of the repository this file is in, with "-dirty" when this file differs; None outside a repository."""
+    git = ["git", "-C", str(Path(__file__).parent)]
     try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+        commit, changes = (
+            subprocess.run([*git, *command], capture_output=True, text=True, check=True).stdout.strip()
+            for command in (("rev-parse", "HEAD"), ("status", "--porcelain", "--", __file__))
+        )
     except (OSError, subprocess.CalledProcessError):
         return None
+    return commit + ("-dirty" if changes else "")
 
 
 class RunLog:

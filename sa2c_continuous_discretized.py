@@ -397,7 +397,7 @@ def train(args: Args, run_dirs: dict[int, Path]) -> None:
     All continue from their checkpoints, which must be of one step. Raises RunError when a loss is not finite or an
     environment fails, and KeyboardInterrupt on Ctrl-C or SIGTERM, in each case after a checkpoint of what goes on.
     """
-    start_time = time.monotonic()
+    start_time, commit = time.monotonic(), git_commit()
     torch.set_num_threads(args.num_threads)
     seeds, N, E, T = list(run_dirs), len(run_dirs), args.num_envs, args.num_steps
     rollout_size = T * E
@@ -574,7 +574,7 @@ def train(args: Args, run_dirs: dict[int, Path]) -> None:
             "sps": counters["train_steps"] / counters["train_seconds"] if counters["train_steps"] else None,
             "wall_seconds": counters["wall_seconds"] + time.monotonic() - start_time,
             "versions": {"python": platform.python_version()} | {name: version(name) for name in PACKAGES},
-            "commit": git_commit(),
+            "commit": commit,
         }
         write_json(run_dir / "result.json", result)
 
@@ -703,12 +703,16 @@ def save_model(run_dir: Path, learner: Learner, i: int, args: dict) -> None:
 
 
 def git_commit() -> str | None:
-    """Commit of the repository this file is in, with "-dirty" when it has changes; None outside a repository."""
-    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    """Commit of the repository this file is in, with "-dirty" when this file differs; None outside a repository."""
+    git = ["git", "-C", str(Path(__file__).parent)]
     try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+        commit, changes = (
+            subprocess.run([*git, *command], capture_output=True, text=True, check=True).stdout.strip()
+            for command in (("rev-parse", "HEAD"), ("status", "--porcelain", "--", __file__))
+        )
     except (OSError, subprocess.CalledProcessError):
         return None
+    return commit + ("-dirty" if changes else "")
 
 
 class RunLog:

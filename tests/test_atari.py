@@ -1,0 +1,392 @@
+"""sppo_atari.py and sa2c_atari.py: environments, scores, noise, optimizer, command line."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import ale_py
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, import_scripts
+from torch import nn
+
+SCRIPTS = import_scripts("s*_atari.py")
+TABLE_11 = (
+    "Alien Assault Asterix BeamRider Centipede CrazyClimber DemonAttack Frostbite Gopher Gravitar Krull MsPacman "
+    "NameThisGame Qbert Riverraid RoadRunner Seaquest StarGunner TimePilot UpNDown VideoPinball WizardOfWor"
+).split()
+both = pytest.mark.parametrize("script", SCRIPTS)
+sppo_atari, sa2c_atari = (param.values[0] for param in reversed(SCRIPTS))
+
+gym.register_envs(ale_py)
+
+
+def reference_env(game: str) -> gym.Env:
+    """gymnasium's own preprocessing of the same game, without random no-ops."""
+    env = gym.make(f"{game}NoFrameskip-v4")
+    env = gym.wrappers.AtariPreprocessing(env, noop_max=0, terminal_on_life_loss=False)
+    return gym.wrappers.FrameStackObservation(env, 4, padding_type="zero")
+
+
+@pytest.mark.parametrize("game", ["Breakout", "MsPacman", "VideoPinball"])
+def test_whole_game_equals_gymnasiums_preprocessing(game):
+    """Frames, lost lives, game over and the score over all lives, on the same actions."""
+    games = sppo_atari.Games(sppo_atari.Args(env_id=game), 1, noop_max=0, use_fire_reset=False)
+    reference = reference_env(game)
+    obs, (expected, info) = games.reset([3]), reference.reset(seed=3)
+    rng, lives, score, expected_score, lost_lives = np.random.default_rng(0), info["lives"], 0, 0, 0
+    assert np.array_equal(obs[0], expected)
+    while True:
+        action = rng.integers(games.num_actions)
+        obs, reward, terminated, truncated, game_over, infos = games.step(np.array([action]))
+        expected, expected_reward, expected_over, _, info = reference.step(action)
+        score, expected_score = score + reward[0], expected_score + expected_reward
+        last_frames = infos["final_obs"][0] if game_over[0] else obs[0]
+        assert np.array_equal(last_frames, expected)
+        assert game_over[0] == expected_over and not truncated[0]
+        assert terminated[0] == (expected_over or info["lives"] < lives)
+        assert games.must_fire[0] == (terminated[0] and not expected_over and games.fire is not None)
+        lost_lives += terminated[0]
+        lives = info["lives"]
+        if expected_over:
+            break
+    assert score == expected_score > 0
+    assert lost_lives > 1
+
+
+def test_an_extra_life_is_no_new_game_and_a_reset_is_one():
+    class Emulator:
+        def step(self, actions):
+            frames, lives = self.script.pop(0)
+            info = {"episode_frame_number": np.array([frames]), "lives": np.array([lives])}
+            return None, np.zeros(1), np.array([lives < 3]), np.zeros(1, bool), info
+
+    games = sppo_atari.Games(sppo_atari.Args(), 1)
+    games.reset([1])
+    games.envs, games.frame_number = Emulator(), np.array([100])
+    games.envs.script = [(104, 3), (108, 4), (112, 2), (17, 3)]
+    assert [bool(games.step(np.array([0]))[4][0]) for _ in range(4)] == [False, False, False, True]
+
+
+def test_the_frame_limit_truncates_and_ends_the_game():
+    games = sppo_atari.Games(sppo_atari.Args(), 1, max_num_frames_per_episode=100, noop_max=0)
+    games.reset([1])
+    for _ in range(40):
+        _, _, terminated, truncated, game_over, infos = games.step(np.array([0]))
+        if truncated[0]:
+            break
+    assert game_over[0] and not terminated[0]
+    assert infos["final_obs"].shape == (1, 4, 84, 84)
+
+
+@pytest.mark.parametrize("game", TABLE_11)
+def test_games_of_table_11_step(game):
+    games = sppo_atari.Games(sppo_atari.Args(env_id=f"{game}NoFrameskip-v4", num_threads=1), 2)
+    obs = games.reset([1, 2])
+    rng, changed = np.random.default_rng(0), False
+    for _ in range(200):
+        previous = obs
+        obs, *_ = games.step(rng.integers(games.num_actions, size=2))
+        changed = changed or not np.array_equal(obs, previous)
+    assert obs.shape == (2, 4, 84, 84) and obs.dtype == np.uint8 and changed
+    assert len(games.envs.ale.get_action_set()) == gym.make(f"{game}NoFrameskip-v4").action_space.n  # minimal set
+
+
+@both
+def test_all_spellings_of_a_game_mean_the_same(script):
+    for spelling in ("MsPacmanNoFrameskip-v4", "ALE/MsPacman-v5", "MsPacman-v4", "MsPacman", "ms_pacman", "mspacman"):
+        assert script.find_game(spelling) == "ms_pacman"
+        assert script.canonical_id(spelling) == "MsPacmanNoFrameskip-v4"
+    for game in TABLE_11:
+        assert script.canonical_id(f"ALE/{game}-v5") == f"{game}NoFrameskip-v4"
+    with pytest.raises(script.InputError, match="breakout"):
+        script.find_game("Braekout-v5")
+
+
+@both
+def test_flip_noise_is_a_binary_symmetric_channel(script):
+    rng = np.random.default_rng(0)
+    rewards = rng.integers(-1, 2, 300_000)
+    noisy = script.flip_rewards(rewards, rng.random(rewards.shape), 0.1)
+    for reward, flipped in ((0, 1), (1, 0), (-1, 2)):
+        outcomes = noisy[rewards == reward]
+        assert set(outcomes) == {reward, flipped}
+        assert np.mean(outcomes == flipped) == pytest.approx(0.1, abs=0.004)
+    assert np.array_equal(script.flip_rewards(rewards, rng.random(rewards.shape), 0.0), rewards)
+
+
+def captured_training(script, tmp_path, monkeypatch, **options):
+    """Train for one rollout of Breakout; returns what gae() was given and the first call of gradients()."""
+    captured = {}
+    gae, gradients, evaluate = script.gae, script.gradients, script.evaluate
+
+    def spy_gae(rewards, *rest):
+        captured.setdefault("rewards", rewards.copy())
+        captured.setdefault("dones", rest[1].copy())
+        return gae(rewards, *rest)
+
+    def spy_gradients(agent, batch, *rest):
+        grads, losses = gradients(agent, batch, *rest)
+        captured.setdefault("losses", losses)
+        captured.setdefault("batch", [x.clone() for x in batch])
+        return grads, losses
+
+    monkeypatch.setattr(script, "gae", spy_gae)
+    monkeypatch.setattr(script, "gradients", spy_gradients)
+    monkeypatch.setattr(script, "evaluate", lambda *_: np.zeros(10))
+    settings = {"num_steps": 96, "num_envs": 4, "total_timesteps": 384, "num_threads": 1} | options
+    args = script.Args(**settings)
+    script.create_run_dir(args, tmp_path)
+    script.train(args, tmp_path)
+    monkeypatch.setattr(script, "evaluate", evaluate)
+    return captured
+
+
+def test_fire_after_a_lost_life_is_stored_with_its_own_logprob(tmp_path, monkeypatch):
+    steps = []
+    step = sppo_atari.Games.step
+
+    def spy_step(games, actions):
+        steps.append((games.must_fire.copy(), actions.copy()))
+        return step(games, actions)
+
+    monkeypatch.setattr(sppo_atari.Games, "step", spy_step)
+    captured = captured_training(sppo_atari, tmp_path, monkeypatch, num_minibatches=1)
+    forced = np.concatenate([actions[must_fire] for must_fire, actions in steps])
+    assert len(forced) > 0 and (forced == 1).all()
+    assert captured["batch"][1].bincount().tolist() == np.bincount(np.concatenate([a for _, a in steps])).tolist()
+    # Before the first step the policy is that of the rollout: the ratio is 1 for every stored action, forced or not.
+    assert captured["losses"]["losses/approx_kl"] == pytest.approx(0, abs=1e-8)
+    assert captured["losses"]["losses/clipfrac"] == 0
+
+
+@both
+def test_learning_sees_clipped_flipped_rewards_and_lost_lives(script, tmp_path, monkeypatch):
+    clean = captured_training(script, tmp_path / "clean", monkeypatch, env_id="MsPacman")
+    noisy = captured_training(script, tmp_path / "noisy", monkeypatch, env_id="MsPacman", reward_flip_prob=0.1)
+    assert set(np.unique(clean["rewards"])) == {0, 1}  # a pellet is worth 10
+    flipped = noisy["rewards"] != clean["rewards"]
+    assert np.array_equal(noisy["rewards"][flipped], 1 - clean["rewards"][flipped])
+    assert 0.05 < flipped.mean() < 0.16
+    breakout = captured_training(script, tmp_path / "lives", monkeypatch)
+    assert breakout["dones"].sum() >= 4
+
+
+@both
+def test_network_and_gradient_step_equal_plain_torch(script):
+    torch.manual_seed(0)
+    agent = script.Agent(6, torch.Generator().manual_seed(1))
+    for name, gain in (("trunk.0", 2**0.5), ("trunk.7", 2**0.5), ("actor", 0.01), ("critic", 1.0)):
+        weight = agent.get_submodule(name).weight.flatten(1)
+        rows = weight if weight.shape[0] <= weight.shape[1] else weight.T
+        torch.testing.assert_close(rows @ rows.T, gain**2 * torch.eye(len(rows)), atol=1e-4, rtol=0)
+    trunk = nn.Sequential(
+        *(nn.Conv2d(4, 32, 8, 4), nn.ReLU(), nn.Conv2d(32, 64, 4, 2), nn.ReLU(), nn.Conv2d(64, 64, 3, 1), nn.ReLU()),
+        *(nn.Flatten(), nn.Linear(3136, 512), nn.ReLU()),
+    )
+    reference = nn.ModuleDict({"trunk": trunk, "actor": nn.Linear(512, 6), "critic": nn.Linear(512, 1)})
+    reference.load_state_dict(agent.state_dict())
+    obs = torch.randint(0, 256, (32, 4, 84, 84), dtype=torch.uint8)
+    actions, advantages, returns = torch.randint(0, 6, (32,)), torch.randn(32), torch.randn(32)
+    features = reference["trunk"](obs.float() / 255)
+    policy = torch.distributions.Categorical(logits=reference["actor"](features))
+    value_loss = nn.functional.mse_loss(reference["critic"](features).flatten(), returns)
+    logprob, entropy = policy.log_prob(actions), policy.entropy().mean()
+    args = script.Args(alpha=1.0, beta=0.0)
+    if "sppo" in script.SCRIPT:
+        old_logprob = (logprob + 0.2 * torch.randn(32)).detach()
+        normalized = (advantages - advantages.mean()) / (advantages.std() + 1e-8)
+        ratio = (logprob - old_logprob).exp()
+        policy_loss = -torch.min(ratio * normalized, ratio.clamp(0.9, 1.1) * normalized).mean()
+        grads, _ = script.gradients(agent, [obs, actions, old_logprob, advantages, returns], torch.tensor(0.1), args)
+    else:
+        policy_loss = -(advantages * logprob).mean()
+        grads, _ = script.gradients(agent, [obs, actions, advantages, returns], args)
+    (policy_loss + args.vf_coef * value_loss - 0.01 * entropy).backward()
+    nn.utils.clip_grad_norm_(reference.parameters(), 0.5)
+    for (name, p), g in zip(reference.named_parameters(), grads):
+        torch.testing.assert_close(g, p.grad, atol=1e-6, rtol=1e-3, msg=lambda m, name=name: f"{name}: {m}")
+
+
+def test_rmsprop_tf_equals_a_hand_computed_case():
+    p = nn.Parameter(torch.tensor([1.0]))
+    optimizer = sa2c_atari.RMSpropTF([p], lr=0.1, alpha=0.9, eps=0.01)
+    p.grad = torch.tensor([2.0])
+    optimizer.step()  # square average 0.9 * 1 + 0.1 * 4 = 1.3; step 0.1 * 2 / sqrt(1.31)
+    assert p.item() == pytest.approx(1 - 0.2 / 1.31**0.5, abs=1e-6)
+    p.grad = torch.tensor([-1.0])
+    optimizer.step()  # square average 0.9 * 1.3 + 0.1 = 1.27; step -0.1 / sqrt(1.28)
+    assert p.item() == pytest.approx(1 - 0.2 / 1.31**0.5 + 0.1 / 1.28**0.5, abs=1e-6)
+
+
+def test_rmsprop_tf_equals_stable_baselines3s():
+    from stable_baselines3.common.sb2_compat.rmsprop_tf_like import RMSpropTFLike
+
+    torch.manual_seed(0)
+    ours, theirs = (nn.Parameter(torch.ones(5)) for _ in range(2))
+    a = sa2c_atari.RMSpropTF([ours], lr=7e-4, alpha=0.99, eps=1e-5)
+    b = RMSpropTFLike([theirs], lr=7e-4, alpha=0.99, eps=1e-5)
+    for _ in range(20):
+        ours.grad = torch.randn(5)
+        theirs.grad = ours.grad.clone()
+        a.step()
+        b.step()
+    torch.testing.assert_close(ours, theirs)
+
+
+@both
+def test_evaluation_plays_whole_games_with_raw_scores(script, tmp_path):
+    args = script.Args(num_threads=1)
+    agent = script.Agent(4, torch.Generator().manual_seed(0))
+    seeds = script.env_seeds(args.seed, 10, script.EVALUATION)
+    ends = []
+    step = script.Games.step
+
+    def spy(games, actions):
+        result = step(games, actions)
+        ends.append(result[4].copy())
+        return result
+
+    script.Games.step = spy
+    try:
+        scores = script.evaluate(agent, args, tmp_path)
+    finally:
+        script.Games.step = step
+    assert np.stack(ends).any(0).all()  # every game came to its end, five lives each
+    assert len(ends) > 100 and scores.shape == (10,) and len(set(seeds)) == 10
+    assert np.array_equal(scores, script.evaluate(agent, args, tmp_path))  # its own random numbers: repeatable
+
+
+def command(script, *flags) -> list[str]:
+    small = ["--env-id", "breakout", "--num-threads", "1", "--num-envs", "4"]
+    small += ["--num-steps", "32", "--total-timesteps", "256"] if "--resume" not in flags else []
+    if {"--resume", "--evaluate"} & set(flags):
+        small = []
+    return [sys.executable, str(ROOT / f"{script.SCRIPT}.py"), *small, *map(str, flags)]
+
+
+@pytest.fixture(scope="module", params=SCRIPTS)
+def finished(request, tmp_path_factory):
+    """A short run made through the command line, with a video."""
+    script = request.param
+    folder = tmp_path_factory.mktemp(script.SCRIPT)
+    done = subprocess.run(
+        command(script, "--run-dir", folder / "run", "--capture-video"), cwd=folder, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    return script, folder / "run", done
+
+
+def test_run_leaves_its_files(finished):
+    _, run_dir, done = finished
+    assert done.stderr == ""
+    result = json.loads((run_dir / "result.json").read_text())
+    assert result["env_id"] == "BreakoutNoFrameskip-v4" and result["total_timesteps"] == 256
+    assert len(result["eval_returns"]) == 10 and all(r == int(r) for r in result["eval_returns"])
+    names = {path.name.split(".out.")[0] for path in run_dir.iterdir()}
+    assert names == {"args.json", "checkpoint.pt", "curves.csv", "events", "model.safetensors", "result.json", "videos"}
+    video = next(run_dir.glob("videos/*/*.mp4"))
+    from moviepy import VideoFileClip
+
+    with VideoFileClip(str(video)) as clip:
+        assert clip.size == [160, 210] and clip.duration > 1
+
+
+def test_saved_model_repeats_the_final_evaluation(finished):
+    script, run_dir, _ = finished
+    result = json.loads((run_dir / "result.json").read_text())
+    assert script.evaluate_saved(run_dir, False).tolist() == result["eval_returns"]
+
+
+def test_resume_of_a_finished_run_prints_its_result(finished, capsys, monkeypatch):
+    script, run_dir, _ = finished
+    before = {path: path.stat().st_mtime_ns for path in run_dir.rglob("*")}
+    monkeypatch.setattr(sys, "argv", [script.SCRIPT, "--resume", str(run_dir)])
+    assert script.main() == 0
+    assert "256 steps, evaluation" in capsys.readouterr().out
+    assert before == {path: path.stat().st_mtime_ns for path in run_dir.rglob("*")}
+
+
+@both
+def test_killed_run_resumes_to_the_same_total(script, tmp_path):
+    run_dir = tmp_path / "run"
+    process = subprocess.Popen(
+        command(script, "--run-dir", run_dir, "--total-timesteps", "2048", "--checkpoint-every", "256"),
+        stdout=subprocess.DEVNULL,
+    )
+    while not (run_dir / "checkpoint.pt").exists():
+        assert process.poll() is None
+        time.sleep(0.02)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    killed_at = script.load_checkpoint(run_dir)["counters"]["global_step"]
+    assert 0 < killed_at < 2048 and not (run_dir / "result.json").exists()
+    done = subprocess.run(command(script, "--resume", run_dir), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert json.loads((run_dir / "result.json").read_text())["total_timesteps"] == 2048
+
+
+@both
+def test_learner_state_survives_a_checkpoint(script, tmp_path):
+    def make() -> object:
+        return script.Learner(script.Args(cuda=False), 4)
+
+    learner = make()
+    for p in learner.agent.parameters():
+        p.grad = torch.randn(p.shape)
+    learner.optimizer.step()
+    torch.save(learner.state(), tmp_path / "state.pt")
+    other = make()
+    other.load(torch.load(tmp_path / "state.pt", weights_only=True))
+    for p, q in zip(learner.agent.parameters(), other.agent.parameters()):
+        p.grad, q.grad = torch.ones_like(p), torch.ones_like(q)
+    learner.optimizer.step()
+    other.optimizer.step()
+    for p, q in zip(learner.agent.parameters(), other.agent.parameters()):
+        assert torch.equal(p, q)
+    assert torch.equal(torch.rand(3, generator=learner.generator), torch.rand(3, generator=other.generator))
+
+
+@both
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--env-id", "Brekout-v5"], "breakout"),
+        (["--reward-flip-prob", "1.5"], "between 0 and 1"),
+        (["--beta", "-1"], "0 or above"),
+        (["--alpha", "0"], "above 0"),
+        (["--Z", "0.5"], "below 0"),
+        (["--total-timesteps", "10"], "at least one rollout"),
+        (["--resume", "nowhere"], "no run of"),
+        (["--evaluate", "nowhere"], "does not exist"),
+    ],
+)
+def test_bad_input_is_one_line_and_writes_nothing(script, flags, words, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", [script.SCRIPT, *flags])
+    assert script.main() == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and error.startswith("error: ") and words in error
+    assert list(tmp_path.iterdir()) == []
+
+
+@both
+def test_a_loss_that_is_not_finite_stops_the_run(script, tmp_path, monkeypatch, capsys):
+    gae = script.gae
+
+    def nan_gae(*inputs):
+        advantages, returns = gae(*inputs)
+        return advantages * np.nan, returns
+
+    monkeypatch.setattr(script, "gae", nan_gae)
+    flags = command(script, "--run-dir", tmp_path / "run")[2:]
+    monkeypatch.setattr(sys, "argv", [script.SCRIPT, *flags])
+    assert script.main() == 1
+    error = capsys.readouterr().err
+    assert "step 128" in error and "BreakoutNoFrameskip-v4" in error and "--learning-rate" in error
+    assert not (tmp_path / "run" / "result.json").exists()
