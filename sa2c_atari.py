@@ -378,8 +378,12 @@ def train(args: Args, run_dir: Path) -> None:
         write_atomic(run_dir / "checkpoint.pt", partial(torch.save, state))
 
     stop_signals = []
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda number, _: (stop_signals.append(number), signal.signal(number, signal.SIG_DFL)))
+
+    def on_signal(number: int, _) -> None:
+        stop_signals.append(number)
+        signal.signal(number, signal.SIG_DFL)  # a second one ends the process at once
+
+    handlers = {number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
 
     compute_gradients = gradients
     if args.compile:
@@ -473,8 +477,8 @@ def train(args: Args, run_dir: Path) -> None:
         if global_step % args.checkpoint_every < rollout_size or global_step == total_timesteps or stop_signals:
             save_checkpoint()
 
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.default_int_handler)
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
     if stop_signals:
         raise KeyboardInterrupt
 

@@ -137,14 +137,11 @@ def require(condition: bool, message: str) -> None:
 
 
 def make_env(env_id: str, video_dir: Path | None = None) -> gym.Env:
-    """One environment with flat observations; with video_dir, its first episode is recorded there.
-
-    Raises gymnasium.error.Error when the id is unknown or a package it needs is missing.
-    """
+    """One environment with flat observations; with video_dir, its first episode is recorded there."""
     warnings.filterwarnings("ignore", message=".*is out of date")  # the paper's MuJoCo ids are v4
     # MuJoCo's own handler also writes MUJOCO_LOG.TXT into the working directory.
     mujoco.set_mju_user_warning(lambda text: "settotalmass" in text or print(f"MuJoCo: {text}", file=sys.stderr))
-    env = gym.make(env_id, render_mode="rgb_array" if video_dir else None, disable_env_checker=True)
+    env = gym.make(env_id, disable_env_checker=True, **({"render_mode": "rgb_array"} if video_dir else {}))
     if video_dir:
         env = gym.wrappers.RecordVideo(env, str(video_dir), episode_trigger=lambda episode: episode == 0)
     return env if len(env.observation_space.shape or ()) == 1 else gym.wrappers.FlattenObservation(env)
@@ -444,8 +441,12 @@ def train(args: Args, run_dirs: dict[int, Path]) -> None:
         return [run_dir / "videos" / f"step{step}" for run_dir in run_dirs.values()] if args.capture_video else []
 
     stop_signals = []
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda number, _: (stop_signals.append(number), signal.signal(number, signal.SIG_DFL)))
+
+    def on_signal(number: int, _) -> None:
+        stop_signals.append(number)
+        signal.signal(number, signal.SIG_DFL)  # a second one ends the process at once
+
+    handlers = {number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
 
     compute_gradients = gradients
     if args.compile:
@@ -550,8 +551,8 @@ def train(args: Args, run_dirs: dict[int, Path]) -> None:
         if global_step % args.checkpoint_every < rollout_size or global_step == total_timesteps or stop_signals:
             save_checkpoints()
 
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.default_int_handler)
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
     envs.close()
     if stop_signals:
         raise KeyboardInterrupt
@@ -805,8 +806,8 @@ def validate(args: Args) -> None:
     require(not args.capture_video or find_spec("moviepy"), "--capture-video needs moviepy: pip install moviepy")
     try:
         env = make_env(args.env_id)
-    except (gym.error.Error, ModuleNotFoundError) as error:
-        raise InputError(f"--env-id {args.env_id}: {str(error).splitlines()[0]}") from None
+    except Exception as error:  # whatever the environment's constructor raises
+        raise InputError(f"--env-id {args.env_id}: {(str(error) or repr(error)).splitlines()[0]}") from None
     space = env.action_space
     env.close()
     require(

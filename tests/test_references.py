@@ -1,0 +1,524 @@
+"""The continuous scripts against independent references: Stable-Baselines3, torch.distributions and plain torch."""
+
+import csv
+import json
+from copy import deepcopy
+from types import SimpleNamespace
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch
+from conftest import import_scripts
+from gymnasium.spaces import Box, MultiDiscrete
+from stable_baselines3 import A2C, PPO
+from stable_baselines3.common.buffers import RolloutBuffer
+from stable_baselines3.common.logger import Logger
+from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
+from torch import nn
+from torch.distributions import Categorical
+
+for_each_script = pytest.mark.parametrize("script", import_scripts("*_continuous_discretized.py"))
+ppo_scripts = pytest.mark.parametrize("script", import_scripts("sppo_continuous_discretized.py"))
+
+
+class ClockEnv(gym.Env):
+    """Actions change nothing. Episodes end at random and are cut off after 5 steps; the 300th reward is a spike."""
+
+    observation_space = Box(-np.inf, np.inf, (3,), np.float32)
+    action_space = Box(np.float32([-1, -2]), np.float32([1, 3]))
+    actions: list[np.ndarray] = []  # noqa: RUF012
+
+    def __init__(self, render_mode=None):
+        self.total_steps = 0
+
+    def observe(self) -> np.ndarray:
+        return self.np_random.normal(5, 3, 3).astype(np.float32)
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.t = 0
+        return self.observe(), {}
+
+    def step(self, action):
+        self.actions.append(action.copy())
+        self.t, self.total_steps = self.t + 1, self.total_steps + 1
+        reward = self.np_random.normal(0.5) + 1000 * (self.total_steps == 300)
+        terminated = bool(self.np_random.random() < 0.15)
+        return self.observe(), reward, terminated, self.t == 5, {"cut_off": self.t == 5}
+
+
+class MultiDiscreteEnv(ClockEnv):
+    action_space = MultiDiscrete([11, 11])
+
+
+gym.register("Clock-v0", ClockEnv)
+
+
+def is_ppo(script) -> bool:
+    return script.__name__.startswith("sppo")
+
+
+def train_recorded(script, monkeypatch, run_dir, **options) -> SimpleNamespace:
+    """Run train() on ClockEnv and return what went through gae(), gradients() and the optimizer."""
+    if is_ppo(script):
+        options = {"num_minibatches": 4, "update_epochs": 2} | options
+    args = script.Args(env_id="Clock-v0", **options)
+    rollout_size = args.num_envs * args.num_steps
+    args.total_timesteps = options.get("total_timesteps", rollout_size)
+    record = SimpleNamespace(rollouts=[], minibatches=[], clip_coefs=[], learning_rates=[])
+    gae, gradients = script.gae, script.gradients
+
+    class Learner(script.Learner):
+        def __init__(self, *args):
+            super().__init__(*args)
+            record.learner = self
+            self.optimizer.register_step_pre_hook(
+                lambda optimizer, *_: record.learning_rates.append(optimizer.param_groups[0]["lr"])
+            )
+
+    def recorded_gae(rewards, values, dones, last_value, *hyperparameters):
+        advantages, returns = gae(rewards, values, dones, last_value, *hyperparameters)
+        rollout = SimpleNamespace(
+            rewards=rewards.copy(),
+            values=values.copy(),
+            dones=dones.copy(),
+            last_value=last_value.copy(),
+            advantages=advantages.copy(),
+            returns=returns.copy(),
+            hyperparameters=hyperparameters,
+            agent=deepcopy(record.learner.agent),
+            return_rms=deepcopy(record.learner.normalizer.return_rms),
+            rng=[g.get_state() for g in record.learner.generators],
+            actions=np.stack(ClockEnv.actions[-rewards.size :]),
+        )
+        record.rollouts.append(rollout)
+        return advantages, returns
+
+    def recorded_gradients(agent, batch, *rest):
+        record.minibatches.append([x.clone() for x in batch])
+        record.clip_coefs.append(float(rest[0]) if len(rest) == 2 else None)
+        return gradients(agent, batch, *rest)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(script, "Learner", Learner)
+        patch.setattr(script, "gae", recorded_gae)
+        patch.setattr(script, "gradients", recorded_gradients)
+        patch.setattr(ClockEnv, "actions", [])
+        script.train(args, script.create_run_dirs(args, run_dir))
+    return record
+
+
+def random_rollout(rng, T=60, shape=(2, 4)):
+    rewards, values = rng.normal(size=(2, T, *shape)).astype(np.float32)
+    return rewards, values, rng.random((T, *shape)) < 0.15, rng.normal(size=shape).astype(np.float32)
+
+
+@for_each_script
+@pytest.mark.parametrize(("gamma", "gae_lambda"), [(0.99, 0.95), (0.9, 1.0), (0.5, 0.0), (1.0, 1.0)])
+def test_gae_equals_stable_baselines3(script, gamma, gae_lambda):
+    rewards, values, dones, last_value = random_rollout(np.random.default_rng(0))
+    T, num_envs = len(rewards), last_value.size
+    buffer = RolloutBuffer(T, Box(-1, 1, (3,)), Box(-1, 1, (2,)), gamma=gamma, gae_lambda=gae_lambda, n_envs=num_envs)
+    buffer.rewards, buffer.values = rewards.reshape(T, num_envs), values.reshape(T, num_envs)
+    buffer.episode_starts[1:] = dones.reshape(T, num_envs)[:-1]  # step t starts an episode if t - 1 ended one
+    buffer.compute_returns_and_advantage(torch.tensor(last_value), dones[-1].flatten())
+    advantages, returns = script.gae(rewards, values, dones, last_value, gamma, gae_lambda)
+    np.testing.assert_allclose(advantages.reshape(T, num_envs), buffer.advantages, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(returns.reshape(T, num_envs), buffer.returns, rtol=1e-5, atol=1e-5)
+
+
+@for_each_script
+def test_gae_is_the_discounted_sum_of_td_errors_up_to_the_end_of_the_episode(script):
+    rewards, values, dones, last_value = (x.astype(float) for x in random_rollout(np.random.default_rng(1), 30, (3,)))
+    dones = dones.astype(bool)
+    advantages, returns = script.gae(rewards, values, dones, last_value, 0.9, 0.8)
+    next_values = [*values[1:], last_value]
+    for t, e in np.ndindex(rewards.shape):
+        expected = 0.0
+        for k in range(t, len(rewards)):
+            delta = rewards[k, e] - values[k, e] + (0 if dones[k, e] else 0.9 * next_values[k][e])
+            expected += (0.9 * 0.8) ** (k - t) * delta
+            if dones[k, e]:
+                break
+        assert advantages[t, e] == pytest.approx(expected, rel=1e-9, abs=1e-9)
+    np.testing.assert_allclose(returns, advantages + values)
+
+
+@for_each_script
+@pytest.mark.parametrize("env_id", ["InvertedDoublePendulum-v4", "LunarLanderContinuous-v3"])
+def test_normalizer_equals_vec_normalize_in_a_real_environment(script, env_id):
+    E, steps, rng = 3, 300, np.random.default_rng(0)
+    envs = script.make_envs(env_id, E)
+    venv = VecNormalize(DummyVecEnv([lambda: gym.make(env_id)] * E), gamma=0.95)
+    normalizer = script.Normalizer(1, E, envs.single_observation_space.shape[0], 0.95)
+    venv.seed(7)
+    expected_obs = venv.reset()
+    raw_obs, _ = envs.reset(seed=[7, 8, 9])
+    np.testing.assert_allclose(normalizer.obs(raw_obs[None])[0], expected_obs, rtol=1e-6, atol=1e-6)
+    episodes = 0
+    for _ in range(steps):
+        actions = rng.uniform(-1, 1, envs.action_space.shape).astype(np.float32)
+        expected_obs, expected_reward, expected_done, expected_infos = venv.step(actions)
+        raw_obs, raw_reward, terminated, truncated, infos = envs.step(actions)
+        done = terminated | truncated
+        np.testing.assert_array_equal(done, expected_done)
+        obs, reward = normalizer.obs(raw_obs[None])[0], normalizer.reward(raw_reward[None], done[None])[0]
+        assert obs.dtype == np.float32
+        np.testing.assert_allclose(obs, expected_obs, rtol=1e-6, atol=1e-6)
+        np.testing.assert_allclose(reward, expected_reward, rtol=1e-6, atol=1e-6)
+        for e in np.flatnonzero(done):
+            final_obs = normalizer.obs(infos["final_obs"][e][None, None], update=False)[0, 0]
+            expected = expected_infos[e]["terminal_observation"]
+            np.testing.assert_allclose(final_obs, expected, rtol=1e-6, atol=1e-6)
+            episodes += 1
+    assert episodes >= 3
+    for rms, expected in ((normalizer.obs_rms, venv.obs_rms), (normalizer.return_rms, venv.ret_rms)):
+        np.testing.assert_allclose(rms.mean[0], expected.mean, rtol=1e-6, atol=1e-6)
+        np.testing.assert_allclose(rms.var[0], expected.var, rtol=1e-6)
+        np.testing.assert_allclose(rms.count.item(), expected.count)
+    np.testing.assert_allclose(normalizer.returns[0], venv.returns, rtol=1e-6, atol=1e-6)
+    envs.close()
+    venv.close()
+
+
+@for_each_script
+def test_running_mean_and_std_are_those_of_all_data_seen_by_each_agent(script):
+    data = np.random.default_rng(0).normal(3, 2, (2, 500, 4)) * [[[1.0]], [[10.0]]]
+    rms = script.RunningMeanStd(2, 4)
+    for start in range(0, 500, 25):
+        rms.update(data[:, start : start + 25])
+    np.testing.assert_allclose(rms.mean, data.mean(1), rtol=1e-5)
+    np.testing.assert_allclose(rms.var, data.var(1), rtol=1e-5)
+
+
+@for_each_script
+def test_networks_start_orthogonal_with_their_gains_and_zero_biases(script):
+    agent = script.Learner(script.Args(), [1, 2], 5, 2).agent
+    state = agent.state_dict()
+    assert sorted(state) == sorted(
+        f"{net}.{i}.{p}" for net in ("actor", "critic") for i in (0, 2, 4) for p in ("weight", "bias")
+    )
+    for net, head_gain, head_size in (("actor", 0.01, 22), ("critic", 1.0, 1)):
+        for layer, gain, shape in ((0, 2**0.5, (5, 64)), (2, 2**0.5, (64, 64)), (4, head_gain, (64, head_size))):
+            weight = state[f"{net}.{layer}.weight"]
+            assert weight.shape == (2, *shape)
+            assert not torch.equal(weight[0], weight[1])
+            rows = weight if shape[0] <= shape[1] else weight.mT
+            expected = torch.eye(min(shape)).expand(2, -1, -1)
+            torch.testing.assert_close(rows @ rows.mT / gain**2, expected, rtol=0, atol=1e-5)
+            assert not state[f"{net}.{layer}.bias"].any()
+
+
+@for_each_script
+def test_logprob_and_entropy_are_sums_of_categoricals_over_the_action_dimensions(script):
+    logits = 2 * torch.randn(2, 7, 3, 11, generator=torch.Generator().manual_seed(0))
+    actions = torch.randint(11, (2, 7, 3), generator=torch.Generator().manual_seed(1))
+    expected = Categorical(logits=logits)
+    logprob, entropy = script.logprob_and_entropy(logits, actions)
+    torch.testing.assert_close(logprob, expected.log_prob(actions).sum(-1))
+    torch.testing.assert_close(entropy, expected.entropy().sum(-1))
+
+
+@for_each_script
+def test_bins_are_evenly_spaced_from_low_to_high_inclusive_in_each_dimension(script):
+    bins = script.action_bins(Box(np.float32([-1, -2, 0]), np.float32([1, 3, 0.5])), script.Args().num_bins)
+    assert bins.shape == (11, 3)
+    assert bins.dtype == np.float32
+    np.testing.assert_array_equal(bins[[0, -1]], np.float32([[-1, -2, 0], [1, 3, 0.5]]))
+    np.testing.assert_allclose(np.diff(bins, axis=0), [[0.2, 0.5, 0.05]] * 10, atol=1e-6)
+
+
+@for_each_script
+def test_sampled_actions_have_the_frequencies_of_the_joint_policy(script, monkeypatch, tmp_path):
+    logits = torch.tensor([[0.0, 1.0, -1.0, 0.5], [1.5, 0.0, 0.0, -0.5]])  # (action_dim, num_bins)
+    monkeypatch.setattr(script.Agent, "logits", lambda self, obs: 0 * self.actor(obs).unflatten(-1, (2, 4)) + logits)
+    record = train_recorded(script, monkeypatch, tmp_path / "run", num_bins=4, num_envs=2, num_steps=2000)
+    bins = np.linspace([-1, -2], [1, 3], 4)
+    indices = np.abs(record.rollouts[0].actions[:, None] - bins).argmin(1)
+    np.testing.assert_allclose(bins[indices, [0, 1]], record.rollouts[0].actions, atol=1e-6)
+    observed = np.zeros((4, 4))
+    np.add.at(observed, (indices[:, 0], indices[:, 1]), 1)
+    probs = logits.softmax(-1).numpy()
+    expected = 4000 * probs[0][:, None] * probs[1]
+    assert ((observed - expected) ** 2 / expected).sum() < 37.7  # 0.999 quantile of chi-square with 15 degrees
+
+
+@for_each_script
+def test_environment_receives_the_bins_that_the_update_learns_from(script, monkeypatch, tmp_path):
+    options = {"num_minibatches": 1, "update_epochs": 1} if is_ppo(script) else {}
+    record = train_recorded(script, monkeypatch, tmp_path / "run", num_envs=3, num_steps=40, **options)
+    bins = script.action_bins(ClockEnv.action_space, 11)
+    learned = bins[record.minibatches[0][1][0].numpy(), [0, 1]]
+    received = record.rollouts[0].actions
+    np.testing.assert_array_equal(learned[np.lexsort(learned.T)], received[np.lexsort(received.T)])
+
+
+@for_each_script
+def test_rollout_is_that_of_vec_normalize_and_only_truncated_episodes_bootstrap(script, monkeypatch, tmp_path):
+    N, E, T, gamma = 2, 3, 120, 0.9
+    monkeypatch.setattr(script, "env_seeds", lambda seeds, num_envs, *stream: list(range(len(seeds) * num_envs)))
+    record = train_recorded(script, monkeypatch, tmp_path / "run", num_seeds=N, num_envs=E, num_steps=T, gamma=gamma)
+    rollout = record.rollouts[0]
+    assert rollout.hyperparameters == (gamma, script.Args().gae_lambda)
+    ends = {"truncated": 0, "terminated": 0, "both": 0}
+    for i in range(N):
+
+        def value(obs, i=i):
+            with torch.no_grad():
+                return rollout.agent.value(torch.tensor(obs).expand(N, -1, -1))[i].numpy()
+
+        venv = VecNormalize(DummyVecEnv([ClockEnv] * E), gamma=gamma)
+        venv.seed(i * E)
+        obs = venv.reset()
+        for t in range(T):
+            np.testing.assert_allclose(rollout.values[t, i], value(obs), rtol=1e-5, atol=1e-5)
+            obs, rewards, dones, infos = venv.step(np.zeros((E, 2)))
+            np.testing.assert_array_equal(rollout.dones[t, i], dones)
+            for e, info in enumerate(infos):
+                if info["TimeLimit.truncated"]:  # never set where the episode terminated in the same step
+                    rewards[e] += gamma * value(info["terminal_observation"][None]).item()
+                    ends["truncated"] += 1
+                elif dones[e]:
+                    ends["both" if info["cut_off"] else "terminated"] += 1
+            np.testing.assert_allclose(rollout.rewards[t, i], rewards, rtol=1e-5, atol=1e-5)
+        np.testing.assert_allclose(rollout.last_value[i], value(obs), rtol=1e-5, atol=1e-5)
+    assert min(ends.values()) > 5
+
+
+@for_each_script
+def test_reward_noise_comes_after_normalization_and_clipping_and_touches_nothing_else(script, monkeypatch, tmp_path):
+    options, global_rng = {"num_envs": 8, "num_steps": 400}, torch.get_rng_state()
+    clean, noisy = (
+        train_recorded(script, monkeypatch, tmp_path / str(std), reward_noise_std=std, **options) for std in (0.0, 0.05)
+    )
+    a, b = clean.rollouts[0], noisy.rollouts[0]
+    np.testing.assert_array_equal(a.actions, b.actions)
+    np.testing.assert_array_equal(a.dones, b.dones)
+    np.testing.assert_array_equal(a.values, b.values)
+    assert vars(a.return_rms).keys() == {"mean", "var", "count"}
+    for name, statistic in vars(a.return_rms).items():
+        np.testing.assert_array_equal(statistic, getattr(b.return_rms, name))
+
+    noise = (b.rewards - a.rewards) / 0.05  # 3200 samples
+    assert abs(noise.mean()) < 3 / noise.size**0.5
+    assert abs(noise.std() - 1) < 0.04
+    assert noise.mean(-1).std() == pytest.approx(8**-0.5, rel=0.1)  # independent between the 8 environments
+    for z, probability in ((0.5, 0.3829), (1, 0.6827), (2, 0.9545)):
+        assert (np.abs(noise) < z).mean() == pytest.approx(probability, abs=0.03)
+    clipped = a.rewards == 10  # the spikes of step 299
+    assert clipped[299].sum() >= 4
+    assert (b.rewards[clipped] != 10).all()
+    assert b.rewards[clipped].max() > 10
+
+    assert torch.equal(a.rng[0], b.rng[0])  # the noise is drawn from the agent's generator, whatever its size
+    assert torch.equal(torch.get_rng_state(), global_rng)
+    episodic_returns, eval_returns = [], []
+    for std in ("0.0", "0.05"):
+        rows = csv.DictReader((tmp_path / std / "curves.csv").open())
+        episodic_returns.append([row["charts/episodic_return"] for row in rows if row["charts/episodic_return"]])
+        eval_returns.append(json.loads((tmp_path / std / "result.json").read_text())["eval_returns"])
+    assert len(episodic_returns[0]) == 1
+    assert episodic_returns[0] == episodic_returns[1]
+    assert eval_returns[0] == eval_returns[1]
+
+
+@for_each_script
+def test_every_epoch_has_each_sample_once_with_its_own_advantage_and_rollout_logprob(script, monkeypatch, tmp_path):
+    record = train_recorded(script, monkeypatch, tmp_path / "run", num_seeds=2, num_envs=2, num_steps=32)
+    epochs = 2 if is_ppo(script) else 1
+    assert len(record.minibatches) == (4 * epochs if epochs > 1 else 1)
+    agent = record.rollouts[0].agent
+    orders = []
+    for epoch in np.array_split(np.arange(len(record.minibatches)), epochs):
+        minibatches = [record.minibatches[k] for k in epoch]
+        obs, actions, *old_logprob, advantages, returns = (torch.cat(x, dim=1) for x in zip(*minibatches))
+        with torch.no_grad():
+            torch.testing.assert_close(returns - advantages, agent.value(obs), rtol=1e-4, atol=1e-5)
+            if old_logprob:
+                expected, _ = script.logprob_and_entropy(agent.logits(obs), actions)
+                torch.testing.assert_close(old_logprob[0], expected)
+        for i in range(2):
+            expected = np.sort(record.rollouts[0].advantages[:, i].flatten())
+            np.testing.assert_array_equal(np.sort(advantages[i].numpy()), expected)
+        orders.append(advantages)
+    assert epochs == 1 or not torch.equal(*orders)
+
+
+def sppo_loss(dist, actions, old_logprob, advantages, args):
+    advantages = (advantages - advantages.mean()) / (advantages.std() + 1e-8)
+    pi, pi_old = dist.log_prob(actions).sum(-1).exp(), old_logprob.exp()
+    L_ppo = -torch.min(pi / pi_old * advantages, (pi / pi_old).clamp(0.8, 1.2) * advantages)
+    active = torch.where(advantages > 0, pi / pi_old < 1.2, pi / pi_old > 0.8)
+    L_rppo = -advantages * args.Z * (1 - pi) / pi_old * active
+    return (args.alpha * L_ppo + args.beta * L_rppo).mean()
+
+
+def sa2c_loss(dist, actions, advantages, args):
+    logprob = dist.log_prob(actions).sum(-1)
+    L_ra2c = -advantages * args.Z * (1 - logprob.exp())
+    return (args.alpha * -advantages * logprob + args.beta * L_ra2c).mean()
+
+
+def parameters(agent, i: int) -> list[torch.Tensor]:
+    """Agent i's parameters in the layout of nn.Linear, actor first."""
+    return [p[i].T if name.endswith("weight") else p[i, 0] for name, p in agent.named_parameters()]
+
+
+class Reference:
+    """An agent's networks and optimizer in plain torch, from the same weights."""
+
+    def __init__(self, script, agent, i: int):
+        def mlp(out_features):
+            hidden = [nn.Linear(3, 64), nn.Tanh(), nn.Linear(64, 64), nn.Tanh()]
+            return nn.Sequential(*hidden, nn.Linear(64, out_features)).double()
+
+        self.actor, self.critic = mlp(2 * 11), mlp(1)
+        self.params = [*self.actor.parameters(), *self.critic.parameters()]
+        for p, value in zip(self.params, parameters(agent, i)):
+            p.data.copy_(value)
+        if is_ppo(script):
+            self.optimizer = torch.optim.Adam(self.params, 3e-4, eps=1e-5)
+            self.policy_loss = sppo_loss
+        else:
+            self.optimizer = torch.optim.RMSprop(self.params, 7e-4, alpha=0.99, eps=1e-5)
+            self.policy_loss = sa2c_loss
+
+    def update(self, batch, args) -> float:
+        obs, actions, *rest, returns = batch
+        dist = Categorical(logits=self.actor(obs).view(*actions.shape, 11))
+        value_loss = nn.functional.mse_loss(self.critic(obs).squeeze(-1), returns)
+        entropy = dist.entropy().sum(-1).mean()
+        loss = self.policy_loss(dist, actions, *rest, args) + 0.5 * value_loss - args.ent_coef * entropy
+        self.optimizer.zero_grad()
+        loss.backward()
+        norm = nn.utils.clip_grad_norm_(self.params, args.max_grad_norm)
+        self.optimizer.step()
+        return norm.item()
+
+
+def random_batch(script, learner, g: torch.Generator, n: int, dtype=torch.float64) -> list[torch.Tensor]:
+    """A batch per agent; old log-probabilities are such that some ratios leave the clip range."""
+    N = len(learner.generators)
+    obs = torch.randn(N, n, 3, generator=g, dtype=dtype)
+    actions = torch.randint(11, (N, n, 2), generator=g)
+    advantages, returns = 1 + 3 * torch.randn(2, N, n, generator=g, dtype=dtype)
+    if not is_ppo(script):
+        return [obs, actions, advantages, returns]
+    with torch.no_grad():
+        logprob, _ = script.logprob_and_entropy(learner.agent.logits(obs), actions)
+    return [obs, actions, logprob + 0.2 * torch.randn(N, n, generator=g, dtype=dtype), advantages, returns]
+
+
+def update(script, learner, batch, args) -> dict[str, torch.Tensor]:
+    clip_coef = [torch.tensor(args.clip_coef, dtype=torch.float64)] if is_ppo(script) else []
+    grads, losses = script.gradients(learner.agent, batch, *clip_coef, args)
+    for p, g in zip(learner.agent.parameters(), grads):
+        p.grad = g
+    learner.optimizer.step()
+    return losses
+
+
+@for_each_script
+@pytest.mark.parametrize("ent_coef", [0.0, 0.01])
+@pytest.mark.parametrize(("alpha", "beta"), [(0.5, 20.0), (1.0, 0.0)], ids=["symmetric", "plain"])
+@pytest.mark.parametrize("max_grad_norm", [0.5, 1000.0], ids=["clipped", "unclipped"])
+def test_updates_equal_those_of_plain_torch(script, max_grad_norm, alpha, beta, ent_coef):
+    args = script.Args(alpha=alpha, beta=beta, ent_coef=ent_coef, max_grad_norm=max_grad_norm)
+    learner = script.Learner(args, [1, 2], 3, 2)
+    learner.agent.double()
+    references = [Reference(script, learner.agent, i) for i in range(2)]
+    g = torch.Generator().manual_seed(0)
+    for _ in range(8):
+        batch = random_batch(script, learner, g, 64)
+        losses = update(script, learner, batch, args)
+        for i, reference in enumerate(references):
+            norm = reference.update([x[i] for x in batch], args)
+            assert losses["losses/grad_norm"][i].item() == pytest.approx(norm)
+            assert (norm > max_grad_norm) == (max_grad_norm == 0.5)
+            torch.testing.assert_close(parameters(learner.agent, i), reference.params, rtol=1e-8, atol=1e-10)
+
+
+@ppo_scripts
+def test_norm_adv_off_leaves_advantages_alone(script):
+    learner = script.Learner(script.Args(), [1], 3, 2)
+    learner.agent.double()
+    batch = random_batch(script, learner, torch.Generator().manual_seed(0), 64)
+    obs, actions, old_logprob, advantages, _ = batch
+    _, losses = script.gradients(learner.agent, batch, 0.2, script.Args(norm_adv=False))
+    logprob, _ = script.logprob_and_entropy(learner.agent.logits(obs), actions)
+    expected = script.symmetric_ppo_loss(logprob, old_logprob, advantages, 0.2, 0.5, 20.0, -1.0)
+    torch.testing.assert_close(losses["losses/policy_loss"], expected.detach())
+
+
+@ppo_scripts
+def test_logged_kl_clip_fraction_and_sign_flips_are_those_of_the_batch(script):
+    learner = script.Learner(script.Args(), [1], 3, 2)
+    learner.agent.double()
+    batch = random_batch(script, learner, torch.Generator().manual_seed(0), 64)
+    obs, actions, old_logprob, advantages, _ = (x[0] for x in batch)
+    _, losses = script.gradients(learner.agent, batch, torch.tensor(0.2, dtype=torch.float64), script.Args())
+    log_ratio = Categorical(logits=learner.agent.logits(obs[None])[0]).log_prob(actions).sum(-1) - old_logprob
+    ratio = log_ratio.exp()
+    flips = ((advantages > 0) & (advantages < advantages.mean())).float().mean()
+    flips += ((advantages < 0) & (advantages > advantages.mean())).float().mean()
+    assert losses["losses/approx_kl"].item() == pytest.approx((ratio - 1 - log_ratio).mean().item())
+    assert losses["losses/clipfrac"].item() == ((ratio < 0.8) | (ratio > 1.2)).float().mean().item()
+    assert 0 < losses["losses/sign_flips"].item() == flips.item()
+
+
+@for_each_script
+@pytest.mark.parametrize("ent_coef", [0.0, 0.01])
+def test_plain_updates_equal_those_of_stable_baselines3(script, ent_coef):
+    learner, n = script.Learner(script.Args(), [1], 3, 2), 64
+    args = script.Args(alpha=1.0, beta=0.0, ent_coef=ent_coef)
+    if is_ppo(script):
+        model = PPO("MlpPolicy", MultiDiscreteEnv(), n_steps=n, batch_size=n, n_epochs=1, ent_coef=ent_coef)
+    else:
+        model = A2C("MlpPolicy", MultiDiscreteEnv(), n_steps=n, ent_coef=ent_coef)
+    policy, extractor = model.policy, model.policy.mlp_extractor
+    actor = [extractor.policy_net[0], extractor.policy_net[2], policy.action_net]
+    critic = [extractor.value_net[0], extractor.value_net[2], policy.value_net]
+    params = [p for linear in (*actor, *critic) for p in (linear.weight, linear.bias)]
+    for p, value in zip(params, parameters(learner.agent, 0)):
+        p.data.copy_(value)
+    model.set_logger(Logger(None, []))
+    g = torch.Generator().manual_seed(0)
+    for _ in range(4):
+        batch = random_batch(script, learner, g, n, torch.float32)
+        update(script, learner, batch, args)
+        obs, actions, *old_logprob, advantages, returns = (x.transpose(0, 1).numpy() for x in batch)
+        buffer = model.rollout_buffer
+        buffer.reset()
+        buffer.observations, buffer.actions = obs, actions.astype(np.float32)
+        buffer.advantages, buffer.returns = advantages, returns
+        if old_logprob:
+            buffer.log_probs = old_logprob[0]
+        buffer.full = True
+        model.train()
+        torch.testing.assert_close(parameters(learner.agent, 0), params, rtol=1e-4, atol=2e-6)
+
+
+@for_each_script
+@pytest.mark.parametrize(
+    ("total_timesteps", "remaining"),
+    [(128, [0.75, 0.5, 0.25, 0]), (112, [1 - 32 / 112, 1 - 64 / 112, 1 - 96 / 112, 0])],
+    ids=["whole rollouts", "rounded up"],
+)
+def test_schedules_start_below_the_start_value_and_end_at_zero(
+    script, monkeypatch, tmp_path, total_timesteps, remaining
+):
+    options = {"anneal_clip": True} if is_ppo(script) else {}
+    options |= {"anneal_lr": True, "num_envs": 2, "num_steps": 16, "total_timesteps": total_timesteps}
+    record = train_recorded(script, monkeypatch, tmp_path / "run", **options)
+    remaining = np.repeat(remaining, len(record.learning_rates) // 4)
+    np.testing.assert_allclose(record.learning_rates, script.Args().learning_rate * remaining, atol=1e-12)
+    if "anneal_clip" in options:
+        np.testing.assert_allclose(record.clip_coefs, script.Args().clip_coef * remaining, atol=1e-7)
+
+
+@for_each_script
+def test_schedules_are_constant_by_default(script, monkeypatch, tmp_path):
+    record = train_recorded(script, monkeypatch, tmp_path / "run", num_envs=2, num_steps=16, total_timesteps=96)
+    assert set(record.learning_rates) == {script.Args().learning_rate}
+    assert len(set(record.clip_coefs)) == 1
