@@ -16,7 +16,7 @@ run: .venv/run
 	.venv/bin/python $(SCRIPT).py --env-id $(ENV) --total-timesteps $(STEPS) $(ARGS)
 
 test: .venv/dev
-	.venv/bin/python -m pytest $(ARGS)
+	.venv/bin/python -m pytest --numprocesses 2 $(ARGS)
 
 lint: .venv/dev
 	.venv/bin/ruff check .

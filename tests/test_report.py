@@ -1,0 +1,305 @@
+"""benchmark/report.py: the paper's numbers, hand-computed figures, and what must not be mixed."""
+
+import csv
+import json
+import math
+import os
+import subprocess
+from collections import Counter
+from dataclasses import asdict
+
+import numpy as np
+import pytest
+from conftest import ROOT, import_scripts
+
+from benchmark import report
+
+PENDULUM, CHEETAH, LANDER = "InvertedDoublePendulum-v4", "HalfCheetah-v4", "LunarLanderContinuous-v3"
+PPO_SCRIPT = "sppo_continuous_discretized"
+DPPO, DSPPO = {"alpha": 1.0, "beta": 0.0}, {"alpha": 0.5, "beta": 20.0}
+PAPER = report.read_paper()
+
+
+def write_run(folder, scores, env_id=PENDULUM, script=PPO_SCRIPT, steps=1_001_472, first_seed=1, curves=False, **args):
+    """A finished run in folder/seed<k> for each of the scores."""
+    for seed, score in enumerate(scores, first_seed):
+        run_dir = folder / f"seed{seed}"
+        run_dir.mkdir(parents=True)
+        result = {"script": script, "env_id": env_id, "seed": seed, "args": args, "total_timesteps": steps}
+        result |= {
+            "eval_returns": [score] * 10,
+            "eval_mean": score,
+            "commit": "c" * 40,
+            "versions": {"torch": "2.13.0"},
+        }
+        (run_dir / "result.json").write_text(json.dumps(result))
+        if curves:
+            lines = ["global_step,charts/episodic_return,losses/sign_flips", f"{steps},{score},0.2", "99999"]
+            lines[1:1] = [f"{i * steps // 50},{score * i / 50},0.1" for i in range(1, 50)] + [f"{steps},,"]
+            (run_dir / "curves.csv").write_text("\n".join(lines))
+
+
+def make_report(folder):
+    out = folder.parent / "report"
+    assert report.main([str(folder), "--out", str(out)]) == 0
+    return (out / "report.md").read_text(encoding="utf-8")
+
+
+def section(text, title):
+    """Text of the section whose title starts so."""
+    return next(part for part in text.split("\n## ") if part.startswith(title))
+
+
+def rows(text):
+    """Cells of the table in a section, header and rule left out."""
+    lines = [line for line in text.splitlines() if line.startswith("|")][2:]
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+
+
+def test_paper_numbers_have_every_cell():
+    with report.PAPER_NUMBERS.open(newline="") as file:
+        cells = list(csv.DictReader(file))
+    expected = {1: 32, 2: 24, 3: 15, 4: 10, 8: 88, 9: 27, 10: 27, 11: 88, 12: 27, 13: 27, 14: 4}
+    assert Counter(int(cell["table"]) for cell in cells) == expected
+    keys = [tuple(cell[k] for k in ("table", "environment", "algorithm", "noise", "metric")) for cell in cells]
+    assert len(set(keys)) == len(keys)
+    for cell in cells:
+        float(cell["mean"])
+        assert (cell["standard_error"] == "") == (cell["table"] == "4")
+    for part, whole in report.PARTS.items():
+        assert PAPER[part].items() <= PAPER[whole].items()
+
+
+@pytest.mark.parametrize(
+    ("table", "noise", "wins"), [(11, "none", 16), (11, "BSC(0.1)", 19), (8, "none", 13), (8, "BSC(0.1)", 15)]
+)
+def test_wins_of_the_paper_recomputed_from_its_cells(table, noise, wins):
+    games = {game for game, *_ in PAPER[table]}
+    baseline, symmetric = ("PPO", "SPPO") if table == 11 else ("A2C", "SA2C")
+    pairs = [(PAPER[table][game, baseline, noise].mean, PAPER[table][game, symmetric, noise].mean) for game in games]
+    assert (report.count_wins(pairs), len(pairs)) == (wins, 22)
+
+
+def test_hand_computed_statistics():
+    values = np.array([90.0, 100.0, 110.0])  # variance 100
+    assert report.standard_error(values) == pytest.approx(10 / math.sqrt(3))
+    assert math.isnan(report.standard_error(values[:1]))
+    assert report.joint_difference(100, 3, report.Cell("110", "4")) == pytest.approx(-10 / 5)
+    assert math.isnan(report.joint_difference(100, math.nan, report.Cell("110", "4")))
+    assert report.format_difference(-2.0) == "-2.00, exceeds"
+    assert report.format_difference(1.0) == "+1.00, within"
+
+    pairs = [(100.0, 150.0), (200.0, 100.0), (-4.0, 2.0), (10.0, 10.0), (1.0, 21.0)]
+    assert report.count_wins(pairs) == 3  # a tie is no win
+    assert report.improvements(pairs) == pytest.approx([50, -50, 150, 0, 2000])
+    assert report.format_improvement(pairs) == "+430.0 % (+37.5 % without the 1 above 1000 %)"
+
+    first, second = np.array([0.0, 1.0, 2.0, 100.0]), np.array([3.0, 4.0, 5.0, -50.0])
+    assert report.interquartile_mean(first, second) == 2.5  # of 1, 2, 3, 4
+
+
+def test_bootstrap_resamples_within_each_environment():
+    low, high = report.bootstrap_interval([np.zeros(4), np.ones(4)])
+    assert low == high == 0.5  # resampling all eight together would spread
+    assert report.bootstrap_interval([np.zeros(4), np.ones(1)]) is None
+    samples = [np.arange(10.0), np.arange(5.0)]
+    low, high = report.bootstrap_interval(samples)
+    assert low < report.interquartile_mean(*samples) < high
+    assert (low, high) == report.bootstrap_interval(samples)
+
+
+def test_a_table_beside_the_papers(tmp_path):
+    runs = tmp_path / "runs"
+    write_run(runs / "dsppo" / "seeds1-2", [9000.0, 9200.0], **DSPPO)
+    write_run(runs / "dsppo" / "seeds3-4", [9100.0, 9300.0], first_seed=3, **DSPPO)
+    write_run(runs / "dppo", [8700.0, 8900.0], **DPPO)
+    write_run(runs / "lander-dsppo", [200.0, 300.0], LANDER, steps=2_000_896, **DSPPO)
+    write_run(runs / "lander-dppo", [300.0, 300.0], LANDER, steps=2_000_896, **DPPO)
+    text = make_report(runs)
+    table = section(text, "Table 12")
+    # SE of DSPPO: sqrt(50,000 / 3 / 4) = 64.5; (9150 - 9015) / sqrt(64.5^2 + 101^2) = 1.13. DPPO: -128 / 169.1.
+    assert rows(table) == [
+        [LANDER, "DPPO", "300.0 ± 0.0", "2", "2,000,000", "241 ± 7.7", "+7.66, exceeds"],
+        [LANDER, "DSPPO", "250.0 ± 50.0", "2", "2,000,000", "250 ± 6.9", "+0.00, within"],
+        [PENDULUM, "DPPO", "8800 ± 100", "2", "1,000,000", "8928 ± 136", "-0.76, within"],
+        [PENDULUM, "DSPPO", "9150 ± 65", "4", "1,000,000", "9015 ± 101", "+1.13, exceeds"],
+    ]
+    assert "higher mean than DPPO in 1 of 2 environments; in the paper's cells in 2 of these and in 8 of all 9" in table
+    # 100 (9150 / 8800 - 1) = 3.98 and 100 (250 / 300 - 1) = -16.67
+    assert "DSPPO over DPPO: -6.3 %; the paper's cells: +2.4 % in these environments, +5.4 % in all 9" in table
+    # DPPO: of 0.9745, 0.9969 and 1.2448 twice the middle two; DSPPO: of 0.8299, 1.0081, 1.0193, 1.0305, 1.0417, 1.2448
+    # the middle four, since a quarter of six is rounded down.
+    assert "over 2 environments: DPPO 1.121 [" in table and "], DSPPO 1.025 [" in table
+    assert "- Not run: PPO: everywhere." in table
+    assert "- Not run: DSPPO: Ant-v4, BipedalWalker-v3, HalfCheetah-v4" in table
+    overview = {tuple(row[:3]): row[3:] for row in rows(text.split("\n## ")[0])}
+    assert overview["12", "PPO, DPPO, DSPPO", "none"] == ["4 of 27", "0", "2"]
+    assert overview["11", "PPO, SPPO", "BSC(0.1)"] == ["0 of 44", "0", "0"]
+
+
+def test_figures_are_written_and_small(tmp_path):
+    write_run(tmp_path / "runs" / "dsppo", [9000.0, 9200.0], curves=True, **DSPPO)
+    write_run(tmp_path / "runs" / "short", [9000.0, 9200.0], steps=20_480, curves=True, **DSPPO)
+    write_run(tmp_path / "runs" / "sb3", [9000.0], script="gaussian_sb3", algo="ppo")
+    for noise in ({}, {"reward_flip_prob": 0.1}):
+        for game in sorted({game for game, *_ in PAPER[11]}):
+            args = {"alpha": 0.5, "beta": 10.0 if noise else 1.0} | noise
+            write_run(
+                tmp_path / "runs" / f"{game}{noise}", [1.0, 2.0], game, "sppo_atari", 10_000_384, curves=True, **args
+            )
+    text = make_report(tmp_path / "runs")
+    figures = {path.name: path.stat().st_size for path in (tmp_path / "report").glob("*.png")}
+    names = ("continuous_ppo", "continuous_ppo_shorter", "atari_ppo")
+    assert figures.keys() == {f"{what}_{name}.png" for what in ("curves", "sign_flips") for name in names}
+    assert all(1_000 < size < 300_000 for size in figures.values())
+    assert all(f"({name})" in text for name in figures)
+    assert f"Without curves.csv, in no figure: {tmp_path / 'runs/sb3/seed1'}." in text
+
+
+def test_curves_are_read_past_gaps_and_a_cut_line(tmp_path):
+    write_run(tmp_path, [100.0], steps=5000, curves=True, **DSPPO)
+    steps, values = report.read_curve(tmp_path / "seed1", "charts/episodic_return")
+    assert (len(steps), steps[0], steps[-1], values[0], values[-1]) == (50, 100, 5000, 2, 100)
+    means = report.bin_means(steps, values, np.array([120, 130, 5000]))
+    assert means == pytest.approx([2.5, 51.3])  # of the line 0.02 x, at edges between its points
+    assert len(report.read_curve(tmp_path / "seed1", "no/such_tag")[0]) == 0
+    assert len(report.read_curve(tmp_path / "seed2", "global_step")[0]) == 0
+
+
+def test_short_runs_and_other_settings_are_never_mixed_in(tmp_path):
+    runs = tmp_path / "runs"
+    write_run(runs / "full", [9000.0, 9100.0], **DSPPO)
+    write_run(runs / "short", [10.0, 20.0], first_seed=3, steps=51_200, **DSPPO)
+    write_run(runs / "shorter", [30.0], CHEETAH, steps=51_200, **DSPPO)
+    write_run(runs / "long", [1.0], first_seed=5, steps=2_000_000, **DSPPO)
+    write_run(runs / "bins", [2.0], first_seed=6, num_bins=7, **DSPPO)
+    write_run(runs / "control", [3.0], first_seed=7, alpha=20.5, beta=0.0)
+    write_run(runs / "noise", [4.0], first_seed=8, reward_noise_std=0.1, **DSPPO)
+    write_run(runs / "beta", [5.0], first_seed=9, reward_noise_std=0.05, **DSPPO)
+    text = make_report(runs)
+    table = section(text, "Table 12")
+    assert [row[:4] for row in rows(table)] == [[PENDULUM, "DSPPO", "9050 ± 50", "2"]]
+    assert f"- Shorter runs only: DSPPO: {CHEETAH}." in table
+    assert rows(section(text, "Shorter than the paper")) == [
+        [CHEETAH, "DSPPO", "none", "51,200 of 2,000,000", "30.0", "1", "4104 ± 258"],
+        [PENDULUM, "DSPPO", "none", "51,200 of 1,000,000", "15.0 ± 5.0", "2", "9015 ± 101"],
+    ]
+    assert [row[2:] for row in rows(section(text, "Other settings"))] == [
+        ["none", "alpha 20.5, beta 0", "1,000,000", "3.00", "1"],
+        ["none", "num_bins 7", "1,000,000", "2.00", "1"],
+        ["none", "total_timesteps 2000000", "2,000,000", "1.00", "1"],
+        ["N(0, 0.05^2)", "beta 20", "1,000,000", "5.00", "1"],
+        ["N(0, 0.1^2)", "not in the paper, beta 20", "1,001,472", "4.00", "1"],
+    ]
+    assert "## Table 13" not in text
+
+
+def test_what_cannot_be_counted_is_listed(tmp_path):
+    runs = tmp_path / "runs"
+    write_run(runs / "a", [9000.0, 9100.0], **DSPPO)
+    write_run(runs / "copy", [9000.0], **DSPPO)
+    write_run(runs / "nan", [math.nan], **DSPPO)
+    write_run(runs / "language", [1.0], script="sppo_rlhf_imdb", **DSPPO)
+    for name, content in (("cut", '{"script": "sp'), ("list", "[]"), ("empty", "{}")):
+        (runs / name).mkdir()
+        (runs / name / "result.json").write_text(content)
+    for seed in (1, 2):
+        (runs / f"unfinished/seed{seed}").mkdir(parents=True)
+        (runs / f"unfinished/seed{seed}/args.json").write_text("{}")
+        (runs / f"unfinished/seed{seed}/curves.csv").write_text("global_step,charts/episodic_return\n2048,5\n4096,\n")
+    text = make_report(runs)
+    assert "2 runs in" in text and "8 left out" in text
+    left_out = section(text, "Left out")
+    assert f"- `{runs}/unfinished`, seed1, seed2: not finished, 4,096 steps so far" in left_out
+    assert f"- `{runs}/copy`, seed1: seed 1 again, as in {runs / 'a/seed1'}" in left_out
+    for line in ("nan`, seed1: result.json: eval_mean is nan", "empty: result.json: lacks 'script'", "sppo_rlhf_imdb"):
+        assert line in left_out
+    assert rows(section(text, "Table 12"))[0][2:4] == ["9050 ± 50", "2"]
+
+
+def test_table_4_and_its_rule(tmp_path):
+    for name, args, scores in (("ppo", DPPO, [100.0]), ("1", {"beta": 1.0}, [110.0]), ("5", {"beta": 5.0}, [1300.0])):
+        args = {"alpha": 0.5} | args
+        write_run(tmp_path / "runs" / name, scores, "AlienNoFrameskip-v4", "sppo_atari", 10_000_384, **args)
+    text = make_report(tmp_path / "runs")
+    table = section(text, "Table 4")
+    assert rows(table)[:3] == [
+        ["0.5", "none", "not run", "0 of 22", "7.83 %"],
+        ["1", "none", "+10.0 %", "1 of 22", "10.15 %"],
+        ["5", "none", "+1200.0 % (nothing left without the 1 above 1000 %)", "1 of 22", "24.98 %"],
+    ]
+    assert "+13.4 % for beta 1 (noise: none) where Table 4 prints 10.15 %" in table
+    assert "+216.7 % (+90.4 % without the 2 above 1000 %) for beta 10 (noise: BSC(0.1))" in table
+    assert [row[:2] for row in rows(section(text, "Table 11"))] == [["Alien", "PPO"], ["Alien", "SPPO"]]
+
+
+@pytest.mark.parametrize(
+    ("script", "env_id", "args", "algorithm"),
+    [
+        ("sppo_atari", "AlienNoFrameskip-v4", {"alpha": 0.5, "beta": 10.0, "reward_flip_prob": 0.1}, "SPPO"),
+        ("sppo_atari", "AlienNoFrameskip-v4", {"alpha": 1.0, "beta": 0.0, "Z": -7.0}, "PPO"),
+        ("sa2c_atari", "AlienNoFrameskip-v4", {"alpha": 0.5, "beta": 1.0, "reward_flip_prob": 0.1}, "SA2C"),
+        ("sa2c_atari", "KrullNoFrameskip-v4", {"alpha": 0.5, "beta": 5.0, "reward_flip_prob": 0.1}, "SA2C"),
+        ("sa2c_continuous_discretized", "Ant-v4", {"alpha": 0.5, "beta": 0.2, "reward_noise_std": 0.05}, "DSA2C"),
+        ("sa2c_continuous_discretized", LANDER, {"alpha": 0.5, "beta": 5.0}, "DSA2C"),
+        ("sppo_continuous_discretized", "Swimmer-v4", {"alpha": 0.5, "beta": 50.0, "reward_noise_std": 0.05}, "DSPPO"),
+        ("gaussian_sb3", "Walker2d-v4", {"algo": "ppo", "reward_noise_std": 0.05}, "PPO"),
+        ("gaussian_sb3", "Walker2d-v4", {"algo": "a2c"}, "A2C"),
+    ],
+)
+def test_runs_find_their_cell(script, env_id, args, algorithm):
+    result = {"script": script, "env_id": env_id, "args": args, "total_timesteps": 10**6}
+    steps = report.identify(result, PAPER).paper_timesteps
+    group = report.identify(result | {"total_timesteps": steps}, PAPER)
+    assert (group.algorithm, group.kind, group.differences) == (algorithm, "paper", ())
+
+
+@pytest.mark.parametrize("script", import_scripts("s*_[ac]*.py"))
+def test_default_arguments_are_the_papers(script):
+    args = asdict(script.Args())
+    env_id = "AlienNoFrameskip-v4" if script.SCRIPT.endswith("atari") else LANDER
+    result = {"script": script.SCRIPT, "env_id": env_id, "args": args, "total_timesteps": args["total_timesteps"]}
+    assert report.identify(result, PAPER).kind == "paper"
+    for change in ({"gamma": 0.9}, {"num_envs": 3}, {"Z": -2.0}, {"anneal_lr": not args["anneal_lr"]}):
+        group = report.identify(result | {"args": args | change}, PAPER)
+        assert (group.kind, group.differences) == ("other", tuple(change.items()))
+
+
+@pytest.mark.parametrize(
+    ("sweep", "tables"),
+    [("atari_ppo", {11}), ("atari_a2c", {8}), ("continuous_ppo", {12, 13}), ("continuous_a2c", {9, 10})],
+)
+def test_sweeps_run_every_cell_with_the_papers_settings(tmp_path, sweep, tables):
+    python = tmp_path / "python"  # prints the cells instead of running them
+    python.write_text("#!/bin/sh\ncat\n")
+    python.chmod(0o755)
+    command = ["bash", str(ROOT / f"benchmark/{sweep}.sh")]
+    output = subprocess.run(
+        command, env=os.environ | {"PYTHON": str(python)}, capture_output=True, text=True, check=True
+    )
+    groups = []
+    for line in output.stdout.splitlines():
+        script, *flags = line.split()
+        args = {flag.strip("-").replace("-", "_"): value for flag, value in zip(flags[::2], flags[1::2])}
+        args |= {name: float(args[name]) for name in args.keys() - {"env_id", "algo"}}
+        result = {"script": script, "env_id": args["env_id"], "args": args, "total_timesteps": args["total_timesteps"]}
+        groups.append(report.identify(result, PAPER))
+        assert args["seeds"] == (5 if "atari" in sweep else 30)
+    assert {group.kind for group in groups} == {"paper"}
+    assert sorted(group.cell for group in groups) == sorted(cell for table in tables for cell in PAPER[table])
+
+
+def test_folders_without_results(tmp_path, capsys):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/args.json").write_text("{}")
+    (tmp_path / "bad").mkdir()
+    (tmp_path / "bad/result.json").write_text("{")
+    for folder, message in (
+        ("run", "no result.json, 1 unfinished runs"),
+        ("nowhere", "no result.json, no such folder"),
+        ("bad", "no usable result.json among 1"),
+    ):
+        assert report.main([str(tmp_path / folder), "--out", str(tmp_path / "report")]) == 2
+        error = capsys.readouterr().err
+        assert message in error and error.count("\n") == 1
+    assert not (tmp_path / "report").exists()
