@@ -1,0 +1,24 @@
+#!/usr/bin/env bash
+# Tables 9 and 10: Gaussian A2C, DA2C and DSA2C on MuJoCo and Box2D, without and with Gaussian noise, 30 seeds.
+# Settings of Table 6. SEEDS, ENVS, STEPS and WORKERS narrow the sweep; runner.py --help has the flags.
+cd "$(dirname "$0")/.." || exit
+
+while read -r env beta noisy_beta; do
+    cell="--seeds 30 --env-id $env --total-timesteps 2000000"
+    echo "gaussian_sb3 $cell --algo a2c"
+    echo "sa2c_continuous_discretized $cell --alpha 1 --beta 0"
+    echo "sa2c_continuous_discretized $cell --alpha 0.5 --beta $beta"
+    echo "gaussian_sb3 $cell --algo a2c --reward-noise-std 0.05"
+    echo "sa2c_continuous_discretized $cell --alpha 1 --beta 0 --reward-noise-std 0.05"
+    echo "sa2c_continuous_discretized $cell --alpha 0.5 --beta $noisy_beta --reward-noise-std 0.05"
+done <<'TABLE' | "${PYTHON:-.venv/bin/python}" benchmark/runner.py "$@"
+Ant-v4                     0.2   0.2
+BipedalWalker-v3           0.5  10
+HalfCheetah-v4             5    10
+Hopper-v4                  0.2  10
+HumanoidStandup-v4         0.5  10
+InvertedDoublePendulum-v4  5    10
+LunarLanderContinuous-v3   5     5
+Swimmer-v4                 0.2  10
+Walker2d-v4                0.2  10
+TABLE

@@ -1,0 +1,25 @@
+#!/usr/bin/env bash
+# Tables 2, 12 and 13: Gaussian PPO, DPPO and DSPPO on MuJoCo and Box2D, without and with Gaussian noise, 30 seeds.
+# Settings of Table 6; docs/paper-notes.md has its gaps (LunarLander's and Walker2d's timesteps).
+# SEEDS, ENVS, STEPS and WORKERS narrow the sweep; runner.py --help has the flags.
+cd "$(dirname "$0")/.." || exit
+
+while read -r env steps beta noisy_beta; do
+    cell="--seeds 30 --env-id $env --total-timesteps $steps"
+    echo "gaussian_sb3 $cell --algo ppo"
+    echo "sppo_continuous_discretized $cell --alpha 1 --beta 0"
+    echo "sppo_continuous_discretized $cell --alpha 0.5 --beta $beta"
+    echo "gaussian_sb3 $cell --algo ppo --reward-noise-std 0.05"
+    echo "sppo_continuous_discretized $cell --alpha 1 --beta 0 --reward-noise-std 0.05"
+    echo "sppo_continuous_discretized $cell --alpha 0.5 --beta $noisy_beta --reward-noise-std 0.05"
+done <<'TABLE' | "${PYTHON:-.venv/bin/python}" benchmark/runner.py "$@"
+Ant-v4                     2000000  20  20
+BipedalWalker-v3           1000000  20  25
+HalfCheetah-v4             2000000  20  25
+Hopper-v4                  2000000  20  50
+HumanoidStandup-v4        10000000  20  25
+InvertedDoublePendulum-v4  1000000  20  25
+LunarLanderContinuous-v3   2000000  20  20
+Swimmer-v4                 2000000  20  50
+Walker2d-v4                5000000  20  25
+TABLE

@@ -1,0 +1,169 @@
+"""Gaussian PPO and A2C of Tables 9, 10, 12 and 13: Stable-Baselines3 itself, at its default settings.
+
+    python benchmark/gaussian_sb3.py --algo ppo --env-id HalfCheetah-v4 --seed 1 --run-dir runs/halfcheetah-gaussian
+
+Reward noise, evaluation and result.json are those of our scripts, whose environments it uses.
+"""
+
+import csv
+import json
+import platform
+import sys
+import time
+from collections import deque
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+import tyro
+from stable_baselines3 import A2C, PPO
+from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.monitor import Monitor
+from stable_baselines3.common.vec_env import DummyVecEnv, VecEnvWrapper, VecNormalize
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from sppo_continuous_discretized import EVAL_EPISODES, EVALUATION, env_seeds, git_commit, make_env, write_json
+
+SCRIPT = Path(__file__).stem
+PACKAGES = ("stable_baselines3", "torch", "gymnasium", "mujoco", "Box2D", "numpy")
+METRICS = ("charts/episodic_return", "charts/episodic_length", "charts/SPS", "eval/episodic_return")
+LOG_EVERY = 2048  # steps
+
+
+@dataclass
+class Args:
+    run_dir: str
+    """where everything goes; must be new or empty"""
+    algo: Literal["ppo", "a2c"] = "ppo"
+    """PPO with 1 environment and 2048 steps, or A2C with 4 and 8 (Section C.1); the rest is the library's default"""
+    env_id: str = "HalfCheetah-v4"
+    """gymnasium id of an environment with a Box action space"""
+    total_timesteps: int = 2_000_000
+    """environment steps, rounded up to whole rollouts (Table 6)"""
+    seed: int = 1
+    """seed of everything random"""
+    reward_noise_std: float = 0.0
+    """standard deviation of the Gaussian noise on normalized training rewards (the paper's noise: 0.05)"""
+    num_threads: int = 1
+    """CPU threads of torch"""
+
+
+class NoisyReward(VecEnvWrapper):
+    """Adds Gaussian noise to the rewards: around VecNormalize, after normalization and clipping."""
+
+    def __init__(self, venv: VecNormalize, std: float, seed: int):
+        super().__init__(venv)
+        self.std, self.rng = std, np.random.default_rng(seed)
+
+    def reset(self) -> np.ndarray:
+        return self.venv.reset()
+
+    def step_wait(self):
+        obs, rewards, dones, infos = self.venv.step_wait()
+        return obs, rewards + self.std * self.rng.standard_normal(len(rewards)), dones, infos
+
+
+class Curves(BaseCallback):
+    """curves.csv with the tags of our scripts, and the raw returns of the last 10 episodes."""
+
+    def __init__(self, path: Path):
+        super().__init__()
+        self.file = path.open("w", newline="")
+        self.csv = csv.DictWriter(self.file, ("global_step", *METRICS), lineterminator="\n")
+        self.csv.writeheader()
+        self.last_returns, self.episodes = deque(maxlen=EVAL_EPISODES), []  # episodes since the last row
+        self.last_row, self.begin = 0, time.monotonic()
+
+    def _on_step(self) -> bool:
+        for info in self.locals["infos"]:
+            if "episode" in info:
+                self.episodes.append((info["episode"]["r"], info["episode"]["l"]))
+                self.last_returns.append(float(info["episode"]["r"]))
+        return True
+
+    def _on_rollout_end(self) -> None:
+        if self.num_timesteps - self.last_row >= LOG_EVERY:
+            metrics = {"charts/SPS": self.num_timesteps / (time.monotonic() - self.begin)}
+            if self.episodes:
+                metrics |= dict(zip(METRICS, np.mean(self.episodes, axis=0)))
+            self.write(metrics)
+            self.last_row, self.episodes = self.num_timesteps, []
+
+    def write(self, metrics: dict[str, float]) -> None:
+        self.csv.writerow({"global_step": self.num_timesteps} | {tag: f"{x:.6g}" for tag, x in metrics.items()})
+        self.file.flush()
+
+
+def train(args: Args, run_dir: Path) -> dict:
+    """Train, save the model with its statistics, and return the result."""
+    start = time.monotonic()
+    torch.set_num_threads(args.num_threads)
+    algorithm, num_envs, settings = {"ppo": (PPO, 1, {}), "a2c": (A2C, 4, {"n_steps": 8})}[args.algo]
+    normalize = VecNormalize(DummyVecEnv([lambda: Monitor(make_env(args.env_id))] * num_envs))
+    envs = NoisyReward(normalize, args.reward_noise_std, args.seed)
+    model = algorithm("MlpPolicy", envs, seed=args.seed, device="cpu", **settings)
+    curves = Curves(run_dir / "curves.csv")
+    train_start = time.monotonic()
+    model.learn(args.total_timesteps, callback=curves)
+    sps = model.num_timesteps / (time.monotonic() - train_start)
+
+    eval_returns = evaluate(model, normalize, args)
+    curves.write({"eval/episodic_return": eval_returns.mean()})
+    model.save(run_dir / "model.zip")
+    normalize.save(str(run_dir / "vecnormalize.pkl"))
+    return {
+        "script": SCRIPT,
+        "env_id": args.env_id,
+        "seed": args.seed,
+        "args": asdict(args),
+        "total_timesteps": model.num_timesteps,
+        "eval_returns": eval_returns.tolist(),
+        "eval_mean": eval_returns.mean(),
+        "train_last10_mean": np.mean(curves.last_returns) if curves.last_returns else None,
+        "sps": sps,
+        "wall_seconds": time.monotonic() - start,
+        "versions": {"python": platform.python_version()} | {name: version(name) for name in PACKAGES},
+        "commit": git_commit(),
+    }
+
+
+def evaluate(model: PPO | A2C, normalize: VecNormalize, args: Args) -> np.ndarray:
+    """Raw returns (10,) of one episode in each of 10 environments of its own, as in our scripts."""
+    returns = []
+    for seed in env_seeds([args.seed], EVAL_EPISODES, EVALUATION):
+        env = make_env(args.env_id)
+        obs, _ = env.reset(seed=seed)
+        total, done = 0.0, False
+        while not done:
+            action, _ = model.predict(normalize.normalize_obs(obs), deterministic=True)
+            obs, reward, terminated, truncated, _ = env.step(action)
+            total += float(reward)
+            done = terminated or truncated
+        env.close()
+        returns.append(total)
+    return np.array(returns)
+
+
+def main() -> int:
+    args = tyro.cli(Args, description=__doc__)
+    run_dir = Path(args.run_dir)
+    if run_dir.exists() and (not run_dir.is_dir() or any(run_dir.iterdir())):
+        print(f"error: --run-dir {run_dir} is in use: name another, or remove it to start over", file=sys.stderr)
+        return 2
+    run_dir.mkdir(parents=True, exist_ok=True)
+    write_json(run_dir / "args.json", {"script": SCRIPT, "args": asdict(args)})
+    try:
+        write_json(run_dir / "result.json", train(args, run_dir))
+    except KeyboardInterrupt:
+        print("\nstopped; this script cannot resume", file=sys.stderr)
+        return 130
+    result = json.loads((run_dir / "result.json").read_text())
+    print(f"seed {args.seed}: {result['total_timesteps']:,} steps, evaluation {result['eval_mean']:.1f}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

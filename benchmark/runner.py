@@ -1,0 +1,427 @@
+"""Run the cells of a sweep, read from standard input, on this machine or as one Slurm job array.
+
+    benchmark/continuous_ppo.sh --dry-run                          # the sweeps pipe their cells in here
+    ENVS=Ant-v4 SEEDS=3 WORKERS=2 benchmark/continuous_ppo.sh
+    benchmark/atari_ppo.sh --slurm --partition cpu --time 24:00:00 --cpus-per-task 4
+
+A cell is one line: a script, its flags, and --seeds N for the seeds 1 ... N. It becomes the run directories
+<out>/<env>__<script>__<label>/seed<k>; a script with --num-seeds trains up to BATCH seeds in one process, in
+.../seeds<first>-<last>/seed<k>. What has its result.json is skipped, what was interrupted goes on with --resume. The
+output of a run is in <run directory>.log, and its process holds a lock on that file: another runner waits until the
+process has ended, however it ends.
+"""
+
+import ast
+import fcntl
+import json
+import os
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import tyro
+
+NOT_COMPARED = ("run_dir", "num_seeds", "num_threads", "cuda", "compile")  # how a run is computed, not what
+SHORT = {"algo": "", "reward_noise_std": "noise", "reward_flip_prob": "flip"}  # in labels
+MAX_ARRAY = 1000  # tasks; Slurm's default MaxArraySize is 1001
+LOG_TAIL = 10  # lines
+
+
+def whole_number(variable: str, default: int | None = None) -> int | None:
+    value = os.environ.get(variable, "")
+    if not value:
+        return default
+    if not value.isdigit():
+        sys.exit(f"error: {variable} must be a whole number, not {value!r}")
+    return int(value)
+
+
+@dataclass
+class Args:
+    out: Path = Path("runs/benchmark")
+    """parent of all run directories"""
+    seeds: int | None = whole_number("SEEDS")
+    """seeds of every cell instead of its own number [SEEDS]"""
+    envs: str = os.environ.get("ENVS", "")
+    """only these environments, separated by spaces: Ant-v4 or Ant, AlienNoFrameskip-v4 or Alien [ENVS]"""
+    steps: int | None = whole_number("STEPS")
+    """total timesteps of every cell instead of its own, in run directories that say so [STEPS]"""
+    workers: int = whole_number("WORKERS", len(os.sched_getaffinity(0)))
+    """processes at once [WORKERS]"""
+    batch: int = whole_number("BATCH", 10)
+    """most seeds of one process, for scripts with --num-seeds [BATCH]"""
+    threads: int = 1
+    """threads of each process"""
+    compile: bool = False
+    """add --compile where the script has it"""
+    dry_run: bool = False
+    """print the commands, or the job array, and run nothing"""
+    root: Path = Path(os.path.relpath(Path(__file__).resolve().parent.parent))
+    """folder of the scripts, which may also be in its subfolder benchmark/"""
+
+    slurm: bool = False
+    """submit one job array instead of running here"""
+    partition: str | None = None
+    """Slurm partition"""
+    time: str | None = None
+    """Slurm time limit of a task, some minutes at least; a run that comes near it is requeued and resumed"""
+    cpus_per_task: int = 1
+    """Slurm CPUs, and threads, of a task"""
+    gpus_per_task: int = 0
+    """Slurm GPUs of a task"""
+    array_limit: int | None = None
+    """most tasks at once"""
+    task: str | None = None
+    """internal: I/N is task I of an array of N and runs every N-th job"""
+
+
+class CellError(ValueError):
+    """A cell that cannot run: its one line is printed, and the others go on."""
+
+
+@cache
+class Script:
+    """A script and the defaults of its Args, read without importing it (torch takes seconds)."""
+
+    def __init__(self, name: str, root: Path):
+        path = next((p for p in (root / f"{name}.py", root / "benchmark" / f"{name}.py") if p.exists()), None)
+        if path is None:
+            raise CellError(f"there is no {name}.py in {root} or {root / 'benchmark'}")
+        self.name, self.path, self.defaults = name, path, {}
+        tree = ast.parse(path.read_text())
+        args = next(node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == "Args")
+        for field in (node for node in args.body if isinstance(node, ast.AnnAssign)):
+            try:
+                self.defaults[field.target.id] = ast.literal_eval(field.value)
+            except ValueError:  # computed, such as a number of threads
+                self.defaults[field.target.id] = None
+
+    def parse(self, flags: list[str]) -> dict:
+        """["--beta", "20", "--no-norm-adv"] -> {"beta": 20.0, "norm_adv": False}, in the types of the defaults."""
+        given, rest = {}, list(flags)
+        while rest:
+            flag = rest.pop(0)
+            name = flag.removeprefix("--").replace("-", "_")
+            default = self.defaults.get(name)
+            if isinstance(self.defaults.get(name.removeprefix("no_")), bool):
+                given[name.removeprefix("no_")] = not name.startswith("no_")
+            elif flag.startswith("--") and name in self.defaults and rest:
+                given[name] = rest.pop(0) if default is None else type(default)(rest.pop(0))
+            else:
+                raise CellError(f"{self.path} has no flag {flag}, or the flag has no value")
+        return given
+
+
+class Job:
+    """One process to run: a script and all its flags, --seed and --run-dir among them."""
+
+    def __init__(self, script: Script, flags: list[str]):
+        self.script, self.flags, self.given = script, flags, script.parse(flags)
+        self.run_dir = Path(self.given["run_dir"])
+        self.log = Path(f"{self.run_dir}.log")
+        first, count = int(self.given["seed"]), self.given.get("num_seeds", 1)
+        seeds = range(first, first + count)
+        self.seed_dirs = {seed: self.run_dir / f"seed{seed}" if count > 1 else self.run_dir for seed in seeds}
+        self.steps = self.given.get("total_timesteps", 1) * count
+        self.steps_before, self.process = 0, None
+
+    def state(self) -> str:
+        """new, unfinished or finished. Raises CellError when the directory holds another run."""
+        held = {seed: path for seed, path in self.seed_dirs.items() if (path / "args.json").exists()}
+        if not held and self.run_dir.exists() and any(self.run_dir.iterdir()):
+            raise CellError(f"{self.run_dir} is in use, but there is no args.json in it")
+        for seed, path in held.items():
+            file = path / "result.json" if (path / "result.json").exists() else path / "args.json"
+            try:
+                saved = json.loads(file.read_text())
+                theirs = {"script": saved["script"]} | saved["args"]
+            except (OSError, ValueError, KeyError, TypeError):
+                raise CellError(f"{file} cannot be read") from None
+            ours = {"script": self.script.name} | self.script.defaults | self.given | {"seed": seed}
+            for key, value in ours.items():
+                their = theirs.get(key, self.script.defaults.get(key))  # a run older than a flag has its default
+                if key not in NOT_COMPARED and their != value:
+                    raise CellError(f"{path} holds a run with {key} {their}, not {value}")
+        if held and all((path / "result.json").exists() for path in self.seed_dirs.values()):
+            return "finished"
+        return "unfinished" if held else "new"
+
+    def has_finished(self) -> bool:
+        try:
+            return self.state() == "finished"
+        except CellError:
+            return False
+
+    def starts_over(self) -> bool:
+        return "resume" not in self.script.defaults and self.state() == "unfinished"
+
+    def command(self, args: Args) -> list[str]:
+        """What starts or resumes the run."""
+        command, has = [sys.executable, str(self.script.path)], self.script.defaults
+        if self.state() == "unfinished" and "resume" in has:
+            return [*command, "--resume", str(self.run_dir)]
+        threads = ["--num-threads", str(args.threads)] if "num_threads" in has else []
+        return [*command, *self.flags, *threads, *(["--compile"] if args.compile and "compile" in has else [])]
+
+    def start(self, args: Args) -> bool:
+        """Start the process, unless it has finished by now. False while another process has the run."""
+        self.run_dir.parent.mkdir(parents=True, exist_ok=True)
+        with self.log.open("a") as log:
+            try:  # The child inherits the open file as its output, and with it the lock, for as long as it lives.
+                fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return False
+            if self.state() == "finished":
+                return True
+            command = self.command(args)
+            if self.starts_over():
+                shutil.rmtree(self.run_dir)
+            self.steps_before = self.steps_done()
+            print(f"$ {shlex.join(command)}", file=log, flush=True)
+            self.process = subprocess.Popen(
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                env=os.environ | {"OMP_NUM_THREADS": str(args.threads)},
+                start_new_session=True,  # Ctrl-C reaches the runner alone, which passes it on
+            )
+        return True
+
+    def steps_done(self) -> int:
+        """Steps of all seeds up to the last row of curves.csv."""
+        try:
+            rows = (next(iter(self.seed_dirs.values())) / "curves.csv").read_text().splitlines()
+            return int(rows[-1].split(",")[0]) * len(self.seed_dirs)
+        except (OSError, ValueError, IndexError):
+            return 0
+
+    def failure(self) -> str:
+        """How the process ended, with the tail of its log."""
+        code = self.process.returncode
+        how = f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
+        lines = self.log.read_text(errors="replace").replace("\r", "\n").splitlines()[-LOG_TAIL:]
+        return "\n    ".join([f"failed: {self.run_dir}: {how}; the end of {self.log}:", *lines])
+
+
+def batches(cell: Path, num_seeds: int, most: int) -> list[tuple[int, int]]:
+    """(first, last) seed of each process: those that lie in cell already, then what is missing up to num_seeds."""
+    found = [re.fullmatch(r"seeds?(\d+)(?:-(\d+))?", path.name) for path in cell.glob("seed*") if path.is_dir()]
+    ranges = [(int(m[1]), int(m[2] or m[1])) for m in found if m and int(m[1]) <= num_seeds]
+    taken = {seed for first, last in ranges for seed in range(first, last + 1)}
+    seed = 1
+    while seed <= num_seeds:
+        last = seed
+        while last < min(num_seeds, seed + most - 1) and last + 1 not in taken:
+            last += 1
+        if seed not in taken:
+            ranges.append((seed, last))
+            seed = last
+        seed += 1
+    return sorted(ranges)
+
+
+def env_names(line: str) -> set[str]:
+    """The names by which ENVS may call a cell's environment: AlienNoFrameskip-v4 and Alien."""
+    env_ids = re.findall(r"--env-id (\S+)", line)
+    return {*env_ids, *(re.sub(r"(NoFrameskip)?-v\d+$", "", env_id) for env_id in env_ids)}
+
+
+def part_of_label(key: str, value: bool | float | int | str) -> str:
+    if isinstance(value, bool):
+        return key if value else f"no_{key}"
+    return key + (f"{value:g}" if isinstance(value, float) else str(value))
+
+
+def expand(line: str, args: Args) -> list[Job]:
+    """The jobs of a cell. A line that names its run directory is a job already."""
+    name, *flags = shlex.split(line)
+    script, num_seeds = Script(name, args.root), args.seeds
+    if "--run-dir" in flags:
+        return [Job(script, flags)]
+    if "--seeds" in flags:
+        i = flags.index("--seeds")
+        num_seeds = num_seeds or int(flags[i + 1])
+        del flags[i : i + 2]
+    given = script.parse(flags)
+    env_id = given.get("env_id") or script.defaults["env_id"]
+    parts = {SHORT.get(k, k): v for k, v in given.items() if k not in ("env_id", "total_timesteps")}
+    if args.steps:
+        if "--total-timesteps" in flags:
+            i = flags.index("--total-timesteps")
+            del flags[i : i + 2]
+        flags += ["--total-timesteps", str(args.steps)]
+        parts["steps"] = args.steps
+    label = "_".join(part_of_label(key, value) for key, value in parts.items())
+    cell = args.out / "__".join(filter(None, (env_id.replace("/", "-"), name, label)))
+    jobs = []
+    for first, last in batches(cell, num_seeds or 1, args.batch if "num_seeds" in script.defaults else 1):
+        several = ["--num-seeds", str(last - first + 1)] if last > first else []
+        folder = f"seeds{first}-{last}" if several else f"seed{first}"
+        jobs.append(Job(script, [*flags, "--seed", str(first), *several, "--run-dir", str(cell / folder)]))
+    return jobs
+
+
+class Progress:
+    """One line: redrawn in place on a terminal, printed when it changes or a minute has passed otherwise."""
+
+    def __init__(self, jobs: list[Job]):
+        self.total, self.begin = sum(job.steps for job in jobs), time.monotonic()
+        self.terminal, self.shown, self.shown_at = sys.stdout.isatty(), "", 0.0
+
+    def say(self, message: str) -> None:
+        print(("\r\x1b[K" if self.terminal else "") + message, flush=True)
+
+    def show(self, status: str, running: list[Job], waiting: list[Job], ended: list[Job]) -> None:
+        now = time.monotonic()
+        if status == self.shown and now - self.shown_at < (1 if self.terminal else 60):
+            return
+        self.shown, self.shown_at = status, now
+        new = sum(max(0, job.steps_done() - job.steps_before) for job in [*running, *ended])
+        todo = sum(job.steps - job.steps_done() for job in running) + sum(job.steps for job in waiting)
+        if new and todo > 0:
+            left = int((now - self.begin) * todo / new)
+            status += f", {left // 3600}:{left // 60 % 60:02}:{left % 60:02} left"
+        if self.terminal:
+            done = 1 - todo / max(1, self.total)
+            print(f"\r[{'#' * int(20 * done):20}] {status}\x1b[K", end="", flush=True)
+        else:
+            print(status, flush=True)
+
+
+def run(jobs: list[Job], args: Args, finished: int, failed: int) -> int:
+    """Run the jobs, WORKERS at a time, after finished and failed others. Returns the exit code."""
+    signals, passed_on = [], 0
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, lambda number, _: signals.append(number))
+    before, waiting, running, ended, progress = finished, list(jobs), [], [], Progress(jobs)
+    while True:
+        for job in [job for job in running if job.process.poll() is not None]:
+            running.remove(job)
+            if job.has_finished():
+                finished += 1
+                ended.append(job)
+            elif not signals:
+                failed += 1
+                progress.say(job.failure())
+        for job in list(waiting):
+            if signals or len(running) >= args.workers:
+                break
+            try:
+                if not job.start(args):
+                    continue
+                if job.process:
+                    running.append(job)
+                else:
+                    finished += 1
+            except CellError as error:
+                failed += 1
+                progress.say(f"failed: {error}")
+            waiting.remove(job)
+        for number in signals[passed_on:]:
+            # The first asks for a checkpoint: by SIGINT, because Slurm sends SIGTERM to the children itself, and a
+            # second one would end them at once. A second Ctrl-C kills.
+            if not passed_on or number == signal.SIGINT:
+                for job in running:
+                    job.process.send_signal(signal.SIGKILL if passed_on else signal.SIGINT)
+            passed_on += 1
+        counts = f"finished {finished} ({before} before), failed {failed}, running {len(running)}"
+        progress.show(f"{counts}, waiting {len(waiting)}", running, waiting, ended)
+        if not running and (signals or not waiting):
+            break
+        time.sleep(0.2)
+    if progress.terminal:
+        print()
+    if not signals:
+        return 1 if failed else 0
+    print("stopped; the same command goes on", flush=True)
+    if signal.SIGUSR1 in signals:  # the task's time limit is near
+        subprocess.run(["scontrol", "requeue", os.environ["SLURM_JOB_ID"]], check=True)
+    return 130
+
+
+def job_array(jobs: list[Job], args: Args) -> str:
+    """The sbatch script of one array. Its list of jobs is fixed here, so that a requeued task finds its own again."""
+    tasks = min(len(jobs), MAX_ARRAY)
+    options = {
+        "job-name": args.out.name,
+        "array": f"1-{tasks}" + (f"%{args.array_limit}" if args.array_limit else ""),
+        "partition": args.partition,
+        "time": args.time,
+        "ntasks": 1,
+        "cpus-per-task": args.cpus_per_task,
+        "gpus-per-task": args.gpus_per_task or None,
+        "output": args.out / "slurm-%A_%a.out",
+        "open-mode": "append",
+        "signal": "B:USR1@120",
+    }
+    header = ["#!/bin/bash", "#SBATCH --requeue"]
+    header += [f"#SBATCH --{name}={value}" for name, value in options.items() if value is not None]
+    command = [sys.executable, os.path.relpath(__file__), "--root", str(args.root), "--workers", "1"]
+    command += ["--threads", str(args.cpus_per_task), *(["--compile"] if args.compile else [])]
+    body = [f"exec {shlex.join(command)} --task $SLURM_ARRAY_TASK_ID/{tasks} <<'JOBS'"]
+    body += [shlex.join([job.script.name, *job.flags]) for job in jobs]
+    return "\n".join([*header, *body, "JOBS"]) + "\n"
+
+
+def main() -> int:
+    args = tyro.cli(Args, description=__doc__)
+    lines = [line for line in map(str.strip, sys.stdin) if line]
+    wanted, known = set(args.envs.split()), set().union(*map(env_names, lines))
+    counts = (args.workers, args.batch, args.threads, args.cpus_per_task, args.array_limit, args.seeds, args.steps)
+    for wrong, message in (
+        (not lines, "no cells on standard input; start a sweep such as benchmark/continuous_ppo.sh"),
+        (wanted - known and not args.task, f"ENVS: this sweep has no {' '.join(sorted(wanted - known))}"),
+        (any(count is not None and count < 1 for count in counts), "every number must be at least 1"),
+        (args.slurm and not args.dry_run and not shutil.which("sbatch"), "--slurm: there is no sbatch on this machine"),
+    ):
+        if wrong:
+            print(f"error: {message}", file=sys.stderr)
+            return 2
+    if wanted and not args.task:
+        lines = [line for line in lines if env_names(line) & wanted]
+
+    jobs, todo, finished, failed = {}, [], 0, 0
+    for line in lines:
+        try:
+            jobs |= {job.run_dir: job for job in expand(line, args)}
+        except ValueError as error:
+            failed += 1
+            print(f"failed: {line}: {error}", file=sys.stderr, flush=True)
+    jobs = list(jobs.values())
+    if args.task:
+        index, count = map(int, args.task.split("/"))
+        jobs = jobs[index - 1 :: count]
+    for job in jobs:
+        try:
+            if job.state() == "finished":
+                finished += 1
+            else:
+                todo.append(job)
+        except CellError as error:
+            failed += 1
+            print(f"failed: {error}", file=sys.stderr, flush=True)
+    if not args.slurm and not args.dry_run:
+        return run(todo, args, finished, failed)
+    if not args.slurm:
+        for job in todo:
+            print((f"rm -r {job.run_dir} && " if job.starts_over() else "") + shlex.join(job.command(args)))
+    elif args.dry_run:
+        print(job_array(todo, args), end="")
+    else:
+        print(f"finished {finished} before, failed {failed}, to submit {len(todo)}", flush=True)
+        args.out.mkdir(parents=True, exist_ok=True)
+        if todo and subprocess.run(["sbatch"], input=job_array(todo, args), text=True).returncode:
+            return 1
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

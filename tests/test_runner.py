@@ -1,0 +1,510 @@
+"""The runner against small fake scripts, the cells of every sweep against Tables 5 and 6, and one sweep for real."""
+
+import json
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
+
+from benchmark.gaussian_sb3 import NoisyReward
+from benchmark.runner import batches
+from sppo_continuous_discretized import make_env
+
+ROOT = Path(__file__).resolve().parent.parent
+RUNNER = ROOT / "benchmark" / "runner.py"
+NARROWING = ("SEEDS", "ENVS", "STEPS", "WORKERS", "BATCH")
+
+FAKE = """
+import argparse, json, os, signal, sys, threading, time
+from pathlib import Path
+
+class Args:
+    env_id: str = "Toy-v0"
+    total_timesteps: int = 10
+    seed: int = 1
+    num_seeds: int = 1
+    beta: float = 1.0
+    norm_adv: bool = True
+    run_dir: str = None
+    resume: str = None
+    num_threads: int = os.cpu_count()
+
+parser = argparse.ArgumentParser()
+for name in Args.__annotations__:
+    if name != "norm_adv":
+        default = getattr(Args, name)
+        parser.add_argument("--" + name.replace("_", "-"), default=default, type=type(default) if default else str)
+parser.add_argument("--no-norm-adv", dest="norm_adv", action="store_false")
+args = parser.parse_args()
+run_dir = Path(args.resume or args.run_dir)
+if args.resume:
+    folders = [run_dir] if (run_dir / "args.json").exists() else sorted(run_dir.glob("seed*"))
+else:
+    seeds = range(args.seed, args.seed + args.num_seeds)
+    folders = [run_dir / f"seed{s}" if args.num_seeds > 1 else run_dir for s in seeds]
+    for seed, folder in zip(seeds, folders):
+        folder.mkdir(parents=True)
+        own = vars(args) | {"seed": seed, "num_seeds": 1}
+        (folder / "args.json").write_text(json.dumps({"script": Path(__file__).stem, "args": own}))
+with (folders[0] / "history").open("a") as history:
+    history.write(f"{'resume' if args.resume else 'start'} {os.getpid()}\\n")
+stopped = threading.Event()
+def finish():
+    for folder in folders:
+        (folder / "result.json").write_text((folder / "args.json").read_text())
+"""
+FAKES = {
+    "succeed": "finish()",
+    "crash": "print('\\n'.join(f'line {i}' for i in range(40)), flush=True); sys.exit('boom')",
+    # Killed at first; --resume finishes.
+    "killed": "finish() if args.resume else os.kill(os.getpid(), signal.SIGKILL)",
+    # Waits for the file go in the working directory, and ends with a checkpoint on SIGINT and SIGTERM.
+    "wait": """
+for number in (signal.SIGINT, signal.SIGTERM):
+    signal.signal(number, lambda *_: stopped.set())
+while not Path("go").exists() and not stopped.is_set():
+    time.sleep(0.02)
+if stopped.is_set():
+    (folders[0] / "checkpoint.pt").touch()
+    sys.exit(130)
+time.sleep(0.3)
+finish()""",
+    "hang": "signal.signal(signal.SIGINT, signal.SIG_IGN)\nwhile True: time.sleep(1)",
+}
+ONE_BY_ONE = FAKE.replace("    num_seeds: int = 1\n", "").replace("args.num_seeds", "1")
+NO_RESUME = ONE_BY_ONE.replace("    resume: str = None\n", "").replace("args.resume", "None")
+
+
+@pytest.fixture
+def fake(tmp_path, monkeypatch):
+    """A working directory that holds the fake scripts."""
+    monkeypatch.chdir(tmp_path)
+    for name in NARROWING:
+        monkeypatch.delenv(name, raising=False)
+    for name, body in FAKES.items():
+        (tmp_path / f"{name}.py").write_text(FAKE + body)
+    (tmp_path / "single.py").write_text(ONE_BY_ONE + FAKES["succeed"])
+    (tmp_path / "restart.py").write_text(NO_RESUME + "time.sleep(0) if Path('go').exists() else sys.exit(1)\nfinish()")
+    return tmp_path
+
+
+def launch(cells, *flags, **environment):
+    command = [sys.executable, str(RUNNER), "--root", ".", "--out", "runs", *flags]
+    process = subprocess.Popen(
+        command,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env=os.environ | environment,
+    )
+    process.stdin.write("\n".join(cells) + "\n")
+    process.stdin.close()
+    process.stdin = None  # for communicate()
+    return process
+
+
+def finish(process):
+    output, _ = process.communicate(timeout=30)
+    return process.returncode, output
+
+
+def run(cells, *flags, **environment):
+    return finish(launch(cells, *flags, **environment))
+
+
+def wait_for(condition):
+    deadline = time.monotonic() + 20
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def history(run_dir):
+    """["start", "resume", ...]: how often the run was launched, and how."""
+    return [line.split()[0] for line in (run_dir / "history").read_text().splitlines()]
+
+
+def pid(run_dir):
+    return int((run_dir / "history").read_text().split()[-1])
+
+
+def test_runs_every_cell_once_and_skips_what_is_finished(fake):
+    cells = ["single --env-id Ant-v4 --beta 20 --no-norm-adv --seeds 2", "succeed --env-id ALE/Pong-v5 --seeds 5"]
+    code, output = run(cells, "--workers", "2", "--batch", "2")
+    single, batched = fake / "runs/Ant-v4__single__beta20_no_norm_adv", fake / "runs/ALE-Pong-v5__succeed"
+    runs = [single / "seed1", single / "seed2", batched / "seeds1-2", batched / "seeds3-4", batched / "seed5"]
+    assert code == 0 and "finished 5 (0 before), failed 0, running 0, waiting 0" in output, output
+    assert sorted(p.parent for p in fake.rglob("result.json")) == sorted(
+        [
+            *runs[:2],
+            *(batched / f"seeds{b}/seed{s}" for b, s in (("1-2", 1), ("1-2", 2), ("3-4", 3), ("3-4", 4))),
+            runs[4],
+        ]
+    )
+    assert json.loads((single / "seed2/args.json").read_text())["args"]["norm_adv"] is False
+
+    code, output = run(cells, "--batch", "3", SEEDS="7")
+    assert code == 0 and "finished 11 (5 before), failed 0" in output, output
+    assert (batched / "seeds6-7/seed7/result.json").exists()
+    assert all(history(path.parent) == ["start"] for path in fake.rglob("history"))
+
+
+@pytest.mark.parametrize(
+    ("existing", "num_seeds", "most", "expected"),
+    [
+        ([], 1, 10, [(1, 1)]),
+        ([], 25, 10, [(1, 10), (11, 20), (21, 25)]),
+        (["seeds1-10"], 5, 10, [(1, 10)]),
+        (["seed1", "seed1.log"], 12, 10, [(1, 1), (2, 11), (12, 12)]),
+        (["seeds4-6"], 9, 10, [(1, 3), (4, 6), (7, 9)]),
+        ([], 3, 1, [(1, 1), (2, 2), (3, 3)]),
+    ],
+)
+def test_batches_complete_what_exists(tmp_path, existing, num_seeds, most, expected):
+    for name in existing:
+        (tmp_path / name).touch() if name.endswith(".log") else (tmp_path / name).mkdir()
+    assert batches(tmp_path, num_seeds, most) == expected
+
+
+def test_a_crash_is_reported_with_the_end_of_its_log_and_stops_nothing(fake):
+    code, output = run(["crash", "succeed"], "--workers", "1")
+    assert code == 1 and "finished 1 (0 before), failed 1, running 0, waiting 0" in output, output
+    assert "failed: runs/Toy-v0__crash/seed1: exit code 1" in output
+    assert "    line 39\n    boom\n" in output and "line 20" not in output
+    assert "line 0\n" in (fake / "runs/Toy-v0__crash/seed1.log").read_text()
+
+
+def test_a_killed_run_is_reported_and_resumed(fake):
+    code, output = run(["killed --seeds 2"])
+    assert code == 1 and "seeds1-2: killed by SIGKILL" in output, output
+    code, output = run(["killed --seeds 2"], "--dry-run")
+    assert code == 0
+    assert shlex.split(output)[1:] == ["killed.py", "--resume", "runs/Toy-v0__killed/seeds1-2"]
+    code, output = run(["killed --seeds 2"])
+    assert code == 0, output
+    assert history(fake / "runs/Toy-v0__killed/seeds1-2/seed1") == ["start", "resume"]
+
+
+def test_a_script_without_resume_starts_over(fake):
+    assert run(["restart"])[0] == 1
+    assert run(["restart"], "--dry-run")[1].startswith("rm -r runs/Toy-v0__restart/seed1 && ")
+    (fake / "go").touch()
+    assert run(["restart"])[0] == 0
+    assert history(fake / "runs/Toy-v0__restart/seed1") == ["start"]
+
+
+def test_ctrl_c_stops_with_a_checkpoint_and_the_same_command_goes_on(fake):
+    run_dir = fake / "runs/Toy-v0__wait/seed1"
+    runner = launch(["wait", "succeed"], "--workers", "1")
+    wait_for(lambda: (run_dir / "history").exists())
+    time.sleep(0.3)
+    runner.send_signal(signal.SIGINT)
+    code, output = finish(runner)
+    assert code == 130 and "stopped" in output and "failed:" not in output, output
+    assert (run_dir / "checkpoint.pt").exists() and not (fake / "runs/Toy-v0__succeed").exists()
+    (fake / "go").touch()
+    assert run(["wait", "succeed"])[0] == 0
+    assert history(run_dir) == ["start", "resume"]
+
+
+def test_a_second_ctrl_c_kills_what_hangs(fake):
+    run_dir = fake / "runs/Toy-v0__hang/seed1"
+    runner = launch(["hang"])
+    wait_for(lambda: (run_dir / "history").exists())
+    time.sleep(0.3)
+    runner.send_signal(signal.SIGINT)
+    time.sleep(0.5)
+    assert runner.poll() is None
+    runner.send_signal(signal.SIGINT)
+    assert finish(runner)[0] == 130
+    with pytest.raises(ProcessLookupError):
+        os.kill(pid(run_dir), 0)
+
+
+def test_two_runners_share_a_sweep(fake):
+    cells = ["wait --seeds 4", "succeed --seeds 4"]
+    runners = [launch(cells, "--workers", "2", "--batch", "1") for _ in range(2)]
+    wait_for(lambda: len(list(fake.rglob("history"))) >= 4)
+    (fake / "go").touch()
+    for runner in runners:
+        code, output = finish(runner)
+        assert code == 0 and "failed 0, running 0, waiting 0" in output, output
+    assert len(list(fake.rglob("result.json"))) == 8
+    assert all(history(path.parent) == ["start"] for path in fake.rglob("history"))
+
+
+def test_a_run_outlives_its_killed_runner_and_its_own_death_frees_it(fake):
+    run_dir = fake / "runs/Toy-v0__wait/seed1"
+    first = launch(["wait"])
+    wait_for(lambda: (run_dir / "history").exists())
+    first.kill()
+    first.communicate()
+    second = launch(["wait"])
+    time.sleep(1.5)
+    assert second.poll() is None and history(run_dir) == ["start"]
+    os.kill(pid(run_dir), signal.SIGKILL)
+    wait_for(lambda: history(run_dir) == ["start", "resume"])
+    (fake / "go").touch()
+    assert finish(second)[0] == 0
+
+
+def test_another_run_in_the_directory_is_an_error(fake):
+    assert run(["succeed --total-timesteps 10"])[0] == 0
+    (fake / "runs/Toy-v0__succeed__beta2/seed1").mkdir(parents=True)
+    (fake / "runs/Toy-v0__succeed__beta2/seed1/notes").touch()
+    code, output = run(
+        ["succeed --total-timesteps 20", "succeed --beta 2", "succeed --beta 3", "succeed --gamma 1", "none"]
+    )
+    assert code == 1
+    errors = [line for line in output.splitlines() if line.startswith("failed:")]
+    assert errors == [
+        "failed: succeed --gamma 1: succeed.py has no flag --gamma, or the flag has no value",
+        "failed: none: there is no none.py in . or benchmark",
+        "failed: runs/Toy-v0__succeed/seed1 holds a run with total_timesteps 10, not 20",
+        "failed: runs/Toy-v0__succeed__beta2/seed1 is in use, but there is no args.json in it",
+    ]
+    assert "finished 1 (0 before), failed 4, running 0, waiting 0" in output
+
+
+def test_defaults_are_compared_and_the_number_of_threads_is_not(fake):
+    assert run(["succeed"], "--threads", "1")[0] == 0
+    assert "(1 before)" in run(["succeed"], "--threads", "2")[1]
+    script = fake / "succeed.py"
+    script.write_text(script.read_text().replace("norm_adv: bool = True", "norm_adv: bool = False"))
+    code, output = run(["succeed"])
+    assert code == 1 and "holds a run with norm_adv True, not False" in output
+
+
+def test_dry_run_prints_commands_that_run_as_they_are(fake):
+    code, output = run(["single --seeds 2", "succeed --seeds 3"], "--dry-run", STEPS="5")
+    lines = output.splitlines()
+    assert code == 0 and len(lines) == 3 and not (fake / "runs").exists()
+    for line in lines:
+        subprocess.run(line, shell=True, check=True)
+    assert len(list(fake.glob("runs/*__steps5/**/result.json"))) == 5
+    assert run(["single --seeds 2", "succeed --seeds 3"], "--dry-run", STEPS="5") == (0, "")
+
+
+@pytest.mark.parametrize(
+    ("cells", "environment", "message"),
+    [
+        (["succeed --env-id Ant-v4"], {"ENVS": "Ant Bee"}, "ENVS: this sweep has no Bee"),
+        (["succeed"], {"WORKERS": "many"}, "WORKERS must be a whole number"),
+        (["succeed"], {"SEEDS": "0"}, "every number must be at least 1"),
+        ([], {}, "no cells on standard input"),
+        (["succeed"], {"PATH": ""}, "there is no sbatch"),
+    ],
+)
+def test_bad_input(fake, cells, environment, message):
+    code, output = run(cells, *(["--slurm"] if "PATH" in environment else []), **environment)
+    assert code != 0 and message in output and len(output.splitlines()) == 1, output
+
+
+# The sweeps
+
+TABLE_6 = {  # steps of SPPO; beta of SPPO and of SA2C, without and with noise
+    "Ant-v4": (2_000_000, (20, 20), (0.2, 0.2)),
+    "BipedalWalker-v3": (1_000_000, (20, 25), (0.5, 10)),
+    "HalfCheetah-v4": (2_000_000, (20, 25), (5, 10)),
+    "Hopper-v4": (2_000_000, (20, 50), (0.2, 10)),
+    "HumanoidStandup-v4": (10_000_000, (20, 25), (0.5, 10)),
+    "InvertedDoublePendulum-v4": (1_000_000, (20, 25), (5, 10)),
+    "LunarLanderContinuous-v3": (2_000_000, (20, 20), (5, 5)),
+    "Swimmer-v4": (2_000_000, (20, 50), (0.2, 10)),
+    "Walker2d-v4": (5_000_000, (20, 25), (0.2, 10)),
+}
+GAMES = """Alien Assault Asterix BeamRider Centipede CrazyClimber DemonAttack Frostbite Gopher Gravitar Krull MsPacman
+NameThisGame Qbert Riverraid RoadRunner Seaquest StarGunner TimePilot UpNDown VideoPinball WizardOfWor""".split()
+SA2C_NOISE_BETA_1 = "Alien Assault Gravitar MsPacman Qbert StarGunner TimePilot UpNDown VideoPinball".split()
+
+
+def sweep(name, out, *flags, **environment):
+    environment = {k: v for k, v in os.environ.items() if k not in NARROWING} | {"PYTHON": sys.executable} | environment
+    command = [str(ROOT / "benchmark" / f"{name}.sh"), "--out", str(out), *flags]
+    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120)
+
+
+def dry_run(name, out, **environment):
+    """(script, {flag: value}) of every command."""
+    process = sweep(name, out, "--dry-run", **environment)
+    assert process.returncode == 0, process.stderr
+    commands = [shlex.split(line) for line in process.stdout.splitlines()]
+    return [(Path(c[1]).stem, dict(zip(c[2::2], c[3::2]))) for c in commands]
+
+
+def settings(commands):
+    """(script, algo, env_id, steps, alpha, beta, noise) of every command, sorted."""
+    found = []
+    for script, flags in commands:
+        noise = float(flags.get("--reward-noise-std", flags.get("--reward-flip-prob", 0)))
+        weights = [float(flags[k]) for k in ("--alpha", "--beta")] if "--alpha" in flags else [0.0, 0.0]
+        steps = int(flags["--total-timesteps"])
+        found.append((script, flags.get("--algo", ""), flags["--env-id"], steps, *weights, noise))
+    return sorted(found)
+
+
+def continuous(script, algo, env_id, steps, betas):
+    """The cells of an environment: Gaussian, discretized baseline and ours, without and with noise."""
+    cells = []
+    for noise, beta in zip((0.0, 0.05), betas):
+        cells.append(("gaussian_sb3", algo, env_id, steps, 0.0, 0.0, noise))
+        cells += [(script, "", env_id, steps, *weights, noise) for weights in ((1.0, 0.0), (0.5, beta))]
+    return cells
+
+
+def atari(script, game, betas, noisy_betas):
+    cells = []
+    for noise, values in ((0.0, betas), (0.1, noisy_betas)):
+        for weights in ((1.0, 0.0), *((0.5, beta) for beta in values)):
+            cells.append((script, "", f"{game}NoFrameskip-v4", 10_000_000, *weights, noise))
+    return cells
+
+
+SWEEPS = {
+    "continuous_ppo": [
+        cell
+        for env_id, (steps, betas, _) in TABLE_6.items()
+        for cell in continuous("sppo_continuous_discretized", "ppo", env_id, steps, betas)
+    ],
+    "continuous_a2c": [
+        cell
+        for env_id, (_, _, betas) in TABLE_6.items()
+        for cell in continuous("sa2c_continuous_discretized", "a2c", env_id, 2_000_000, betas)
+    ],
+    "atari_ppo": [cell for game in GAMES for cell in atari("sppo_atari", game, (1,), (10,))],
+    "atari_a2c": [
+        cell for game in GAMES for cell in atari("sa2c_atari", game, (5,), (1 if game in SA2C_NOISE_BETA_1 else 5,))
+    ],
+    "beta_sensitivity": [
+        cell for game in GAMES for cell in atari("sppo_atari", game, (0.5, 1, 5, 10, 25), (0.5, 1, 5, 10, 25))
+    ],
+    "sign_flips": [
+        *(atari("sppo_atari", game, (), ())[0] for game in ("CrazyClimber", "WizardOfWor")),
+        ("sppo_continuous_discretized", "", "Ant-v4", 2_000_000, 1.0, 0.0, 0.0),
+        ("sppo_continuous_discretized", "", "Walker2d-v4", 5_000_000, 1.0, 0.0, 0.0),
+    ],
+}
+
+
+@pytest.mark.parametrize("name", SWEEPS)
+def test_a_sweep_is_what_the_paper_ran(name, tmp_path):
+    commands = dry_run(name, tmp_path)
+    assert set(settings(commands)) == set(SWEEPS[name])
+    seeds = Counter()  # of every cell
+    for setting, command in zip(settings(commands), sorted(commands, key=lambda c: settings([c]))):
+        first, count = int(command[1]["--seed"]), int(command[1].get("--num-seeds", 1))
+        seeds.update((setting, seed) for seed in range(first, first + count))
+    expected = {(s, seed) for s in SWEEPS[name] for seed in range(1, 6 if "atari" in s[0] else 31)}
+    assert set(seeds) == expected and set(seeds.values()) == {1}
+    assert len({command[1]["--run-dir"] for command in commands}) == len(commands)
+
+
+@pytest.mark.parametrize("name", SWEEPS)
+def test_the_smoke_form_of_a_sweep(name, tmp_path):
+    env_id = SWEEPS[name][-1][2]
+    commands = dry_run(name, tmp_path, SEEDS="1", STEPS="4096", ENVS=env_id.replace("NoFrameskip-v4", ""))
+    cells = [(*s[:3], 4096, *s[4:]) for s in SWEEPS[name] if s[2] == env_id]
+    assert settings(commands) == sorted(cells)
+    assert all(flags["--run-dir"].endswith("steps4096/seed1") for _, flags in commands)
+
+
+def test_sweeps_share_the_runs_they_have_in_common(tmp_path):
+    run_dirs = {
+        name: {flags["--run-dir"] for _, flags in dry_run(name, tmp_path)}
+        for name in ("atari_ppo", "beta_sensitivity", "continuous_ppo", "sign_flips")
+    }
+    assert run_dirs["atari_ppo"] <= run_dirs["beta_sensitivity"]
+    assert run_dirs["sign_flips"] <= run_dirs["atari_ppo"] | run_dirs["continuous_ppo"]
+
+
+def test_a_command_line_in_full(tmp_path):
+    process = sweep("continuous_ppo", tmp_path, "--dry-run", ENVS="Hopper", SEEDS="12")
+    flags = "--env-id Hopper-v4 --total-timesteps 2000000 --alpha 0.5 --beta 50 --reward-noise-std 0.05"
+    cell = f"{tmp_path}/Hopper-v4__sppo_continuous_discretized__alpha0.5_beta50_noise0.05"
+    command = f"{sys.executable} sppo_continuous_discretized.py {flags}"
+    assert process.stdout.splitlines()[-2:] == [
+        f"{command} --seed 1 --num-seeds 10 --run-dir {cell}/seeds1-10 --num-threads 1",
+        f"{command} --seed 11 --num-seeds 2 --run-dir {cell}/seeds11-12 --num-threads 1",
+    ]
+
+
+def test_continuous_ppo_for_real(tmp_path):
+    narrow = {"ENVS": "InvertedDoublePendulum-v4", "SEEDS": "1", "STEPS": "2048", "WORKERS": "3"}
+    process = sweep("continuous_ppo", tmp_path, **narrow)
+    assert process.returncode == 0, process.stdout + process.stderr
+    results = [json.loads(path.read_text()) for path in tmp_path.rglob("result.json")]
+    assert Counter(r["script"] for r in results) == {"gaussian_sb3": 2, "sppo_continuous_discretized": 4}
+    assert len({tuple(r) for r in results}) == 1  # the same keys in the same order
+    assert {r["total_timesteps"] for r in results} == {2048}
+    assert all(len(r["eval_returns"]) == 10 for r in results)
+    curves = next(tmp_path.glob("*gaussian*/seed1/curves.csv")).read_text().splitlines()
+    assert [row.split(",")[0] for row in curves] == ["global_step", "2048", "2048"]
+    process = sweep("continuous_ppo", tmp_path, **narrow)
+    assert process.returncode == 0 and "finished 6 (6 before)" in process.stdout
+
+
+def test_gaussian_noise_comes_after_normalization_and_clipping():
+    rewards, statistics = [], []
+    for std in (0.0, 0.05):
+        normalize = VecNormalize(DummyVecEnv([lambda: make_env("InvertedDoublePendulum-v4")] * 4), clip_reward=1.0)
+        envs = NoisyReward(normalize, std, seed=1)
+        envs.seed(1)
+        envs.reset()
+        rewards.append(np.array([envs.step(np.zeros((4, 1)))[1] for _ in range(500)]))
+        statistics.append((normalize.ret_rms.mean, normalize.ret_rms.var))
+    noise = rewards[1] - rewards[0]
+    assert rewards[0].max() == 1.0 < rewards[1].max()
+    assert abs(noise.mean()) < 0.005 and abs(noise.std() - 0.05) < 0.003
+    assert statistics[0] == statistics[1]
+
+
+# Slurm
+
+
+def test_a_job_array_lists_its_jobs(fake):
+    options = "--slurm --dry-run --partition cpu --time 1:00:00 --cpus-per-task 4 --gpus-per-task 1 --array-limit 8"
+    code, output = run(["single --seeds 3"], *options.split())
+    lines = output.splitlines()
+    assert code == 0 and lines[0] == "#!/bin/bash" and lines[-1] == "JOBS"
+    assert lines[-4] == "single --seed 1 --run-dir runs/Toy-v0__single/seed1"
+    for option in "requeue array=1-3%8 partition=cpu time=1:00:00 cpus-per-task=4 gpus-per-task=1".split():
+        assert f"#SBATCH --{option}" in lines
+    jobs = lines[-4:-1]
+    assert run(jobs, "--task", "1/2")[0] == 0
+    assert {path.parent.name for path in fake.rglob("result.json")} == {"seed1", "seed3"}
+
+
+def slurm_runs():
+    try:
+        return subprocess.run(["sinfo"], capture_output=True, timeout=10).returncode == 0
+    except (OSError, subprocess.TimeoutExpired):
+        return False
+
+
+@pytest.mark.skipif(not slurm_runs(), reason="no Slurm here; benchmark/slurm_local.sh starts one")
+def test_a_job_array_survives_being_requeued(fake):
+    run_dir = fake / "runs/Toy-v0__wait/seed1"
+    code, output = run(["succeed --seeds 2", "wait"], "--slurm", "--batch", "1")
+    assert code == 0, output
+    job = output.split()[-1]
+    wait_for(lambda: (run_dir / "history").exists())
+    time.sleep(0.3)
+    subprocess.run(["scontrol", "requeue", f"{job}_3"], check=True)
+    wait_for(lambda: (run_dir / "checkpoint.pt").exists())
+    (fake / "go").touch()
+
+    def finished():  # Slurm lets a requeued job wait for two minutes, unless it is told not to
+        subprocess.run(["scontrol", "update", f"jobid={job}_3", "starttime=now"], capture_output=True)
+        return len(list(fake.rglob("result.json"))) == 3
+
+    wait_for(finished)
+    assert history(run_dir) == ["start", "resume"]
