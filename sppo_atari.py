@@ -381,7 +381,10 @@ def train(args: Args, run_dir: Path) -> None:
     last_returns = deque(maxlen=EVAL_EPISODES)
     checkpoint = load_checkpoint(run_dir)
     if checkpoint:
-        learner.load(checkpoint["learner"])
+        try:
+            learner.load(checkpoint["learner"])
+        except (RuntimeError, KeyError, ValueError):
+            raise InputError(f"the checkpoint in {run_dir} is of another network") from None
         counters = checkpoint["counters"]
         last_returns.extend(checkpoint["last_returns"])
     global_step = counters["global_step"]
@@ -506,8 +509,6 @@ def train(args: Args, run_dir: Path) -> None:
         raise KeyboardInterrupt
 
     eval_returns = evaluate(agent, args, run_dir / f"videos/step{global_step}")
-    log.write(global_step, {"eval/episodic_return": eval_returns.mean()})
-    log.close()
     save_model(run_dir, learner, args)
     result = {
         "script": SCRIPT,
@@ -524,6 +525,8 @@ def train(args: Args, run_dir: Path) -> None:
         "commit": commit,
     }
     write_json(run_dir / "result.json", result)
+    log.write(global_step, {"eval/episodic_return": eval_returns.mean()})
+    log.close()
 
 
 def evaluate(agent: Agent, args: Args, video_dir: Path) -> np.ndarray:
@@ -572,10 +575,13 @@ def evaluate_saved(path: Path, capture_video: bool) -> np.ndarray:
         raise InputError(f"{path} is not a safetensors file ({error})") from None
     if metadata.get("script") != SCRIPT:
         raise InputError(f"{path} is a model of {metadata.get('script', 'something else')}, not of {SCRIPT}")
-    args = Args(**json.loads(metadata["args"]) | {"capture_video": capture_video})
+    try:
+        args = Args(**json.loads(metadata["args"]) | {"capture_video": capture_video})
+        agent = Agent(len(tensors["actor.bias"]), torch.Generator())
+        agent.load_state_dict(tensors)
+    except (KeyError, ValueError, TypeError, RuntimeError):
+        raise InputError(f"{path} is damaged: arguments or tensors are missing") from None
     torch.set_num_threads(args.num_threads)
-    agent = Agent(len(tensors["actor.bias"]), torch.Generator())
-    agent.load_state_dict(tensors)
     return evaluate(agent, args, path.parent / "videos")
 
 
@@ -784,7 +790,7 @@ def main() -> int:
             create_run_dir(args, run_dir)
         return run(args, run_dir)
     except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print("error:", " ".join(str(error).split()), file=sys.stderr)
         return 2
     except RunError as error:
         print(f"error: {error}\nto go on: python {SCRIPT}.py --resume {run_dir}", file=sys.stderr)

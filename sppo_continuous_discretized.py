@@ -21,6 +21,7 @@ import time
 import warnings
 from collections import deque
 from collections.abc import Callable, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from functools import partial
 from importlib.metadata import version
@@ -170,6 +171,13 @@ class SubEnv(gym.Wrapper):
     def step(self, action):
         try:
             return *self.env.step(action)[:4], {}
+        except Exception as error:
+            error.env_index = self.env_index
+            raise
+
+    def reset(self, **options):
+        try:
+            return self.env.reset(**options)[0], {}
         except Exception as error:
             error.env_index = self.env_index
             raise
@@ -442,7 +450,10 @@ def train(args: Args, run_dirs: dict[int, Path]) -> None:
     last_returns = [deque(maxlen=EVAL_EPISODES) for _ in seeds]
     checkpoints = [load_checkpoint(run_dir) for run_dir in run_dirs.values()]
     if checkpoints[0]:
-        learner.load([c["learner"] for c in checkpoints])
+        try:
+            learner.load([c["learner"] for c in checkpoints])
+        except (RuntimeError, KeyError):
+            raise InputError(f"the checkpoint in {next(iter(run_dirs.values()))} is of another network") from None
         counters = checkpoints[0]["counters"]
         for recent, c in zip(last_returns, checkpoints):
             recent.extend(c["last_returns"])
@@ -470,6 +481,15 @@ def train(args: Args, run_dirs: dict[int, Path]) -> None:
             (run_dirs[seeds[i]] / "failed.txt").write_text(message + "\n")
         raise RunError(message)
 
+    @contextmanager
+    def naming_the_seed(envs_per_agent: int):
+        try:
+            yield
+        except Exception as error:
+            if not hasattr(error, "env_index"):
+                raise
+            stop_without([error.env_index // envs_per_agent], f"the environment raised {error!r}")
+
     def video_dirs(step: int) -> list[Path]:
         return [run_dir / "videos" / f"step{step}" for run_dir in run_dirs.values()] if args.capture_video else []
 
@@ -494,7 +514,8 @@ def train(args: Args, run_dirs: dict[int, Path]) -> None:
     episode_return, episode_length = np.zeros((N, E)), np.zeros((N, E))
     episodes, stats, last_log = [[] for _ in seeds], [], global_step  # since the last log
 
-    raw_obs, _ = envs.reset(seed=env_seeds(seeds, E, TRAINING, global_step))
+    with naming_the_seed(E):
+        raw_obs, _ = envs.reset(seed=env_seeds(seeds, E, TRAINING, global_step))
     obs = normalizer.obs(raw_obs.reshape(N, E, obs_dim))
     while global_step < total_timesteps and not stop_signals:
         iteration_start = time.perf_counter()
@@ -506,12 +527,9 @@ def train(args: Args, run_dirs: dict[int, Path]) -> None:
             with torch.no_grad():
                 actions = (agent.logits(torch.from_numpy(obs).to(device)) + gumbel[t]).argmax(-1).cpu().numpy()
             obs_buf[t], action_buf[t] = obs, actions
-            try:
-                raw_obs, raw_reward, terminated, truncated, infos = envs.step(
-                    bins[actions, np.arange(action_dim)].reshape(envs.action_space.shape)
-                )
-            except Exception as error:
-                stop_without([error.env_index // E], f"the environment raised {type(error).__name__}: {error}")
+            action_values = bins[actions, np.arange(action_dim)].reshape(envs.action_space.shape)
+            with naming_the_seed(E):
+                raw_obs, raw_reward, terminated, truncated, infos = envs.step(action_values)
             raw_obs, raw_reward = raw_obs.reshape(N, E, obs_dim), raw_reward.reshape(N, E)
             done = (terminated | truncated).reshape(N, E)
             obs = normalizer.obs(raw_obs)
@@ -573,7 +591,8 @@ def train(args: Args, run_dirs: dict[int, Path]) -> None:
         sps = counters["train_steps"] / max(counters["train_seconds"], 1e-9)
         evaluated = None
         if args.eval_every and global_step % args.eval_every < rollout_size and global_step < total_timesteps:
-            evaluated = evaluate(agent, normalizer, args, seeds, video_dirs(global_step))
+            with naming_the_seed(EVAL_EPISODES):
+                evaluated = evaluate(agent, normalizer, args, seeds, video_dirs(global_step))
         if global_step - last_log >= LOG_EVERY or global_step == total_timesteps or evaluated is not None:
             means = {tag: torch.stack([s[tag] for s in stats]).mean(0).tolist() for tag in stats[0]}
             unexplained = (returns - values).var((0, 2)) / (returns.var((0, 2)) + 1e-8)
@@ -599,9 +618,9 @@ def train(args: Args, run_dirs: dict[int, Path]) -> None:
     if stop_signals:
         raise KeyboardInterrupt
 
-    for i, eval_returns in enumerate(evaluate(agent, normalizer, args, seeds, video_dirs(global_step))):
-        logs[i].write(global_step, {"eval/episodic_return": eval_returns.mean()})
-        logs[i].close()
+    with naming_the_seed(EVAL_EPISODES):
+        evaluated = evaluate(agent, normalizer, args, seeds, video_dirs(global_step))
+    for i, eval_returns in enumerate(evaluated):
         run_dir = run_dirs[seeds[i]]
         own_args = json.loads((run_dir / "args.json").read_text())["args"]
         save_model(run_dir, learner, i, own_args)
@@ -620,6 +639,8 @@ def train(args: Args, run_dirs: dict[int, Path]) -> None:
             "commit": commit,
         }
         write_json(run_dir / "result.json", result)
+        logs[i].write(global_step, {"eval/episodic_return": eval_returns.mean()})
+        logs[i].close()
 
 
 def evaluate(agent: Agent, normalizer: Normalizer, args: Args, seeds: list[int], video_dirs: Sequence[Path] = ()):
@@ -660,12 +681,16 @@ def evaluate_saved(path: Path, capture_video: bool) -> np.ndarray:
         raise InputError(f"{path} is not a safetensors file ({error})") from None
     if metadata.get("script") != SCRIPT:
         raise InputError(f"{path} is a model of {metadata.get('script', 'something else')}, not of {SCRIPT}")
-    args = Args(**json.loads(metadata["args"]))
+    try:
+        args = Args(**json.loads(metadata["args"]))
+        obs_mean, obs_var = tensors.pop("obs_mean").numpy(), tensors.pop("obs_var").numpy()
+        action_dim = tensors["actor.4.bias"].shape[-1] // args.num_bins
+        agent = Agent([torch.Generator()], obs_mean.shape[1], action_dim, args.num_bins)
+        agent.load_state_dict(tensors)
+    except (KeyError, ValueError, TypeError, RuntimeError):
+        raise InputError(f"{path} is damaged: arguments or tensors are missing") from None
+    check_env(args.env_id, capture_video)
     torch.set_num_threads(args.num_threads)
-    obs_mean, obs_var = tensors.pop("obs_mean").numpy(), tensors.pop("obs_var").numpy()
-    action_dim = tensors["actor.4.bias"].shape[-1] // args.num_bins
-    agent = Agent([torch.Generator()], obs_mean.shape[1], action_dim, args.num_bins)
-    agent.load_state_dict(tensors)
     normalizer = Normalizer(1, EVAL_EPISODES, obs_mean.shape[1], args.gamma)
     normalizer.obs_rms.mean, normalizer.obs_rms.var = obs_mean, obs_var
     return evaluate(agent, normalizer, args, [args.seed], [path.parent / "videos"] if capture_video else [])[0]
@@ -855,20 +880,25 @@ def validate(args: Args) -> None:
     )
     require(not args.track or find_spec("wandb"), "--track needs Weights & Biases: pip install wandb")
     require(not args.capture_video or find_spec("moviepy"), "--capture-video needs moviepy: pip install moviepy")
+    check_env(args.env_id, args.capture_video)
+
+
+def check_env(env_id: str, capture_video: bool) -> None:
+    """Raise InputError unless env_id is an environment that this script can train on, and record."""
     try:
-        env = make_env(args.env_id)
+        env = make_env(env_id)
+        env.close()
     except Exception as error:  # whatever the environment's constructor raises
-        raise InputError(f"--env-id {args.env_id}: {(str(error) or repr(error)).splitlines()[0]}") from None
-    space = env.action_space
-    env.close()
-    require(
-        isinstance(space, gym.spaces.Box),
-        f"--env-id {args.env_id} has the action space {space}; this script needs a Box",
-    )
-    require(
-        np.isfinite(space.low).all() and np.isfinite(space.high).all(),
-        f"--env-id {args.env_id} has infinite action bounds {space}; bins need finite ones",
-    )
+        raise InputError(f"--env-id {env_id}: {(str(error) or repr(error)).splitlines()[0]}") from None
+    space, obs_space = env.action_space, env.observation_space
+    kind = type(space).__name__
+    require(isinstance(space, gym.spaces.Box), f"--env-id {env_id} has {kind} actions; this script needs a Box")
+    finite = np.isfinite(space.low).all() and np.isfinite(space.high).all()
+    require(finite, f"--env-id {env_id} has infinite action bounds; bins need finite ones")
+    flat = isinstance(obs_space, gym.spaces.Box) and len(obs_space.shape) == 1
+    require(flat, f"--env-id {env_id} has observations that cannot be flattened")
+    renders = "rgb_array" in env.metadata.get("render_modes", [])
+    require(renders or not capture_video, f"--env-id {env_id} cannot render: drop --capture-video")
 
 
 def only(args: Args, *names: str) -> None:
@@ -885,8 +915,8 @@ def run(args: Args, run_dirs: dict[int, Path]) -> int:
         if failed.exists() and len(run_dirs) > 1:
             print(f"{failed.read_text().strip()} (retry with --resume {run_dir})")
         elif not (run_dir / "result.json").exists():
-            failed.unlink(missing_ok=True)
             checkpoint = load_checkpoint(run_dir)
+            failed.unlink(missing_ok=True)
             groups.setdefault(checkpoint["counters"]["global_step"] if checkpoint else 0, {})[seed] = run_dir
     for _, group in sorted(groups.items()):
         train(args, group)
@@ -918,7 +948,7 @@ def main() -> int:
             run_dirs = create_run_dirs(args, run_dir)
         return run(args, run_dirs)
     except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print("error:", " ".join(str(error).split()), file=sys.stderr)
         return 2
     except RunError as error:
         print(f"error: {error}\nto go on: python {SCRIPT}.py --resume {run_dir}", file=sys.stderr)

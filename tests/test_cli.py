@@ -1,0 +1,872 @@
+"""The scripts through their command line: output, determinism, survival, bad input, learning, likeness."""
+
+import ast
+import csv
+import importlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from itertools import combinations, pairwise
+from pathlib import Path
+
+import gymnasium as gym
+import imageio.v2 as imageio
+import numpy as np
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+ROOT = Path(__file__).resolve().parent.parent
+CONTINUOUS = ("sppo_continuous_discretized", "sa2c_continuous_discretized")
+PENDULUM = ("--env-id", "InvertedDoublePendulum-v4")
+SPPO_UPDATE = ("--num-minibatches", "4", "--update-epochs", "2")
+sppo_only = pytest.mark.parametrize("script", CONTINUOUS[:1], indirect=True)
+RESULT_KEYS = {
+    "script",
+    "env_id",
+    "seed",
+    "args",
+    "total_timesteps",
+    "eval_returns",
+    "eval_mean",
+    "train_last10_mean",
+    "sps",
+    "wall_seconds",
+    "versions",
+    "commit",
+}
+TABLE_6 = (
+    "Ant-v4",
+    "BipedalWalker-v3",
+    "HalfCheetah-v4",
+    "Hopper-v4",
+    "HumanoidStandup-v4",
+    "InvertedDoublePendulum-v4",
+    "LunarLanderContinuous-v3",
+    "Swimmer-v4",
+    "Walker2d-v4",
+)
+TOY_LOW = np.array([[-1, -2, -3], [0, 1, 2]], np.float32)
+TOY_HIGH = np.array([[1, 2, 3], [5, 6, 7]], np.float32)
+
+
+class ToyEnv(gym.Env):
+    """Ten-step episodes, Dict observations and a (2, 3) Box of actions with bounds of their own in every entry."""
+
+    observation_space = gym.spaces.Dict({"position": gym.spaces.Box(-1, 1, (3,)), "mode": gym.spaces.Discrete(4)})
+
+    def __init__(self, render_mode=None, infinite=False, nan_after=None):
+        self.render_mode, self.nan_after, self.steps, self.lifetime = render_mode, nan_after, 0, 0
+        self.action_space = gym.spaces.Box(TOY_LOW, np.full_like(TOY_HIGH, np.inf) if infinite else TOY_HIGH)
+
+    def observation(self):
+        return {"position": self.np_random.uniform(-1, 1, 3).astype(np.float32), "mode": self.steps % 4}
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.steps = 0
+        return self.observation(), {}
+
+    def step(self, action):
+        bins = (action - TOY_LOW) / (TOY_HIGH - TOY_LOW) * 10
+        assert action.shape == (2, 3) and np.allclose(bins, bins.round(), atol=1e-4), action
+        self.steps += 1
+        self.lifetime += 1
+        reward = float("nan") if self.nan_after and self.lifetime > self.nan_after else float(bins.mean())
+        return self.observation(), reward, self.steps == 10, False, {}
+
+
+class PlainEnv(ToyEnv):
+    """An environment that knows no render_mode, which gymnasium does not demand."""
+
+    def __init__(self):
+        super().__init__()
+
+
+@pytest.fixture(scope="session", params=CONTINUOUS)
+def script(request):
+    return importlib.import_module(request.param)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def toy_envs():
+    gym.register("Toy-v0", ToyEnv)
+    gym.register("ToyPlain-v0", PlainEnv)
+    gym.register("ToyInfinite-v0", ToyEnv, kwargs={"infinite": True})
+    gym.register("ToyNaN-v0", ToyEnv, kwargs={"nan_after": 40})
+
+
+@pytest.fixture
+def call(script, monkeypatch, capsys, tmp_path):
+    """main() in this process, with tmp_path as working directory; returns (exit code, stdout, stderr)."""
+    monkeypatch.chdir(tmp_path)
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def call(*flags):
+        monkeypatch.setattr(sys, "argv", [script.__file__, *map(str, flags)])
+        code = script.main()
+        return code, *capsys.readouterr()
+
+    yield call
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
+def small(script, num_steps=16):
+    """Flags of a rollout of 2 * num_steps steps."""
+    return ("--num-envs", "2", "--num-steps", num_steps, *(SPPO_UPDATE if script.SCRIPT.startswith("sppo") else ()))
+
+
+def launch(script, cwd, *flags):
+    command = [sys.executable, script.__file__, *map(str, flags)]
+    return subprocess.Popen(command, cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def run_script(script, cwd, *flags):
+    process = launch(script, cwd, *flags)
+    out, err = process.communicate(timeout=300)
+    return process.returncode, out, err
+
+
+def read_curves(run_dir):
+    with (run_dir / "curves.csv").open() as file:
+        return list(csv.DictReader(file))
+
+
+def curve_points(run_dir):
+    """{tag: [(step, value)]} of curves.csv"""
+    rows = read_curves(run_dir)
+    points = {tag: [(int(r["global_step"]), float(r[tag])) for r in rows if r[tag]] for tag in rows[0]}
+    return {tag: p for tag, p in points.items() if p and tag != "global_step"}
+
+
+def event_points(run_dir):
+    """{tag: [(step, value)]} of the TensorBoard events"""
+    events = EventAccumulator(str(run_dir), size_guidance={"scalars": 0}).Reload()
+    return {tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+
+
+def read_result(run_dir):
+    return json.loads((run_dir / "result.json").read_text())
+
+
+def snapshot(directory):
+    """{path: (content, modification time)} of everything below directory"""
+    return {p: (p.read_bytes() if p.is_file() else None, p.stat().st_mtime_ns) for p in directory.rglob("*")}
+
+
+def assert_refused(code, err, *words):
+    assert code == 2, err
+    assert err.startswith("error: ") and err.endswith("\n") and err.count("\n") == 1, err
+    for word in words:
+        assert word in err, err
+
+
+FINISHED_STEPS = ("--total-timesteps", "5000", "--seed", "3")
+
+
+@pytest.fixture(scope="session")
+def finished(script, tmp_path_factory):
+    """(working directory, stdout, stderr) of a run that has ended; its directory is "run"."""
+    cwd = tmp_path_factory.mktemp("finished")
+    flags = (*PENDULUM, *FINISHED_STEPS, *small(script, 256), "--eval-every", "2048", "--run-dir", "run")
+    code, out, err = run_script(script, cwd, *flags)
+    assert code == 0, err
+    return cwd, out, err
+
+
+@pytest.fixture
+def unfinished(finished, tmp_path):
+    """A copy of the finished run with its last checkpoint, before its result was written."""
+    run_dir = shutil.copytree(finished[0] / "run", tmp_path / "run")
+    (run_dir / "result.json").unlink()
+    (run_dir / "model.safetensors").unlink()
+    return run_dir
+
+
+def test_finished_run_leaves_the_agreed_files_and_nothing_else(finished):
+    cwd, _, err = finished
+    assert err == ""
+    assert [p.name for p in cwd.iterdir()] == ["run"]
+    names = {p.name for p in (cwd / "run").iterdir()}
+    events = {name for name in names if name.startswith("events.out.tfevents")}
+    assert len(events) == 1
+    assert names - events == {"args.json", "checkpoint.pt", "model.safetensors", "curves.csv", "result.json"}
+
+
+def test_result_has_the_agreed_keys_and_total_rounds_up_to_whole_rollouts(script, finished):
+    cwd, out, _ = finished
+    result = read_result(cwd / "run")
+    assert set(result) == RESULT_KEYS
+    assert (result["script"], result["env_id"], result["seed"]) == (script.SCRIPT, "InvertedDoublePendulum-v4", 3)
+    assert result["args"] == json.loads((cwd / "run" / "args.json").read_text())["args"]
+    assert result["args"]["total_timesteps"] == 5000 and result["args"]["num_seeds"] == 1
+    assert result["total_timesteps"] == 5120
+    assert len(result["eval_returns"]) == 10 and all(isinstance(r, float) for r in result["eval_returns"])
+    assert len(set(result["eval_returns"])) == 10
+    assert result["eval_mean"] == pytest.approx(np.mean(result["eval_returns"]))
+    assert 20 < result["train_last10_mean"] < 10_000
+    assert result["sps"] > 100 and result["wall_seconds"] > 5120 / result["sps"]
+    assert result["versions"]["torch"] == torch.__version__
+    assert "5,120" in out and f"{result['eval_mean']:.1f}" in out and "run" in out
+
+
+def test_curves_hold_the_same_values_as_tensorboard(script, finished):
+    run_dir = finished[0] / "run"
+    assert tuple(read_curves(run_dir)[0]) == ("global_step", *script.METRICS)
+    assert [int(row["global_step"]) for row in read_curves(run_dir)] == [2048, 4096, 5120, 5120]
+    curves, events = curve_points(run_dir), event_points(run_dir)
+    assert set(curves) == set(events) == set(script.METRICS)
+    for tag, points in curves.items():
+        assert [step for step, _ in points] == [step for step, _ in events[tag]], tag
+        np.testing.assert_allclose([v for _, v in points], [v for _, v in events[tag]], rtol=1e-5, err_msg=tag)
+
+
+def test_periodic_evaluations_and_the_final_one_are_logged(finished):
+    points = curve_points(finished[0] / "run")["eval/episodic_return"]
+    assert [step for step, _ in points] == [2048, 4096, 5120]
+    assert points[-1][1] == pytest.approx(read_result(finished[0] / "run")["eval_mean"], rel=1e-5)
+
+
+def test_evaluate_prints_the_returns_of_the_final_evaluation(script, finished, call):
+    run_dir = finished[0] / "run"
+    result = read_result(run_dir)
+    line = f"evaluation {result['eval_mean']:.1f} ({' '.join(f'{r:.1f}' for r in result['eval_returns'])})\n"
+    before = snapshot(finished[0])
+    assert run_script(script, finished[0], "--evaluate", "run") == (0, line, "")
+    assert call("--evaluate", run_dir / "model.safetensors") == (0, line, "")
+    assert script.evaluate_saved(run_dir, False).tolist() == result["eval_returns"]
+    assert snapshot(finished[0]) == before
+
+
+def test_saved_model_is_enough_to_act_with_numpy_alone(script, finished):
+    run_dir = finished[0] / "run"
+    with safe_open(run_dir / "model.safetensors", "numpy") as file:
+        metadata, model = file.metadata(), {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    args = json.loads(metadata["args"])
+    assert metadata["script"] == script.SCRIPT and args == read_result(run_dir)["args"]
+    env = script.make_env(args["env_id"])
+    bins = np.linspace(env.action_space.low, env.action_space.high, args["num_bins"])
+    returns = []
+    for seed in script.env_seeds([args["seed"]], 10, script.EVALUATION):
+        obs, _ = env.reset(seed=seed)
+        total, done = 0.0, False
+        while not done:
+            x = ((obs - model["obs_mean"]) / np.sqrt(model["obs_var"] + 1e-8)).clip(-10, 10)
+            for layer in (0, 2):
+                x = np.tanh(x @ model[f"actor.{layer}.weight"] + model[f"actor.{layer}.bias"][0])
+            logits = (x @ model["actor.4.weight"] + model["actor.4.bias"][0]).reshape(-1, args["num_bins"])
+            obs, reward, terminated, truncated, _ = env.step(bins[logits.argmax(-1), range(len(logits))])
+            total, done = total + reward, terminated or truncated
+        returns.append(total)
+    np.testing.assert_allclose(returns, read_result(run_dir)["eval_returns"], rtol=1e-6)
+
+
+def test_same_seed_gives_the_same_run_another_seed_does_not(script, finished, call, tmp_path):
+    flags = (*PENDULUM, *small(script, 256), "--total-timesteps", "5000", "--eval-every", "2048")
+    assert call(*flags, "--seed", 3, "--run-dir", "same")[0] == 0
+    assert call(*flags, "--seed", 4, "--run-dir", "other")[0] == 0
+
+    def outcome(run_dir):
+        rows = [{tag: value for tag, value in row.items() if tag != "charts/SPS"} for row in read_curves(run_dir)]
+        return rows, read_result(run_dir)["eval_returns"]
+
+    expected, same, other = (outcome(d) for d in (finished[0] / "run", tmp_path / "same", tmp_path / "other"))
+    assert same == expected
+    assert all(a != b for a, b in zip(other[0], expected[0]))
+    assert not set(other[1]) & set(expected[1])
+
+
+def test_periodic_evaluation_does_not_change_training(script, finished, call, tmp_path):
+    assert call(*PENDULUM, *FINISHED_STEPS, *small(script, 256), "--run-dir", "without")[0] == 0
+    with_eval, without = (load_file(d / "model.safetensors") for d in (finished[0] / "run", tmp_path / "without"))
+    assert with_eval.keys() == without.keys()
+    assert all(torch.equal(with_eval[key], without[key]) for key in with_eval)
+
+
+@pytest.mark.skipif(not any(map(shutil.which, ("c++", "g++", "clang++"))), reason="no C++ compiler")
+def test_compiled_update_equals_the_eager_one(script, call, monkeypatch, tmp_path):
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "inductor"))
+    flags = (*PENDULUM, *small(script), "--total-timesteps", 64)
+    assert call(*flags, "--run-dir", "eager")[0] == 0
+    assert call(*flags, "--run-dir", "compiled", "--compile")[0] == 0
+    eager, compiled = (load_file(tmp_path / name / "model.safetensors") for name in ("eager", "compiled"))
+    start = script.Agent([torch.Generator().manual_seed(1)], 8 + 3, 1, 11).state_dict()
+    moved = [key for key in start if start[key][0].shape != eager[key].shape or not start[key][0].equal(eager[key])]
+    assert len(moved) == len(start)
+    for key in eager:
+        torch.testing.assert_close(compiled[key], eager[key], rtol=1e-4, atol=1e-6, msg=key)
+
+
+def test_box2d_run_records_a_playable_video(script, tmp_path):
+    flags = ("--env-id", "LunarLanderContinuous-v3", *small(script, 64), "--total-timesteps", "250")
+    code, _, err = run_script(script, tmp_path, *flags, "--run-dir", "run", "--capture-video")
+    assert code == 0, err
+    assert "Warning" not in err and "Traceback" not in err
+    assert [p.name for p in tmp_path.iterdir()] == ["run"]
+    assert set(read_result(tmp_path / "run")) == RESULT_KEYS
+    assert read_result(tmp_path / "run")["total_timesteps"] == 256
+    videos = list((tmp_path / "run" / "videos").rglob("*.mp4"))
+    assert len(videos) == 1
+    frames = list(imageio.get_reader(videos[0]).iter_data())
+    assert len(frames) > 40 and frames[0].shape == (400, 600, 3)
+    assert any((frame != frames[0]).any() for frame in frames)
+
+
+@pytest.mark.parametrize("env_id", TABLE_6)
+def test_every_environment_of_table_6_trains(script, call, monkeypatch, tmp_path, env_id):
+    make_env = script.make_env
+    monkeypatch.setattr(script, "EVAL_EPISODES", 1)
+    monkeypatch.setattr(script, "make_env", lambda *a: gym.wrappers.TimeLimit(make_env(*a), 12))
+    code, _, err = call("--env-id", env_id, *small(script), "--total-timesteps", 64, "--run-dir", "run")
+    assert (code, err) == (0, "")
+    model = load_file(tmp_path / "run" / "model.safetensors")
+    assert all(tensor.isfinite().all() for tensor in model.values())
+    assert np.isfinite(read_result(tmp_path / "run")["eval_returns"]).all()
+    assert [p.name for p in tmp_path.iterdir()] == ["run"]
+
+
+def test_dict_observations_and_matrices_of_actions_work(script, call, tmp_path):
+    code, _, err = call("--env-id", "Toy-v0", *small(script), "--total-timesteps", 128, "--run-dir", "run")
+    assert (code, err) == (0, "")
+    model = load_file(tmp_path / "run" / "model.safetensors")
+    assert model["obs_mean"].shape == (3 + 4,) and model["actor.4.bias"].shape == (1, 2 * 3 * 11)
+    assert script.evaluate_saved(tmp_path / "run", False).tolist() == read_result(tmp_path / "run")["eval_returns"]
+
+
+def test_environment_that_knows_no_render_mode_works(script, call, tmp_path):
+    code, _, err = call("--env-id", "ToyPlain-v0", *small(script), "--total-timesteps", 32, "--run-dir", "run")
+    assert (code, err) == (0, "")
+    assert len(read_result(tmp_path / "run")["eval_returns"]) == 10
+
+
+def rows_of(run_dir):
+    """Complete lines of curves.csv without the header; none before it exists."""
+    path = run_dir / "curves.csv"
+    return [r for r in path.read_text().splitlines(keepends=True)[1:] if r.endswith("\n")] if path.exists() else []
+
+
+def step_of(row):
+    return int(row.split(",")[0])
+
+
+def checkpoint_step(script, run_dir):
+    checkpoint = script.load_checkpoint(run_dir)
+    return checkpoint["counters"]["global_step"] if checkpoint else 0
+
+
+def interrupt(script, cwd, flags, moment, number):
+    """Start a run, send it the signal at the moment, return (exit code, stderr)."""
+    process = launch(script, cwd, *flags)
+    try:
+        deadline = time.monotonic() + 120
+        while not moment():
+            assert process.poll() is None, f"ended before the moment came: {process.communicate()}"
+            assert time.monotonic() < deadline, "the moment never came"
+            time.sleep(0.005)
+        process.send_signal(number)
+        _, err = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    return process.returncode, err
+
+
+@pytest.fixture(scope="session")
+def survivor(script, tmp_path_factory):
+    """A run stopped four times and resumed to its end, with what was seen on the way."""
+    cwd = tmp_path_factory.mktemp("survivor")
+    run_dir = cwd / "run"
+    flags = ("--env-id", "HalfCheetah-v4", *small(script, 128), "--total-timesteps", 12_288)
+    flags = (*flags, "--checkpoint-every", 4096, "--run-dir", "run")
+    resume = ("--resume", "run")
+    seen = {"run_dir": run_dir}
+
+    code, _ = interrupt(script, cwd, flags, lambda: rows_of(run_dir), signal.SIGKILL)
+    assert code == -signal.SIGKILL
+    assert not (run_dir / "checkpoint.pt").exists()
+
+    def past_a_checkpoint():
+        step = checkpoint_step(script, run_dir)
+        return step and step_of(rows_of(run_dir)[-1]) > step
+
+    interrupt(script, cwd, resume, past_a_checkpoint, signal.SIGKILL)
+    seen["killed_at"], seen["killed_rows"] = checkpoint_step(script, run_dir), rows_of(run_dir)
+
+    def one_row_later():
+        row = rows_of(run_dir)[-1]
+        return step_of(row) > seen["killed_at"] and row not in seen["killed_rows"]
+
+    seen["ctrl_c"] = interrupt(script, cwd, resume, one_row_later, signal.SIGINT)
+    seen["stopped_at"], seen["stopped_rows"] = checkpoint_step(script, run_dir), rows_of(run_dir)
+
+    at_the_end = lambda: checkpoint_step(script, run_dir) == 12_288  # noqa: E731
+    interrupt(script, cwd, resume, at_the_end, signal.SIGKILL)
+    seen["evaluating"] = not (run_dir / "result.json").exists()
+
+    seen["end"] = run_script(script, cwd, *resume)
+    return seen
+
+
+def test_run_killed_at_any_moment_resumes_to_the_same_total(survivor):
+    assert survivor["evaluating"]
+    code, out, err = survivor["end"]
+    assert (code, err) == (0, "")
+    result = read_result(survivor["run_dir"])
+    assert result["total_timesteps"] == 12_288 and len(result["eval_returns"]) == 10
+    assert "12,288" in out
+    assert [p.name for p in survivor["run_dir"].parent.iterdir()] == ["run"]
+
+
+def test_resumed_run_continues_from_its_checkpoint(survivor):
+    rows = rows_of(survivor["run_dir"])
+    for moment in ("killed", "stopped"):
+        step = survivor[f"{moment}_at"]
+        kept = [row for row in survivor[f"{moment}_rows"] if step_of(row) <= step]
+        assert kept and rows[: len(kept)] == kept
+        assert step < step_of(rows[len(kept)]) <= step + 2048 + 256
+    assert survivor["stopped_at"] > survivor["killed_at"] >= 4096
+
+
+def test_resumed_run_writes_no_step_twice(survivor):
+    steps = [step_of(row) for row in rows_of(survivor["run_dir"])]
+    assert steps[-1] == steps[-2] == 12_288
+    assert all(a < b for a, b in pairwise(steps[:-1]))
+    for tag, points in event_points(survivor["run_dir"]).items():
+        assert all(a < b for (a, _), (b, _) in pairwise(points)), tag
+
+
+def test_tensorboard_of_a_resumed_run_has_every_row_of_its_curves(survivor):
+    events = event_points(survivor["run_dir"])
+    for tag, points in curve_points(survivor["run_dir"]).items():
+        assert [step for step, _ in events[tag]] == [step for step, _ in points], tag
+
+
+def test_ctrl_c_leaves_a_checkpoint_and_says_how_to_go_on(survivor):
+    code, err = survivor["ctrl_c"]
+    assert code == 130
+    assert "--resume run" in err and "Traceback" not in err
+    assert survivor["killed_at"] < step_of(survivor["stopped_rows"][-1]) <= survivor["stopped_at"] < 12_288
+
+
+def test_kill_between_the_final_evaluation_and_the_result_leaves_one_evaluation_row(
+    script, call, monkeypatch, tmp_path
+):
+    class Killed(BaseException):
+        """Stands for kill -9: nothing in the scripts may catch it."""
+
+    def die_at_the_result(path, content):
+        if path.name == "result.json":
+            raise Killed
+        write_json(path, content)
+
+    write_json, run_dir = script.write_json, tmp_path / "run"
+    monkeypatch.setattr(script, "write_json", die_at_the_result)
+    with pytest.raises(Killed):
+        call(*PENDULUM, *small(script), "--total-timesteps", "64", "--run-dir", run_dir)
+    monkeypatch.setattr(script, "write_json", write_json)
+    assert call("--resume", run_dir)[0] == 0
+    evaluations = [row for row in rows_of(run_dir) if not row.endswith(",\n")]
+    assert [step_of(row) for row in evaluations] == [64]
+    assert [step for step, _ in event_points(run_dir)["eval/episodic_return"]] == [64]
+
+
+def random_batch(script, num_agents, seed):
+    """A minibatch as gradients() takes it, for 4 observations, 2 action dimensions and 5 bins."""
+    generator = torch.Generator().manual_seed(seed)
+    normal = [torch.randn(num_agents, 16, generator=generator) for _ in range(2)]
+    obs = torch.randn(num_agents, 16, 4, generator=generator)
+    actions = torch.randint(5, (num_agents, 16, 2), generator=generator)
+    old_logprob = [torch.full((num_agents, 16), -2 * np.log(5))] if script.SCRIPT.startswith("sppo") else []
+    return [obs, actions, *old_logprob, *normal]
+
+
+def update(script, learner, args, batch):
+    """One update as train() does it; one normalization update and some random numbers besides."""
+    clip = [torch.tensor(0.2)] if script.SCRIPT.startswith("sppo") else []
+    grads, _ = script.gradients(learner.agent, batch, *clip, args)
+    for p, g in zip(learner.agent.parameters(), grads):
+        p.grad = g
+    learner.optimizer.step()
+    learner.normalizer.obs(batch[0].numpy().astype(float))
+    learner.normalizer.reward(batch[-1][:, : args.num_envs].numpy(), np.zeros((len(batch[0]), args.num_envs), bool))
+    return learner.draw(3, kind="normal_")
+
+
+def flat(tree):
+    """Leaves of nested dicts and lists, as {path: leaf}"""
+    items = tree.items() if isinstance(tree, dict) else enumerate(tree) if isinstance(tree, list) else None
+    if items is None:
+        return {"": tree}
+    return {f"{key}/{path}": leaf for key, value in items for path, leaf in flat(value).items()}
+
+
+def test_learner_state_round_trip_is_exact_and_training_goes_on_as_before(script, tmp_path):
+    args = script.Args(num_bins=5, num_envs=2)
+    learner = script.Learner(args, [7, 8], 4, 2)
+    for seed in range(3):
+        update(script, learner, args, random_batch(script, 2, seed))
+    torch.save([learner.state(i) for i in range(2)], tmp_path / "states")
+    states = torch.load(tmp_path / "states", weights_only=True)
+
+    other = script.Learner(args, [1, 2], 4, 2)
+    other.load(states)
+    other.normalizer.returns = learner.normalizer.returns.copy()
+    for seed in range(3, 6):
+        batch = random_batch(script, 2, seed)
+        assert torch.equal(update(script, other, args, batch), update(script, learner, args, batch))
+    for i in range(2):
+        ours, theirs = flat(learner.state(i)), flat(other.state(i))
+        assert ours.keys() == theirs.keys()
+        assert all(torch.equal(ours[path], theirs[path]) for path in ours)
+        assert not all(torch.equal(ours[path], leaf) for path, leaf in flat(states[i]).items())
+
+
+def test_checkpoint_holds_parameters_statistics_and_counters_of_the_run(script, finished):
+    run_dir = finished[0] / "run"
+    checkpoint = script.load_checkpoint(run_dir)
+    result, model = read_result(run_dir), load_file(run_dir / "model.safetensors")
+    assert checkpoint["counters"]["global_step"] == checkpoint["counters"]["train_steps"] == 5120
+    assert result["sps"] == pytest.approx(5120 / checkpoint["counters"]["train_seconds"])
+    assert 0 < checkpoint["counters"]["wall_seconds"] < result["wall_seconds"]
+    assert np.mean(checkpoint["last_returns"]) == pytest.approx(result["train_last10_mean"])
+    state = checkpoint["learner"]
+    assert state["agent"].keys() == model.keys() - {"obs_mean", "obs_var"}
+    assert all(torch.equal(state["agent"][key], model[key]) for key in state["agent"])
+    assert torch.equal(state["normalizer"]["obs_rms"]["mean"], model["obs_mean"])
+    assert torch.equal(state["normalizer"]["obs_rms"]["var"], model["obs_var"])
+
+
+def test_resume_of_a_finished_run_prints_its_result_and_changes_nothing(finished, call):
+    run_dir = finished[0] / "run"
+    before = snapshot(finished[0])
+    code, out, err = call("--resume", run_dir)
+    assert (code, err) == (0, "")
+    assert "5,120" in out and f"{read_result(run_dir)['eval_mean']:.1f}" in out
+    assert snapshot(finished[0]) == before
+
+
+def change_script(path, name):
+    content = json.loads(path.read_text())
+    path.write_text(json.dumps(content | {"script": name}))
+
+
+def truncate(path):
+    os.truncate(path, path.stat().st_size // 2)
+
+
+def checkpoint_of_another_script(path):
+    torch.save(torch.load(path, weights_only=True) | {"script": "sppo_atari"}, path)
+
+
+def checkpoint_of_another_network(path):
+    content = torch.load(path, weights_only=True)
+    agent = content["learner"]["agent"]
+    agent["actor.0.weight"] = torch.zeros(3, 64)
+    torch.save(content, path)
+
+
+DAMAGE = {
+    "args of another script": lambda d: change_script(d / "args.json", "sppo_atari"),
+    "truncated args": lambda d: truncate(d / "args.json"),
+    "args that are a list": lambda d: (d / "args.json").write_text("[1]"),
+    "unknown argument": lambda d: (d / "args.json").write_text('{"script": "x", "args": {"colour": 1}}'),
+    "no args": lambda d: (d / "args.json").unlink(),
+    "truncated checkpoint": lambda d: truncate(d / "checkpoint.pt"),
+    "truncated checkpoint of a failed run": lambda d: (
+        truncate(d / "checkpoint.pt"),
+        (d / "failed.txt").write_text("seed 3 stopped\n"),
+    ),
+    "empty checkpoint": lambda d: (d / "checkpoint.pt").write_bytes(b""),
+    "checkpoint of something else": lambda d: torch.save({"weights": torch.zeros(3)}, d / "checkpoint.pt"),
+    "checkpoint that is a list": lambda d: torch.save([1, 2], d / "checkpoint.pt"),
+    "checkpoint of another script": lambda d: checkpoint_of_another_script(d / "checkpoint.pt"),
+    "checkpoint of another network": lambda d: checkpoint_of_another_network(d / "checkpoint.pt"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_resume_refuses_a_damaged_or_foreign_run(unfinished, call, damage):
+    DAMAGE[damage](unfinished)
+    before = snapshot(unfinished.parent)
+    code, out, err = call("--resume", unfinished)
+    assert_refused(code, err, str(unfinished))
+    assert out == ""
+    assert snapshot(unfinished.parent) == before
+
+
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        (("--resume", "run", "--seed", "5"), ("--seed", "--resume")),
+        (("--resume", "run", "--beta", "5.5", "--num-envs", "3"), ("--beta", "--num-envs")),
+        (("--resume", "run", "--run-dir", "new"), ("--run-dir",)),
+        (("--resume", "missing"), ("missing",)),
+        (("--run-dir", "run"), ("--run-dir", "--resume")),
+        (("--run-dir", "run/args.json"), ("--run-dir",)),
+        (("--run-dir", "run/args.json/new"), ("--run-dir",)),
+        (("--evaluate", "run", "--seed", "5"), ("--seed", "--evaluate")),
+        (("--evaluate", "run", "--resume", "run"), ("--resume", "--evaluate")),
+    ],
+)
+def test_resume_run_dir_and_evaluate_refuse_what_they_cannot_honour(unfinished, call, flags, words):
+    before = snapshot(unfinished.parent)
+    code, out, err = call(*flags)
+    assert_refused(code, err, *words)
+    assert out == ""
+    assert snapshot(unfinished.parent) == before
+
+
+def model_of_a_missing_environment(path, good):
+    with safe_open(good, "pt") as file:
+        metadata = file.metadata()
+    args = metadata["args"].replace("InvertedDoublePendulum-v4", "NotInstalled-v0")
+    save_file(load_file(good), path, metadata | {"args": args})
+
+
+MODELS = {
+    "missing directory": lambda path, good: path,
+    "run without a model": lambda path, good: path.mkdir(),
+    "text": lambda path, good: path.write_text("hello"),
+    "truncated": lambda path, good: path.write_bytes(good.read_bytes()[:-1000]),
+    "pickle": lambda path, good: torch.save({"a": torch.zeros(3)}, path),
+    "no metadata": lambda path, good: save_file(load_file(good), path),
+    "another script": lambda path, good: save_file(load_file(good), path, {"script": "sppo_atari", "args": "{}"}),
+    "environment that is not installed": model_of_a_missing_environment,
+}
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_evaluate_refuses_what_is_no_model_of_this_script(finished, call, tmp_path, kind):
+    MODELS[kind](tmp_path / "model", finished[0] / "run" / "model.safetensors")
+    before = snapshot(tmp_path)
+    code, out, err = call("--evaluate", tmp_path / "model")
+    assert_refused(code, err, "NotInstalled-v0" if "installed" in kind else str(tmp_path / "model"))
+    assert out == ""
+    assert snapshot(tmp_path) == before
+
+
+BAD_INPUT = [
+    ("--env-id HalfCheeta-v4", "--env-id", "HalfCheetah"),
+    ("--env-id Nothing-v0", "--env-id", "Nothing"),
+    ("--env-id nopackage:Nothing-v0", "--env-id", "nopackage"),
+    ("--env-id CartPole-v1", "--env-id", "Discrete", "Box"),
+    ("--env-id ToyInfinite-v0", "--env-id", "infinite", "finite"),
+    ("--num-bins 1", "--num-bins", "at least 2"),
+    ("--beta -1", "--beta", "0 or above"),
+    ("--beta nan", "--beta", "0 or above"),
+    ("--beta inf", "--beta", "0 or above"),
+    ("--alpha 0", "--alpha", "above 0"),
+    ("--alpha nan", "--alpha", "above 0"),
+    ("--alpha -0.5", "--alpha", "above 0"),
+    ("--Z 0", "--Z", "below 0"),
+    ("--Z 1", "--Z", "below 0"),
+    ("--Z nan", "--Z", "below 0"),
+    ("--reward-noise-std -0.05", "--reward-noise-std", "0 or above"),
+    ("--total-timesteps 63 --num-envs 2 --num-steps 32", "--total-timesteps", "64"),
+    ("--total-timesteps 0", "--total-timesteps", "at least"),
+    ("--seed -1", "--seed", "0 or above"),
+    ("--num-seeds 0", "--num-seeds", "at least 1"),
+    ("--num-envs 0", "--num-envs", "at least 1"),
+    ("--num-steps 0", "--num-steps", "at least 1"),
+    ("--checkpoint-every 0", "--checkpoint-every", "at least 1"),
+    ("--eval-every -1", "--eval-every", "0 or above"),
+    ("--learning-rate 0", "--learning-rate", "above 0"),
+    ("--max-grad-norm 0", "--max-grad-norm", "above 0"),
+    ("--gamma 1.01", "--gamma", "between 0 and 1"),
+    ("--gae-lambda -0.1", "--gae-lambda", "between 0 and 1"),
+]
+BAD_SPPO_INPUT = [
+    ("--num-steps 100", "--num-steps", "--num-minibatches", "multiple"),
+    ("--num-steps 32", "--num-minibatches", "--no-norm-adv"),
+    ("--num-minibatches 0", "--num-minibatches", "at least 1"),
+    ("--update-epochs 0", "--update-epochs", "at least 1"),
+    ("--clip-coef 0", "--clip-coef", "above 0"),
+]
+
+
+@pytest.mark.parametrize("flags, words", [(flags, words) for flags, *words in BAD_INPUT])
+def test_bad_input_is_refused_in_one_line_before_anything_is_written(call, tmp_path, flags, words):
+    code, out, err = call(*flags.split())
+    assert_refused(code, err, *words)
+    assert out == ""
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("flags, words", [(flags, words) for flags, *words in BAD_SPPO_INPUT])
+@sppo_only
+def test_rollouts_that_do_not_make_minibatches_are_refused(call, tmp_path, flags, words):
+    code, out, err = call(*flags.split())
+    assert_refused(code, err, *words)
+    assert out == ""
+    assert list(tmp_path.iterdir()) == []
+
+
+@sppo_only
+def test_minibatches_of_one_sample_are_fine_without_advantage_normalization(call, tmp_path):
+    flags = (*PENDULUM, "--num-steps", 4, "--num-minibatches", 4, "--update-epochs", 1, "--total-timesteps", 8)
+    assert call(*flags, "--no-norm-adv", "--run-dir", "run")[0] == 0
+    assert read_result(tmp_path / "run")["total_timesteps"] == 8
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_cuda_flag_is_refused_without_a_cuda_device(call, tmp_path):
+    code, _, err = call("--cuda")
+    assert_refused(code, err, "--cuda")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("flag, package", [("--capture-video", "moviepy"), ("--track", "wandb")])
+def test_flag_whose_package_is_missing_names_the_package(script, call, monkeypatch, tmp_path, flag, package):
+    monkeypatch.setattr(script, "find_spec", lambda name: None)
+    code, _, err = call(flag)
+    assert_refused(code, err, flag, f"pip install {package}")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_compile_flag_is_refused_without_a_compiler(call, monkeypatch, tmp_path):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    code, _, err = call("--compile")
+    assert_refused(code, err, "--compile", "compiler")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_video_of_an_environment_without_frames_is_refused(call, tmp_path):
+    code, _, err = call("--env-id", "Toy-v0", "--capture-video", "--total-timesteps", 2048)
+    assert_refused(code, err, "--capture-video")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_nan_stops_the_run_with_step_env_seed_and_advice(script, call, tmp_path):
+    flags = ("--env-id", "ToyNaN-v0", *small(script), "--total-timesteps", 640, "--seed", 6, "--run-dir", "run")
+    code, _, err = call(*flags)
+    assert code == 1
+    assert "Traceback" not in err and err.count("error:") == 1
+    message = err.splitlines()[0]
+    for word in ("step 96", "ToyNaN-v0", "seed 6", "--learning-rate", "--beta"):
+        assert word in message, message
+    assert not (tmp_path / "run" / "result.json").exists()
+    assert not (tmp_path / "run" / "model.safetensors").exists()
+
+
+LEARN = {
+    "sppo_continuous_discretized": "--num-envs 4 --num-steps 128 --num-minibatches 8 --learning-rate 1e-3",
+    "sa2c_continuous_discretized": "--learning-rate 2e-3",
+}
+
+
+def test_short_run_learns_to_balance_the_pendulum(script, call, tmp_path):
+    flags = ("--env-id", "InvertedPendulum-v4", "--total-timesteps", 20_480, "--num-seeds", 2, "--run-dir", "run")
+    assert call(*flags, *LEARN[script.SCRIPT].split())[0] == 0
+    means = [read_result(tmp_path / "run" / f"seed{seed}")["eval_mean"] for seed in (1, 2)]
+    assert min(means) > 150, means  # untrained: 31 at most over 30 seeds; with the sign of the loss flipped: 3
+
+
+DIFFERENT_ALGORITHM = {  # what the SPPO and the SA2C script of a domain call the same and write differently
+    "module docstring",
+    "METRICS",
+    "Args.alpha",
+    "Args.beta",
+    "Args.learning_rate",
+    "Args.num_envs",
+    "Args.num_steps",
+    "Args.gae_lambda",
+    "gradients",
+    "Learner.__init__",
+    "train",
+    "validate",
+}
+DIFFERENT_IN = {
+    "continuous_discretized": DIFFERENT_ALGORITHM,
+    "atari": DIFFERENT_ALGORITHM | {"Args.anneal_lr", "Args.vf_coef"},
+}
+SPPO_ONLY = {
+    "symmetric_ppo_loss",
+    "Args.num_minibatches",
+    "Args.update_epochs",
+    "Args.norm_adv",
+    "Args.clip_coef",
+    "Args.anneal_clip",
+}
+SA2C_ONLY = {"continuous_discretized": {"symmetric_a2c_loss"}, "atari": {"symmetric_a2c_loss", "RMSpropTF"}}
+DIFFERENT_DOMAIN = {  # what scripts of different domains write differently besides Args and Learner
+    "Import",
+    "ImportFrom",
+    "PACKAGES",
+    "env_seeds",
+    "Agent",
+    "logprob_and_entropy",
+    "evaluate",
+    "evaluate_saved",
+    "save_model",
+    "run",
+    "main",
+}
+SA2C_LINES = {
+    "train": ["grads, losses = compute_gradients(agent, [b_obs, b_actions, b_advantages, b_returns], args)"],
+    "validate": [
+        'counts = "num_seeds num_envs num_steps checkpoint_every num_threads"',
+        '("above 0", lambda x: 0 < x < np.inf, "alpha learning_rate max_grad_norm"),',
+    ],
+}
+
+
+def parts(path):
+    """{name: source with the comments above it} of a script's statements in order; Args and Learner by member."""
+    source = path.read_text()
+    lines, result = source.splitlines(), {}
+
+    def split(body, start, prefix, name):
+        for node in body:
+            if isinstance(node, ast.ClassDef) and node.name in ("Args", "Learner"):
+                first = node.body[0].lineno - 1
+                result[f"class {node.name}"] = "\n".join(lines[start:first]).strip()
+                split(node.body, first, f"{node.name}.", f"{node.name}.docstring")
+            else:
+                if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+                    name = prefix + node.name
+                elif isinstance(node, (ast.Assign, ast.AnnAssign)):
+                    name = prefix + ast.unparse(node.targets[0] if isinstance(node, ast.Assign) else node.target)
+                elif not isinstance(node, ast.Expr):  # a field's docstring belongs to the field
+                    name = type(node).__name__
+                result[name] = "\n".join([result.get(name, ""), *lines[start : node.end_lineno]]).strip()
+            start = node.end_lineno
+
+    split(ast.parse(source).body, 0, "", "module docstring")
+    return result
+
+
+SCRIPTS = {path.stem: parts(path) for pattern in ("sppo_*.py", "sa2c_*.py") for path in sorted(ROOT.glob(pattern))}
+DOMAINS = sorted({name.split("_", 1)[1] for name in SCRIPTS})
+
+
+@pytest.mark.parametrize("domain", DOMAINS)
+def test_sppo_and_sa2c_of_a_domain_differ_where_the_algorithms_do_and_nowhere_else(domain):
+    assert domain in DIFFERENT_IN, "name its allowed differences in DIFFERENT_IN and SA2C_ONLY"
+    sppo, sa2c = SCRIPTS[f"sppo_{domain}"], SCRIPTS[f"sa2c_{domain}"]
+    assert {name for name in sppo if name in sa2c and sppo[name] != sa2c[name]} == DIFFERENT_IN[domain]
+    assert set(sppo) - set(sa2c) == SPPO_ONLY
+    assert set(sa2c) - set(sppo) == SA2C_ONLY[domain]
+    assert [name for name in sppo if name in sa2c] == [name for name in sa2c if name in sppo]
+
+
+@pytest.mark.parametrize("one, other", list(combinations(SCRIPTS, 2)))
+def test_helpers_of_two_scripts_with_the_same_name_are_the_same(one, other):
+    allowed = DIFFERENT_ALGORITHM | DIFFERENT_DOMAIN
+    common = {name for name in SCRIPTS[one] if name in SCRIPTS[other] and not name.startswith(("Args.", "Learner."))}
+    drifted = {name for name in common - allowed if SCRIPTS[one][name] != SCRIPTS[other][name]}
+    assert len(common - allowed) > 10
+    assert not drifted
+
+
+@pytest.mark.parametrize("name", SA2C_LINES)
+def test_sa2c_adds_only_its_own_lines_to_what_sppo_has(name):
+    sppo, sa2c = (SCRIPTS[script][name] for script in CONTINUOUS)
+    sppo_lines = {line.strip() for line in sppo.splitlines()}
+    lines = [line.strip() for line in sa2c.splitlines() if not line.strip().startswith("#")]
+    assert [line for line in lines if line not in sppo_lines] == SA2C_LINES[name]

@@ -1,0 +1,420 @@
+"""--num-seeds: each agent of a batch is the run of its seed, and what happens to one is nothing to the others."""
+
+import io
+import json
+import signal
+import sys
+from contextlib import redirect_stdout
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch
+from conftest import import_scripts
+from safetensors.torch import load_file
+
+SEEDS = (5, 6, 7)
+FLAGS = "--env-id Fragile-v0 --num-envs 2 --num-steps 16 --total-timesteps 160 --reward-noise-std 0.05"
+SPPO_FLAGS = "--num-minibatches 4 --update-epochs 2"
+BATCH = "--seed 5 --num-seeds 3"
+
+
+class FragileEnv(gym.Env):
+    """Episodes of random length, cut off after 6 steps. An environment seed in faults makes it fail in its own way."""
+
+    observation_space = gym.spaces.Box(-np.inf, np.inf, (4,))
+    action_space = gym.spaces.Box(np.float32([-1, 0]), np.float32([1, 3]))
+    faults: dict[int, str] = {}  # noqa: RUF012
+
+    def __init__(self, render_mode=None):
+        self.fault, self.lifetime = None, 0
+
+    def observation(self, push=0.0):
+        return self.np_random.normal(3 + push, 2, 4).astype(np.float32)
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.fault = self.faults.get(seed, self.fault)
+        if self.fault == "first reset" or (self.fault == "later reset" and self.lifetime > 40):
+            raise ValueError("no floor")
+        return self.observation(), {}
+
+    def step(self, action):
+        self.lifetime += 1
+        if self.fault == "first rollout" or (self.fault == "step" and self.lifetime > 40):
+            raise ValueError("motor burnt")
+        reward = float("nan") if self.lifetime > 40 and self.fault == "nan" else float(action.sum())
+        return self.observation(action.sum()), reward, bool(self.np_random.random() < 0.1), False, {}
+
+
+@pytest.fixture(scope="session", params=import_scripts("*_continuous_discretized.py"))
+def script(request):
+    return request.param
+
+
+@pytest.fixture(scope="session", autouse=True)
+def fragile_env():
+    gym.register("Fragile-v0", FragileEnv, max_episode_steps=6)
+
+
+@pytest.fixture(autouse=True)
+def restored():
+    """Faults and signal handlers as they were before the test."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    FragileEnv.faults.clear()
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
+def run_main(script, *flags):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", [script.__file__, *(word for flag in flags for word in str(flag).split())])
+        return script.main()
+
+
+def train_flags(script):
+    return f"{FLAGS} {SPPO_FLAGS if script.SCRIPT.startswith('sppo') else ''}"
+
+
+def record(script, patch):
+    """Note what main() does: for every vector environment its reset seeds and actions, and all permutations."""
+    envs_seen, orders = [], []
+    make_envs, randperm = script.make_envs, torch.randperm
+
+    def recording_envs(*args):
+        envs = make_envs(*args)
+        reset, step = envs.reset, envs.step
+        seen = {"seeds": [], "actions": []}
+        envs.reset = lambda seed: (seen["seeds"].extend(seed), reset(seed=seed))[1]
+        envs.step = lambda actions: (seen["actions"].append(actions.copy()), step(actions))[1]
+        envs_seen.append(seen)
+        return envs
+
+    def recording_randperm(*args, **kwargs):
+        orders.append(randperm(*args, **kwargs).tolist())
+        return torch.tensor(orders[-1])
+
+    patch.setattr(script, "make_envs", recording_envs)
+    patch.setattr(torch, "randperm", recording_randperm)
+    patch.setattr(script, "LOG_EVERY", 32)
+    return envs_seen, orders
+
+
+@pytest.fixture(scope="session")
+def runs(script, tmp_path_factory):
+    """A batch of three seeds and three single runs: {"batch" or seed: (directory, environments, orders, stdout)}."""
+    top, seen = tmp_path_factory.mktemp("seeds"), {}
+    for name, choice in [("batch", BATCH)] + [(seed, f"--seed {seed}") for seed in SEEDS]:
+        with pytest.MonkeyPatch.context() as patch, redirect_stdout(io.StringIO()) as out:
+            envs, orders = record(script, patch)
+            assert run_main(script, train_flags(script), choice, "--run-dir", top / str(name)) == 0
+        seen[name] = (top / str(name), envs, orders, out.getvalue())
+    return seen
+
+
+def pairs(runs):
+    """(seed, its directory in the batch, directory of its single run)"""
+    return [(seed, runs["batch"][0] / f"seed{seed}", runs[seed][0]) for seed in SEEDS]
+
+
+def read_json(path):
+    return json.loads(path.read_text())
+
+
+def flat(tree):
+    """Leaves of nested dicts and lists, as {path: leaf}"""
+    items = tree.items() if isinstance(tree, dict) else enumerate(tree) if isinstance(tree, list) else None
+    if items is None:
+        return {"": tree}
+    return {f"{key}/{path}": leaf for key, value in items for path, leaf in flat(value).items()}
+
+
+def learner_state(script, run_dir):
+    return flat(script.load_checkpoint(run_dir)["learner"])
+
+
+def checkpoint_step(script, run_dir):
+    checkpoint = script.load_checkpoint(run_dir)
+    return checkpoint["counters"]["global_step"] if checkpoint else 0
+
+
+def equal_states(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[path], b[path]) for path in a)
+
+
+def snapshot(directory):
+    """Content and time of every file but TensorBoard's, whose writer may flush late when a kill was only simulated."""
+    paths = [p for p in directory.rglob("*") if p.is_file() and not p.name.startswith("events.")]
+    return {p: (p.read_bytes(), p.stat().st_mtime_ns) for p in paths}
+
+
+def file_names(run_dir):
+    return ["events" if p.name.startswith("events.out.tfevents.") else p.name for p in run_dir.iterdir()]
+
+
+def test_environments_of_a_batch_get_the_seeds_of_the_single_runs(runs):
+    for stage, envs_per_agent in ((0, 2), (1, 10)):  # training, evaluation
+        batch = np.reshape(runs["batch"][1][stage]["seeds"], (3, envs_per_agent))
+        for i, seed in enumerate(SEEDS):
+            assert batch[i].tolist() == runs[seed][1][stage]["seeds"]
+        assert len(np.unique(batch)) == batch.size
+
+
+def test_agents_of_a_batch_act_as_their_single_runs(runs):
+    batch = np.stack(runs["batch"][1][0]["actions"]).reshape(80, 3, 2, 2)
+    for i, seed in enumerate(SEEDS):
+        np.testing.assert_array_equal(batch[:, i], np.stack(runs[seed][1][0]["actions"]))
+    assert (batch[:, 0] != batch[:, 1]).any()
+
+
+def test_minibatches_of_a_batch_are_those_of_the_single_runs(script, runs):
+    batch = runs["batch"][2]
+    assert len(batch) == (5 * 2 * 3 if script.SCRIPT.startswith("sppo") else 0)
+    for i, seed in enumerate(SEEDS):
+        assert batch[i::3] == runs[seed][2]
+
+
+def test_agents_of_a_batch_end_in_the_state_of_their_single_runs(script, runs):
+    for seed, ours, theirs in pairs(runs):
+        state, expected = learner_state(script, ours), learner_state(script, theirs)
+        assert state.keys() == expected.keys()
+        assert torch.equal(state["rng/"], expected["rng/"])
+        for path in state:
+            torch.testing.assert_close(state[path], expected[path], rtol=1e-4, atol=1e-6, msg=f"seed {seed} {path}")
+    states = [learner_state(script, ours) for _, ours, _ in pairs(runs)]
+    assert not states[0]["agent/actor.0.weight/"].allclose(states[1]["agent/actor.0.weight/"], atol=0.1)
+
+
+def test_directories_of_a_batch_hold_what_single_runs_leave(script, runs):
+    assert sorted(p.name for p in runs["batch"][0].iterdir()) == [f"seed{seed}" for seed in SEEDS]
+    for seed, ours, theirs in pairs(runs):
+        names, expected = (sorted(file_names(d)) for d in (ours, theirs))
+        assert names == expected
+        content, expected = read_json(ours / "args.json"), read_json(theirs / "args.json")
+        assert content["args"].pop("run_dir") == str(ours) and expected["args"].pop("run_dir") == str(theirs)
+        assert content == expected and content["args"]["seed"] == seed and content["args"]["num_seeds"] == 1
+        model, expected = (load_file(d / "model.safetensors") for d in (ours, theirs))
+        assert model.keys() == expected.keys()
+        for name in model:
+            torch.testing.assert_close(model[name], expected[name], rtol=1e-4, atol=1e-6, msg=name)
+
+
+def test_curves_of_a_batch_are_those_of_the_single_runs(runs):
+    for _, ours, theirs in pairs(runs):
+        rows, expected = ((d / "curves.csv").read_text().splitlines() for d in (ours, theirs))
+        assert rows[0] == expected[0] and len(rows) == len(expected) == 1 + 5 + 1
+        sps = rows[0].split(",").index("charts/SPS")
+        for row, expected_row in zip(rows[1:], expected[1:]):
+            cells, expected_cells = row.split(","), expected_row.split(",")
+            del cells[sps], expected_cells[sps]
+            assert [c != "" for c in cells] == [c != "" for c in expected_cells]
+            values, expected_values = ([float(c) for c in r if c] for r in (cells, expected_cells))
+            np.testing.assert_allclose(values, expected_values, rtol=1e-3, atol=1e-5)
+
+
+def test_results_of_a_batch_are_those_of_the_single_runs(script, runs):
+    for seed, ours, theirs in pairs(runs):
+        result, expected = read_json(ours / "result.json"), read_json(theirs / "result.json")
+        assert result.keys() == expected.keys()
+        assert result["args"] == read_json(ours / "args.json")["args"]
+        for key in ("script", "env_id", "seed", "total_timesteps", "versions"):
+            assert result[key] == expected[key], key
+        assert result["seed"] == seed and result["total_timesteps"] == 160
+        for key in ("eval_returns", "eval_mean", "train_last10_mean"):
+            np.testing.assert_allclose(result[key], expected[key], rtol=1e-6, err_msg=key)
+
+
+def test_sps_of_a_batch_is_each_agents_own_and_the_bar_shows_the_sum(script, runs):
+    for _, ours, _ in pairs(runs):
+        counters = script.load_checkpoint(ours)["counters"]
+        assert read_json(ours / "result.json")["sps"] == pytest.approx(160 / counters["train_seconds"])
+    total = sum(read_json(ours / "result.json")["sps"] for _, ours, _ in pairs(runs))
+    assert f"{total:,.0f} steps/s" in runs["batch"][3]
+
+
+def test_evaluate_reproduces_the_evaluation_of_each_agent_of_a_batch(script, runs, capsys):
+    for _, ours, _ in pairs(runs):
+        returns = read_json(ours / "result.json")["eval_returns"]
+        assert run_main(script, "--evaluate", ours) == 0
+        assert capsys.readouterr().out.endswith(f"({' '.join(f'{r:.1f}' for r in returns)})\n")
+        assert script.evaluate_saved(ours, False).tolist() == returns
+
+
+def test_resume_of_a_finished_batch_prints_every_result_and_changes_nothing(script, runs, capsys):
+    before = snapshot(runs["batch"][0])
+    assert run_main(script, "--resume", runs["batch"][0]) == 0
+    out = capsys.readouterr().out
+    for seed, ours, _ in pairs(runs):
+        assert f"seed {seed}: 160 steps, evaluation {read_json(ours / 'result.json')['eval_mean']:.1f}" in out
+    assert snapshot(runs["batch"][0]) == before
+
+
+def random_minibatch(script):
+    """Three agents' minibatches as gradients() takes them, with 4 observations, 2 action dimensions and 5 bins."""
+    generator = torch.Generator().manual_seed(0)
+    obs, advantages, returns = (torch.randn(3, 16, *shape, generator=generator) for shape in ((4,), (), ()))
+    actions = torch.randint(5, (3, 16, 2), generator=generator)
+    old_logprob = [torch.full((3, 16), -2 * np.log(5))] if script.SCRIPT.startswith("sppo") else []
+    return [obs, actions, *old_logprob, advantages, returns]
+
+
+@pytest.mark.parametrize("what", ["parameters", "observations", "NaN observations", "advantages", "returns"])
+def test_gradients_of_an_agent_do_not_depend_on_the_others(script, what):
+    args = script.Args(num_bins=5)
+    agent = script.Agent([torch.Generator().manual_seed(seed) for seed in SEEDS], 4, 2, 5)
+    clip = [torch.tensor(0.2)] if script.SCRIPT.startswith("sppo") else []
+    before, losses_before = script.gradients(agent, random_minibatch(script), *clip, args)
+    batch = random_minibatch(script)
+    with torch.no_grad():
+        if what == "parameters":
+            for p in agent.parameters():
+                p[1] += 0.1 * torch.randn(p[1].shape)
+        elif what == "NaN observations":
+            batch[0][1] = torch.nan
+        else:
+            batch[{"observations": 0, "advantages": -2, "returns": -1}[what]][1] *= -1000
+    after, losses_after = script.gradients(agent, batch, *clip, args)
+    for i in (0, 2):
+        assert all(torch.equal(a[i], b[i]) for a, b in zip(before, after))
+        assert all(torch.equal(losses_before[tag][i], losses_after[tag][i]) for tag in losses_before)
+    assert not all(torch.equal(a[1], b[1]) for a, b in zip(before, after))
+
+
+def test_training_of_an_agent_does_not_depend_on_the_others(script, runs, monkeypatch, tmp_path):
+    class Disturbed(script.Learner):
+        def __init__(self, *args):
+            super().__init__(*args)
+            with torch.no_grad():
+                for p in self.agent.parameters():
+                    p[1] += 0.3
+
+    monkeypatch.setattr(script, "Learner", Disturbed)
+    assert run_main(script, train_flags(script), BATCH, "--run-dir", tmp_path / "run") == 0
+    equal = [
+        equal_states(learner_state(script, tmp_path / "run" / f"seed{seed}"), learner_state(script, ours))
+        for seed, ours, _ in pairs(runs)
+    ]
+    assert equal == [True, False, True]
+
+
+def start_faulty_batch(script, run_dir, fault, capsys):
+    """Train seeds 5, 6 and 7 where the second environment of seed 6 has the fault; return the message."""
+    stream = script.EVALUATION if fault == "evaluation" else script.TRAINING
+    fault_seed = script.env_seeds([6], 2, stream, *([] if fault == "evaluation" else [0]))[1]
+    FragileEnv.faults[fault_seed] = "first reset" if fault == "evaluation" else fault
+    assert run_main(script, train_flags(script), BATCH, "--run-dir", run_dir) == 1
+    err = capsys.readouterr().err
+    assert err.count("error:") == 1 and "Traceback" not in err
+    return err.splitlines()[0]
+
+
+@pytest.mark.parametrize(
+    "fault, step, reason",
+    [
+        ("nan", 96, "not finite"),
+        ("step", 64, "motor burnt"),
+        ("first reset", 0, "no floor"),
+        ("first rollout", 0, "motor burnt"),
+        ("later reset", 64, "no floor"),
+        ("evaluation", 160, "no floor"),
+    ],
+)
+def test_failing_agent_is_named_and_the_others_go_on_without_it(script, capsys, tmp_path, fault, step, reason):
+    run_dir = tmp_path / "run"
+    message = start_faulty_batch(script, run_dir, fault, capsys)
+    for word in ("seed 6 ", "Fragile-v0", f"step {step}", reason):
+        assert word in message, message
+    assert [(run_dir / f"seed{seed}" / "failed.txt").exists() for seed in SEEDS] == [False, True, False]
+    assert [checkpoint_step(script, run_dir / f"seed{seed}") for seed in (5, 7)] == [step, step]
+
+    failed = snapshot(run_dir / "seed6")
+    assert run_main(script, "--resume", run_dir) == 1
+    out = capsys.readouterr().out
+    assert "seed 6 " in out and f"--resume {run_dir / 'seed6'}" in out
+    assert snapshot(run_dir / "seed6") == failed
+    assert not (run_dir / "seed6" / "result.json").exists()
+    for seed in (5, 7):
+        assert read_json(run_dir / f"seed{seed}" / "result.json")["total_timesteps"] == 160
+        assert f"seed {seed}: 160 steps" in out
+
+
+def test_failed_seed_can_be_retried_in_its_own_directory(script, capsys, tmp_path):
+    run_dir = tmp_path / "run"
+    start_faulty_batch(script, run_dir, "step", capsys)
+    assert run_main(script, "--resume", run_dir) == 1
+    assert run_main(script, "--resume", run_dir / "seed6") == 1
+    assert (run_dir / "seed6" / "failed.txt").exists()
+    FragileEnv.faults.clear()
+    others = [snapshot(run_dir / f"seed{seed}") for seed in (5, 7)]
+    assert run_main(script, "--resume", run_dir / "seed6") == 0
+    assert read_json(run_dir / "seed6" / "result.json")["total_timesteps"] == 160
+    assert not (run_dir / "seed6" / "failed.txt").exists()
+    assert [snapshot(run_dir / f"seed{seed}") for seed in (5, 7)] == others
+    assert run_main(script, "--resume", run_dir) == 0
+
+
+def test_nan_of_one_agent_leaves_the_others_as_in_runs_of_their_own(script, capsys, tmp_path):
+    start_faulty_batch(script, tmp_path / "run", "nan", capsys)
+    FragileEnv.faults.clear()
+    for seed in (5, 7):
+        flags = (train_flags(script), "--total-timesteps 96 --seed", seed, "--run-dir", tmp_path / f"single{seed}")
+        assert run_main(script, *flags) == 0
+        state = learner_state(script, tmp_path / "run" / f"seed{seed}")
+        for path, leaf in learner_state(script, tmp_path / f"single{seed}").items():
+            torch.testing.assert_close(state[path], leaf, rtol=1e-4, atol=1e-6, msg=path)
+
+
+class Killed(BaseException):
+    """Stands for kill -9: nothing in the scripts may catch it."""
+
+
+def kill_between_two_checkpoints(script, run_dir):
+    """Train seeds 5, 6 and 7; die when the second checkpoint of seed 5 has its name and that of seed 6 has not."""
+    write_atomic, saved = script.write_atomic, []
+
+    def dying(path, write):
+        saved.extend([path] * (path.name == "checkpoint.pt"))
+        if len(saved) == 5:
+            raise Killed
+        write_atomic(path, write)
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(script, "write_atomic", dying)
+        patch.setattr(script, "LOG_EVERY", 32)
+        run_main(script, train_flags(script), BATCH, "--checkpoint-every 64 --run-dir", run_dir)
+
+
+def test_checkpoints_of_different_steps_resume_to_the_same_total(script, monkeypatch, tmp_path):
+    kill_between_two_checkpoints(script, tmp_path / "run")
+    directories = [tmp_path / "run" / f"seed{seed}" for seed in SEEDS]
+    assert [checkpoint_step(script, d) for d in directories] == [128, 64, 64]
+    before = [(d / "curves.csv").read_text().splitlines() for d in directories]
+    monkeypatch.setattr(script, "LOG_EVERY", 32)
+    assert run_main(script, "--resume", tmp_path / "run") == 0
+    for directory, old_rows, kept in zip(directories, before, (4, 2, 2)):
+        assert read_json(directory / "result.json")["total_timesteps"] == 160
+        rows = (directory / "curves.csv").read_text().splitlines()
+        assert [new == old for new, old in zip(rows[1:], old_rows[1:])] == [True] * kept + [False] * (4 - kept)
+        assert [int(row.split(",")[0]) for row in rows[1:]] == [32, 64, 96, 128, 160, 160]
+
+
+def test_one_seed_of_a_batch_can_be_resumed_before_the_others(script, tmp_path):
+    kill_between_two_checkpoints(script, tmp_path / "run")
+    assert run_main(script, "--resume", tmp_path / "run" / "seed6") == 0
+    first = snapshot(tmp_path / "run" / "seed6")
+    assert sorted(p.parent.name for p in tmp_path.glob("run/*/result.json")) == ["seed6"]
+    assert run_main(script, "--resume", tmp_path / "run") == 0
+    assert sorted(p.parent.name for p in tmp_path.glob("run/*/result.json")) == ["seed5", "seed6", "seed7"]
+    assert snapshot(tmp_path / "run" / "seed6") == first
+
+
+def test_batch_with_a_damaged_checkpoint_is_refused_untouched(script, capsys, tmp_path):
+    kill_between_two_checkpoints(script, tmp_path / "run")
+    capsys.readouterr()
+    (tmp_path / "run" / "seed7" / "checkpoint.pt").write_bytes(b"half")
+    before = snapshot(tmp_path)
+    assert run_main(script, "--resume", tmp_path / "run") == 2
+    err = capsys.readouterr().err
+    assert err.startswith("error: ") and err.count("\n") == 1 and "seed7" in err
+    assert snapshot(tmp_path) == before
