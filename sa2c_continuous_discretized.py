@@ -357,7 +357,9 @@ class Learner:
         self.device = torch.device("cuda" if args.cuda else "cpu")
         self.generators = [torch.Generator().manual_seed(seed) for seed in seeds]
         self.agent = Agent(self.generators, obs_dim, action_dim, args.num_bins).to(self.device)
-        self.optimizer = torch.optim.RMSprop(self.agent.parameters(), args.learning_rate, alpha=0.99, eps=1e-5)
+        self.optimizer = torch.optim.RMSprop(
+            self.agent.parameters(), args.learning_rate, alpha=0.99, eps=1e-5, foreach=True
+        )
         self.normalizer = Normalizer(len(seeds), args.num_envs, obs_dim, args.gamma)
 
     def draw(self, *shape: int, kind: str) -> torch.Tensor:
