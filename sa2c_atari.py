@@ -115,7 +115,7 @@ class Args:
     capture_video: bool = False
     """record the first game of every evaluation (pip install moviepy)"""
     compile: bool = False
-    """compile the update with torch.compile (needs a C++ compiler)"""
+    """compile the gradient computation with torch.compile (needs a C++ compiler)"""
     cuda: bool = True
     """use a GPU where there is one"""
     num_threads: int = min(4, os.cpu_count() or 1)

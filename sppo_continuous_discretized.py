@@ -130,7 +130,7 @@ class Args:
     capture_video: bool = False
     """record the first episode of every evaluation (pip install moviepy)"""
     compile: bool = False
-    """compile the update with torch.compile (needs a C++ compiler)"""
+    """compile the gradient computation with torch.compile (needs a C++ compiler)"""
     cuda: bool = False
     """use a GPU; for one agent of this size the CPU is faster"""
     num_threads: int = 1
@@ -897,8 +897,15 @@ def check_env(env_id: str, capture_video: bool) -> None:
     require(finite, f"--env-id {env_id} has infinite action bounds; bins need finite ones")
     flat = isinstance(obs_space, gym.spaces.Box) and len(obs_space.shape) == 1
     require(flat, f"--env-id {env_id} has observations that cannot be flattened")
-    renders = "rgb_array" in env.metadata.get("render_modes", [])
-    require(renders or not capture_video, f"--env-id {env_id} cannot render: drop --capture-video")
+    if capture_video:
+        try:
+            env = gym.make(env_id, render_mode="rgb_array", disable_env_checker=True)
+            env.reset()
+            require(env.render() is not None, f"--env-id {env_id} cannot render: drop --capture-video")
+            env.close()
+        except Exception as error:
+            hint = "MuJoCo without a display needs MUJOCO_GL=egl"
+            raise InputError(f"--capture-video: {env_id} cannot render here ({error!r}; {hint})") from None
 
 
 def only(args: Args, *names: str) -> None:
