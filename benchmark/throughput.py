@@ -23,6 +23,7 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import tyro
@@ -50,6 +51,8 @@ class Args:
     """agents trained at once by the continuous scripts; their steps are added up"""
     threads: int | None = None
     """torch threads on both sides; default 1 and on Atari 2"""
+    variants: tuple[Literal["eager", "compile"], ...] = ("eager", "compile")
+    """without and with --compile"""
     scaling: tuple[int, ...] = ()
     """instead of ratios: numbers of agents in one process to compare (continuous scripts, compiled)"""
 
@@ -73,6 +76,10 @@ def stable_baselines3(script: str, env_id: str, steps: int, threads: int) -> flo
     else:
         num_envs, options = (1, {}) if algorithm is PPO else (4, {"n_steps": 8})
     if script.endswith("atari"):
+        import ale_py
+        import gymnasium
+
+        gymnasium.register_envs(ale_py)
         policy, env = "CnnPolicy", VecFrameStack(make_atari_env(env_id, n_envs=num_envs), n_stack=4)
     else:
         import mujoco
@@ -153,12 +160,12 @@ def in_fresh_process(function: Callable, *inputs):
 def compare(args: Args, script: str) -> None:
     env_id, steps, threads = settings(args, script)
     num_seeds = 1 if script.endswith("atari") else args.num_seeds
-    ratios = {"eager": [], "--compile": []}
+    ratios = {variant: [] for variant in args.variants}
     of_environments = []
     for _ in range(args.rounds):
         peer = in_fresh_process(stable_baselines3, script, env_id, steps, threads)
         for variant, values in ratios.items():
-            speed = ours(script, env_id, steps, threads, num_seeds, *[variant][variant == "eager" :])
+            speed = ours(script, env_id, steps, threads, num_seeds, *(["--compile"] if variant == "compile" else []))
             values.append(speed / peer)
         if not script.endswith("atari"):
             alone = in_fresh_process(environments_alone, script, env_id, 3000, num_seeds)
@@ -167,7 +174,7 @@ def compare(args: Args, script: str) -> None:
     for variant, values in ratios.items():
         print(f"  {variant:9} {summary(values)} times Stable-Baselines3")
     if of_environments:
-        print(f"  --compile {summary(of_environments)} of the speed of its environments alone", flush=True)
+        print(f"  {variant:9} {summary(of_environments)} of the speed of its environments alone", flush=True)
 
 
 def scale(args: Args, script: str) -> None:
