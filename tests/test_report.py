@@ -5,6 +5,7 @@ import json
 import math
 import os
 import subprocess
+import sys
 from collections import Counter
 from dataclasses import asdict
 
@@ -303,3 +304,26 @@ def test_folders_without_results(tmp_path, capsys):
         error = capsys.readouterr().err
         assert message in error and error.count("\n") == 1
     assert not (tmp_path / "report").exists()
+
+
+def test_kept_runs_have_result_thinned_curves_and_every_evaluation(tmp_path):
+    run_dir = tmp_path / "runs" / "cell" / "seed1"
+    run_dir.mkdir(parents=True)
+    (run_dir / "result.json").write_text("{}")
+    (run_dir / "model.safetensors").write_text("large")
+    rows = [f"{step},{step / 10},{step if step % 333 == 0 else ''}\n" for step in range(1, 1001)]
+    (run_dir / "curves.csv").write_text("global_step,charts/SPS,eval/episodic_return\n" + "".join(rows))
+    keep = [
+        sys.executable,
+        str(ROOT / "benchmark" / "keep.py"),
+        str(tmp_path / "runs"),
+        "--out",
+        str(tmp_path / "kept"),
+    ]
+    assert subprocess.run(keep, capture_output=True).returncode == 0
+    kept = tmp_path / "kept" / "cell" / "seed1"
+    assert sorted(path.name for path in kept.iterdir()) == ["curves.csv", "result.json"]
+    lines = (kept / "curves.csv").read_text().splitlines()[1:]
+    assert len(lines) == 100 + 3 and set(lines) <= {row.strip() for row in rows}
+    assert [line for line in lines if not line.endswith(",")] == [f"{s},{s / 10},{s}" for s in (333, 666, 999)]
+    assert subprocess.run([*keep[:2], str(tmp_path / "kept" / "nothing")], capture_output=True).returncode == 2
