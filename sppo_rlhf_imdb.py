@@ -148,7 +148,7 @@ class Args:
     eval_every: int = 0
     """updates between evaluations during training; 0: only before and after"""
     eval_samples: int = 0
-    """validation prompts of an evaluation; 0: all"""
+    """validation prompts of an evaluation; 0: all. Perplexity is always that of all"""
     checkpoint_every: int = 10
     """updates between checkpoints"""
     track: bool = False
@@ -466,9 +466,10 @@ class Learner:
             length <= room, f"--prompt-length plus --response-length is {length}; {args.policy} has {room} positions"
         )
         self.reviews = [row["text"] for row in train if first_half(row["text"])]
-        self.validation = [row["text"] for row in validation if first_half(row["text"])][: args.eval_samples or None]
+        self.validation = [row["text"] for row in validation if first_half(row["text"])]
         for split, reviews in (("training", self.reviews), ("validation", self.validation)):
-            require(reviews, f"--dataset {args.dataset} has no {split} review of at least two words")
+            enough = len(reviews) >= accelerator.num_processes
+            require(enough, f"--dataset {args.dataset} has {len(reviews)} {split} reviews of at least two words")
         policy.generation_config = generation_config(args, self.tokenizer)
         self.reference = deepcopy(policy).to(self.device).eval().requires_grad_(False)
         torch.manual_seed(args.seed)  # the value head is the same in every process
@@ -544,25 +545,29 @@ def rollout(learner: Learner, reviews: list[str], args: Args) -> tuple[Rollout, 
     return trajectories, dict(zip(sums, means.tolist())), samples
 
 
-def backward(learner: Learner, rollout: Rollout, rows: list[int], args: Args) -> dict[str, float]:
+def backward(learner: Learner, trajectories: Rollout, rows: list[int], args: Args) -> dict[str, float]:
     """Gradients of a minibatch, this process's rows of its rollout, and its losses as {tag: mean}.
 
     Every mean is over the real tokens of the whole minibatch, of all micro-batches and all processes: a micro-batch
     counts by its share of the tokens. Gradients are averaged over processes, hence the factor num_processes.
     """
-    mask, advantages = rollout.mask[rows], rollout.advantages[rows]
+    mask, advantages = trajectories.mask[rows], trajectories.advantages[rows]
     normalized = normalize(advantages, mask, learner.sum) if args.norm_adv else advantages
     num_tokens = learner.sum(mask.sum())
-    num_target_tokens = learner.sum(torch.tensor(sum(len(rollout.targets[i]) for i in rows), device=learner.device))
+    num_target_tokens = learner.sum(
+        torch.tensor(sum(len(trajectories.targets[i]) for i in rows), device=learner.device)
+    )
     sums = {}
     for start in range(0, len(rows), args.micro_batch_size):
         micro = rows[start : start + args.micro_batch_size]
-        prompts = [rollout.prompts[i] for i in micro]
-        tokens, attention, mask = pad(prompts, [rollout.responses[i] for i in micro], learner.device)
+        prompts = [trajectories.prompts[i] for i in micro]
+        tokens, attention, mask = pad(prompts, [trajectories.responses[i] for i in micro], learner.device)
         R = mask.shape[1]
         A, A_normalized = (x[start : start + args.micro_batch_size, :R] for x in (advantages, normalized))
-        old_logprob, old_values, returns = (x[micro, :R] for x in (rollout.logprob, rollout.values, rollout.returns))
-        target = pad(prompts, [rollout.targets[i] for i in micro], learner.device) if args.target_coef else None
+        old_logprob, old_values, returns = (
+            x[micro, :R] for x in (trajectories.logprob, trajectories.values, trajectories.returns)
+        )
+        target = pad(prompts, [trajectories.targets[i] for i in micro], learner.device) if args.target_coef else None
         last = start + args.micro_batch_size >= len(rows)
         with nullcontext() if last else learner.accelerator.no_sync(learner.model):
             logprob, values, target_logprob = learner.model(tokens, attention, R, target)
@@ -727,7 +732,7 @@ def evaluate(learner: Learner, args: Args) -> dict:
     """
     tokenizer = learner.tokenizer
     seed_everything(args.seed, EVALUATION, learner.accelerator.process_index)
-    index = learner.mine(range(len(learner.validation)))
+    index = learner.mine(range(len(learner.validation))[: args.eval_samples or None])
     reviews = [learner.validation[i] for i in index]
     halves = [first_half(review) for review in reviews]
     prompts = encode(tokenizer, halves, args.prompt_length, "left")

@@ -166,7 +166,7 @@ class Args:
     eval_every: int = 0
     """updates between evaluations during training; 0: only before and after"""
     eval_samples: int = 100
-    """validation prompts of an evaluation; 0: all"""
+    """validation prompts of an evaluation; 0: all. Perplexity is always that of all"""
     checkpoint_every: int = 10
     """updates between checkpoints"""
     track: bool = False
@@ -576,9 +576,9 @@ class Learner:
         require(
             length <= room, f"--prompt-length plus --response-length is {length}; {args.policy} has {room} positions"
         )
-        self.validation = self.validation[: args.eval_samples or None]
         for split, rows in (("training", self.rows), ("validation", self.validation)):
-            require(rows, f"--dataset {args.dataset} has no {split} rows")
+            enough = len(rows) >= accelerator.num_processes
+            require(enough, f"--dataset {args.dataset} has {len(rows)} {split} rows")
         base.generation_config = generation_config(args, self.tokenizer)
         model.to(self.device).eval()  # eval: dropout is never active
         parameters = [p for p in model.parameters() if p.requires_grad]
@@ -655,25 +655,29 @@ def rollout(learner: Learner, rows: list[dict], args: Args) -> tuple[Rollout, di
     return trajectories, dict(zip(sums, means.tolist())), samples
 
 
-def backward(learner: Learner, rollout: Rollout, rows: list[int], args: Args) -> dict[str, float]:
+def backward(learner: Learner, trajectories: Rollout, rows: list[int], args: Args) -> dict[str, float]:
     """Gradients of a minibatch, this process's rows of its rollout, and its losses as {tag: mean}.
 
     Every mean is over the real tokens of the whole minibatch, of all micro-batches and all processes: a micro-batch
     counts by its share of the tokens. Gradients are averaged over processes, hence the factor num_processes.
     """
-    mask, advantages = rollout.mask[rows], rollout.advantages[rows]
+    mask, advantages = trajectories.mask[rows], trajectories.advantages[rows]
     normalized = normalize(advantages, mask, learner.sum) if args.norm_adv else advantages
     num_tokens = learner.sum(mask.sum())
-    num_target_tokens = learner.sum(torch.tensor(sum(len(rollout.targets[i]) for i in rows), device=learner.device))
+    num_target_tokens = learner.sum(
+        torch.tensor(sum(len(trajectories.targets[i]) for i in rows), device=learner.device)
+    )
     sums = {}
     for start in range(0, len(rows), args.micro_batch_size):
         micro = rows[start : start + args.micro_batch_size]
-        prompts = [rollout.prompts[i] for i in micro]
-        tokens, attention, mask = pad(prompts, [rollout.responses[i] for i in micro], learner.device)
+        prompts = [trajectories.prompts[i] for i in micro]
+        tokens, attention, mask = pad(prompts, [trajectories.responses[i] for i in micro], learner.device)
         R = mask.shape[1]
         A, A_normalized = (x[start : start + args.micro_batch_size, :R] for x in (advantages, normalized))
-        old_logprob, old_values, returns = (x[micro, :R] for x in (rollout.logprob, rollout.values, rollout.returns))
-        target = pad(prompts, [rollout.targets[i] for i in micro], learner.device) if args.target_coef else None
+        old_logprob, old_values, returns = (
+            x[micro, :R] for x in (trajectories.logprob, trajectories.values, trajectories.returns)
+        )
+        target = pad(prompts, [trajectories.targets[i] for i in micro], learner.device) if args.target_coef else None
         last = start + args.micro_batch_size >= len(rows)
         with nullcontext() if last else learner.accelerator.no_sync(learner.model):
             logprob, values, target_logprob = learner.model(tokens, attention, R, target)
@@ -838,7 +842,7 @@ def evaluate(learner: Learner, args: Args) -> dict:
     """
     tokenizer = learner.tokenizer
     seed_everything(args.seed, EVALUATION, learner.accelerator.process_index)
-    index = learner.mine(range(len(learner.validation)))
+    index = learner.mine(range(len(learner.validation))[: args.eval_samples or None])
     rows = [learner.validation[i] for i in index]
     prompts = encode_prompts(tokenizer, rows, args.prompt_length)
     responses = generate(learner.actor_critic.policy, tokenizer, prompts, args.rollout_batch_size, greedy=True)
