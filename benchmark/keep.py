@@ -1,5 +1,7 @@
 """Copy finished runs into benchmark/results/, small enough to version: result files and thinned curves, no models.
 
+Of language runs the verdict of the judge as well (judge.json), not the samples.
+
 python benchmark/keep.py runs/benchmark                # the folders below it keep their names
 python benchmark/report.py benchmark/results/
 """
@@ -29,7 +31,8 @@ def thin(path: Path, copy: Path, rows: int) -> None:
         reader = csv.DictReader(file)
         lines = list(reader)
     every = -(-len(lines) // rows)
-    kept = [line for i, line in enumerate(lines) if i % every == 0 or line["eval/episodic_return"]]
+    evaluated = "eval/score" if "eval/score" in reader.fieldnames else "eval/episodic_return"
+    kept = [line for i, line in enumerate(lines) if i % every == 0 or line[evaluated]]
     with copy.open("w", newline="") as file:
         writer = csv.DictWriter(file, reader.fieldnames, lineterminator="\n")
         writer.writeheader()
@@ -45,7 +48,8 @@ def main() -> int:
     for result in results:
         folder = args.out / result.parent.relative_to(args.runs)
         folder.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(result, folder / "result.json")
+        for path in (result, *result.parent.glob("judge*.json")):
+            shutil.copyfile(path, folder / path.name)
         thin(result.with_name("curves.csv"), folder / "curves.csv", args.rows)
     print(f"{len(results)} runs copied to {args.out}")
     return 0

@@ -4,9 +4,10 @@
     python benchmark/report.py runs/ more-runs/ --out report/
 
 Reads every result.json below the folders and the curves.csv beside it; models, environments and the machine that made
-them are not needed. A score is the mean of the 10 evaluation episodes of one seed; means and standard errors are over
-seeds. A run is compared with a cell of the paper only if its settings and its length are those of the paper (the
-defaults of the scripts, and Tables 5 and 6); all others have tables of their own.
+them are not needed. A score is the mean of the 10 evaluation episodes of one seed, of a language run the mean reward of
+its evaluation samples; means and standard errors are over seeds. A run is compared with a cell of the paper only if its
+settings, its models and its length are those of the paper (the defaults of the scripts, and Tables 5 to 7); all others
+have tables of their own. Win rates are those of benchmark/judge.py.
 """
 
 import ast
@@ -17,7 +18,7 @@ import json
 import math
 import sys
 from collections import Counter, defaultdict
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
 
@@ -41,6 +42,8 @@ FAILURE = 1000  # percent; an improvement above says that the baseline failed, n
 COLORS = {("Gaussian", "none"): "black", ("Gaussian", "noise"): "tab:purple"}  # the other four are Figure 3's
 COLORS |= {("baseline", "none"): "tab:blue", ("symmetric", "none"): "tab:orange"}
 COLORS |= {("baseline", "noise"): "tab:green", ("symmetric", "noise"): "tab:red"}
+UNNORMALIZED = "PPO (without A normalization)"  # a row of Table 14; the other one is the PPO of Table 3
+COLORS |= {(UNNORMALIZED, "none"): "tab:gray"}
 
 PPO_TIMESTEPS = {  # Table 6, and the authors' files where it is silent (docs/paper-notes.md); A2C: 2e6 everywhere
     "Ant-v4": 2_000_000,
@@ -69,16 +72,25 @@ BETAS = {
     ("DSA2C", "none"): (5.0, {0.2: "Ant Hopper Swimmer Walker2d", 0.5: "BipedalWalker HumanoidStandup"}),
     ("DSA2C", "N(0, 0.05^2)"): (10.0, {0.2: "Ant", 5.0: "LunarLanderContinuous"}),
 }
+LANGUAGE = {"sppo_rlhf_imdb": ("IMDB", 60, 0.4), "sppo_rlhf_tldr": ("TL;DR", 100, 0.2)}  # Table 7: updates, SPPO's beta
+TARGET_COEF = 0.1  # of the language runs behind the paper's numbers (docs/paper-notes.md)
+MODELS = ("policy", "dataset", "reward_model")
+SFT_UPDATES = 10  # the SFT row of TL;DR is the policy after these (Section 5.3)
+JUDGE = ("gpt-4-turbo-2024-04-09", 100)  # the paper's, and the samples that it is taken to have judged
+METRICS = {"rm_score": "score", "perplexity": "perplexity", "win_rate": "win rate (%)"}
 SCRIPTS = ("sppo_continuous_discretized", "sa2c_continuous_discretized", "sppo_atari", "sa2c_atari")
 SET_PER_CELL = (
     "env_id",
     "total_timesteps",
+    "num_updates",
     "seed",
     "num_seeds",
     "alpha",
     "beta",
     "reward_noise_std",
     "reward_flip_prob",
+    "micro_batch_size",  # this and the next: how a run is computed, not what
+    "rollout_batch_size",
 )
 
 
@@ -106,7 +118,7 @@ class Group:
     """What runs must share to be averaged: they differ in the seed only."""
 
     environment: str
-    algorithm: str  # as in the paper's header: PPO, SPPO, A2C, SA2C, DPPO, DSPPO, DA2C, DSA2C
+    algorithm: str  # as in the paper's header: PPO, SPPO, A2C, SA2C, DPPO, DSPPO, DA2C, DSA2C; or UNNORMALIZED
     noise: str  # "none", "BSC(0.1)", "N(0, 0.05^2)"
     timesteps: int  # the paper's number where it is that, rounded up to whole rollouts
     paper_timesteps: int | None  # None: no such cell in the paper
@@ -131,21 +143,55 @@ class Group:
     def cell(self) -> tuple[str, str, str]:
         return self.environment, self.algorithm, self.noise
 
+    @property
+    def unit(self) -> str:
+        return "steps"
+
     def difference_text(self) -> str:
         texts = [f"{name} {value:{'g' if type(value) is float else ''}}" for name, value in self.differences]
         return ", ".join((["not in the paper"] if self.paper_timesteps is None else []) + texts)
 
 
+@dataclass(frozen=True)
+class LanguageGroup(Group):
+    """Language runs: timesteps are updates, and the environment is the task or, where not the paper's, the models."""
+
+    script: str
+    models: tuple[str, ...]  # policy, data set, reward model
+
+    @property
+    def family(self) -> str:
+        return self.script.removeprefix("sppo_")
+
+    @property
+    def task(self) -> str:
+        return LANGUAGE[self.script][0]
+
+    @property
+    def unit(self) -> str:
+        return "updates"
+
+    def difference_text(self) -> str:
+        others = tuple(difference for difference in self.differences if difference[0] not in MODELS)
+        return Group.difference_text(replace(self, differences=others))
+
+
 @dataclass
 class Runs:
-    """The runs of one group, by seed."""
+    """The runs of one group, by seed; the last two are of language runs."""
 
     scores: dict[int, float] = field(default_factory=dict)
     folders: dict[int, Path] = field(default_factory=dict)
+    metrics: dict[int, dict[str, float]] = field(default_factory=dict)  # and before training: before_score, ...
+    judged: dict[tuple[str, str, int], dict[int, float]] = field(default_factory=dict)  # (against, judge, samples): %
 
     @property
     def values(self) -> np.ndarray:
         return np.array([self.scores[seed] for seed in sorted(self.scores)])
+
+    def metric(self, name: str) -> np.ndarray:
+        """Of the seeds that have it."""
+        return np.array([metrics[name] for _, metrics in sorted(self.metrics.items()) if name in metrics])
 
 
 def short_name(environment: str) -> str:
@@ -154,24 +200,25 @@ def short_name(environment: str) -> str:
 
 
 def read_paper() -> dict[int, dict[tuple[str, str, str], Cell]]:
-    """{table: {(environment, algorithm, noise): cell}} of the tables of scores and of Table 4."""
+    """{table: {(environment, algorithm, noise): cell}}; language tables have the metric in place of the noise."""
     tables = defaultdict(dict)
     with PAPER_NUMBERS.open(newline="") as file:
         for row in csv.DictReader(file):
-            if row["metric"] in ("score", "improvement_percent"):
-                key = row["environment"], row["algorithm"], row["noise"]
-                tables[int(row["table"])][key] = Cell(row["mean"], row["standard_error"])
+            table = int(row["table"])
+            last = row["metric"] if table in LANGUAGE_TABLES else row["noise"]
+            tables[table][row["environment"], row["algorithm"], last] = Cell(row["mean"], row["standard_error"])
     return dict(tables)
 
 
 @cache
 def script_settings(script: str) -> dict[str, object]:
-    """Defaults of a script's flags up to run_dir, which are the paper's settings; read, not imported."""
+    """Defaults of a script's flags up to run_dir and eval_samples, the paper's settings; read, not imported."""
     body = ast.parse((ROOT / f"{script}.py").read_text()).body
     fields = next(node for node in body if isinstance(node, ast.ClassDef) and node.name == "Args").body
-    nodes = [node for node in fields if isinstance(node, ast.AnnAssign)]
-    nodes = itertools.takewhile(lambda node: node.target.id != "run_dir", nodes)
-    return {n.target.id: ast.literal_eval(n.value) for n in nodes if n.target.id not in SET_PER_CELL}
+    nodes = iter([node for node in fields if isinstance(node, ast.AnnAssign)])
+    settings = list(itertools.takewhile(lambda node: node.target.id != "run_dir", nodes))
+    settings += [node for node in nodes if node.target.id == "eval_samples"]
+    return {n.target.id: ast.literal_eval(n.value) for n in settings if n.target.id not in SET_PER_CELL}
 
 
 def paper_settings(script: str, environment: str, algorithm: str, noise: str) -> dict[str, object]:
@@ -189,8 +236,11 @@ def paper_settings(script: str, environment: str, algorithm: str, noise: str) ->
 
 
 def identify(result: dict, paper: dict) -> Group:
-    """The group of a run, from its script and arguments; raises ValueError for what is no run of a control script."""
-    script, args, environment = result["script"], result["args"], result["env_id"]
+    """The group of a run, from its script and arguments; raises ValueError for what is no run of a known script."""
+    script, args = result["script"], result["args"]
+    if script in LANGUAGE:
+        return identify_language(result)
+    environment = result["env_id"]
     if script == "gaussian_sb3":
         algorithm = args["algo"].upper()
     elif script in SCRIPTS:
@@ -217,11 +267,32 @@ def identify(result: dict, paper: dict) -> Group:
     return Group(environment, algorithm, noise, timesteps, paper_timesteps, tuple(differences))
 
 
+def identify_language(result: dict) -> LanguageGroup:
+    script, args = result["script"], result["args"]
+    task, paper_updates, beta = LANGUAGE[script]
+    expected = script_settings(script) | {"alpha": 0.5, "beta": beta, "target_coef": TARGET_COEF}
+    algorithm = "SPPO"
+    if args["alpha"] == 1 and args["beta"] == 0:
+        algorithm = "PPO" if args.get("norm_adv", True) else UNNORMALIZED
+        for name in ("alpha", "beta", "Z", "norm_adv"):
+            del expected[name]
+    args = {name: tuple(value) if isinstance(value, list) else value for name, value in args.items()}
+    differences = [(name, args[name]) for name, value in expected.items() if name in args and args[name] != value]
+    models = tuple(args.get(name, expected[name]) for name in MODELS)
+    theirs = all(expected[name] == model for name, model in zip(MODELS, models))
+    updates = int(result["num_updates"])
+    if updates > paper_updates:
+        differences.append(("num_updates", updates))
+    environment = task if theirs else ", ".join(Path(model).name for model in models)
+    return LanguageGroup(environment, algorithm, "none", updates, paper_updates, tuple(differences), script, models)
+
+
 @dataclass
 class Results:
     """Everything found below the folders."""
 
     groups: dict[Group, Runs] = field(default_factory=dict)
+    language: dict[LanguageGroup, Runs] = field(default_factory=dict)
     left_out: list[tuple[Path, str]] = field(default_factory=list)  # and why
     made_by: Counter = field(default_factory=Counter)  # (commit, versions) of the counted runs
 
@@ -240,10 +311,12 @@ def load(folders: list[Path], paper: dict) -> Results:
         try:
             result = json.loads(path.read_text())
             group = identify(result, paper)
-            seed, score = int(result["seed"]), float(result["eval_mean"])
+            language = isinstance(group, LanguageGroup)
+            key = "eval_score" if language else "eval_mean"
+            seed, score = int(result["seed"]), float(result[key])
             if not math.isfinite(score):
-                raise ValueError(f"eval_mean is {score}")
-            runs = results.groups.setdefault(group, Runs())
+                raise ValueError(f"{key} is {score}")
+            runs = (results.language if language else results.groups).setdefault(group, Runs())
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             reason = f"lacks {error}" if isinstance(error, KeyError) else str(error)
             results.left_out.append((path.parent, f"result.json: {reason}"))
@@ -252,6 +325,10 @@ def load(folders: list[Path], paper: dict) -> Results:
             results.left_out.append((path.parent, f"seed {seed} again, as in {runs.folders[seed]}"))
             continue
         runs.scores[seed], runs.folders[seed] = score, path.parent
+        if language:
+            runs.metrics[seed] = language_metrics(result)
+            for key, win_rate in read_judges(path.parent):
+                runs.judged.setdefault(key, {})[seed] = win_rate
         versions = ", ".join(f"{name} {number}" for name, number in (result.get("versions") or {}).items())
         commit, dash, dirty = (result.get("commit") or "unknown").partition("-")
         results.made_by[commit[:10] + dash + dirty, versions] += 1
@@ -261,6 +338,30 @@ def load(folders: list[Path], paper: dict) -> Results:
             steps, _ = read_curve(path.parent, "global_step")
             results.left_out.append((path.parent, f"not finished, {steps[-1] if len(steps) else 0:,.0f} steps so far"))
     return results
+
+
+def language_metrics(result: dict) -> dict[str, float]:
+    """Metrics of the evaluation after training (score, perplexity, ...) and before it (before_score, ...)."""
+    metrics = {}
+    for prefix, values in (("", result), ("before_", result.get("before") or {})):
+        for key, value in values.items():
+            if key.startswith("eval_") and isinstance(value, (float, int)):
+                metrics[prefix + key.removeprefix("eval_")] = value
+    return metrics
+
+
+def read_judges(folder: Path) -> list[tuple[tuple[str, str, int], float]]:
+    """((against, judge, samples), win rate in percent) of every judge.json of a run; another run goes by its cell."""
+    found = []
+    for path in sorted(folder.glob("judge*.json")):
+        try:
+            judge = json.loads(path.read_text())
+            against = Path(judge["against"])  # "reference" or a run directory
+            name = against.parent.name if against.name.startswith("seed") else against.name
+            found.append(((name, judge["judge_model"], int(judge["samples"])), 100 * float(judge["win_rate"])))
+        except (OSError, ValueError, KeyError, TypeError):
+            continue  # not written by judge.py
+    return found
 
 
 def read_curve(folder: Path, tag: str) -> tuple[np.ndarray, np.ndarray]:
@@ -316,9 +417,9 @@ def bootstrap_interval(samples: list[np.ndarray]) -> tuple[float, float] | None:
 
 
 def format_number(value: float, like: float | None = None) -> str:
-    """No decimals from 1000 up, one from 10 up, else two, by the size of like."""
+    """No decimals from 1000 up, one from 10 up, two from 1 up, else three, by the size of like."""
     size = abs(value if like is None else like)
-    return f"{value:.{0 if size >= 1000 else 1 if size >= 10 else 2}f}"
+    return f"{value:.{0 if size >= 1000 else 1 if size >= 10 else 2 if size >= 1 else 3}f}"
 
 
 def format_mean(values: np.ndarray) -> str:
@@ -358,7 +459,7 @@ def markdown_table(header: list[str], rows: list[list[str]], right: str = "") ->
 
 
 def sort_key(group: Group) -> tuple:
-    order = ("PPO", "A2C", "DPPO", "DA2C", "SPPO", "SA2C", "DSPPO", "DSA2C")
+    order = (UNNORMALIZED, "PPO", "A2C", "DPPO", "DA2C", "SPPO", "SA2C", "DSPPO", "DSA2C")
     return group.environment, group.noise != "none", order.index(group.algorithm), group.timesteps, str(group)
 
 
@@ -370,7 +471,8 @@ def table_title(table: int, cells: dict) -> str:
     return ", ".join(filter(None, [f"Table {table}: {', '.join(algorithms)}", domain, noise]))
 
 
-def overview_section(paper: dict, ours: dict, shorter: set, table_4_run: bool) -> str:
+def overview_section(paper: dict, results: Results, shorter: set, table_4_run: bool) -> str:
+    ours = results.paper_cells()
     rows = []
     for table in TABLES:
         for noise in dict.fromkeys(noise for *_, noise in paper[table]):
@@ -380,12 +482,19 @@ def overview_section(paper: dict, ours: dict, shorter: set, table_4_run: bool) -
             algorithms = ", ".join(dict.fromkeys(algorithm for _, algorithm, _ in cells))
             counts = [f"{len(values)} of {len(cells)}", str(len(shorter & cells.keys() - ours.keys()))]
             rows.append([str(table), algorithms, noise, *counts, str(sum(abs(d) > 1 for d in differences))])
+    full, short = (language_cells(results, kind) for kind in ("paper", "shorter"))
+    for table in LANGUAGE_TABLES:
+        cells = paper[table]
+        values = [(full[key], cell) for key, cell in cells.items() if key in full]
+        differences = [joint_difference(v.mean(), standard_error(v), cell) for v, cell in values]
+        counts = [f"{len(values)} of {len(cells)}", str(len(short.keys() & cells.keys() - full.keys()))]
+        algorithms = ", ".join(dict.fromkeys(algorithm for _, algorithm, _ in cells))
+        rows.append([str(table), algorithms, "none", *counts, str(sum(abs(d) > 1 for d in differences))])
     header = ["Table", "Algorithms", "Noise", "Cells run", "Shorter only", "Beyond the joint SE"]
     table = markdown_table(header, rows, right="Table|Cells run|Shorter only|Beyond the joint SE")
     parts = "; ".join(f"Table {part} is a part of Table {whole}" for part, whole in PARTS.items())
     table_4 = "" if table_4_run else " No cell of Table 4 was run."
-    language = " and ".join(map(str, LANGUAGE_TABLES))
-    return f"{table}\n\n{parts}. Tables {language} (language models) are not compared here.{table_4}\n"
+    return f"{table}\n\n{parts}.{table_4}\n"
 
 
 def table_section(table: int, cells: dict, ours: dict, shorter: set) -> str:
@@ -534,15 +643,126 @@ def other_section(groups: dict[Group, Runs]) -> str:
     return f"## Other settings\n\nNot the paper's for these cells, so they are in no table above.\n\n{table}\n"
 
 
+def language_cells(results: Results, kind: str) -> dict[tuple[str, str, str], np.ndarray]:
+    """{(task, algorithm, metric): values over seeds} of a kind, as in Tables 3 and 14, and of the initial policies."""
+    cells, initial = {}, defaultdict(dict)
+    for group, runs in results.language.items():
+        if group.kind == "other":
+            continue
+        for metric, name in (("rm_score", "score"), ("perplexity", "perplexity")):
+            for seed, metrics in runs.metrics.items():  # whatever the algorithm and the length, they begin alike
+                if f"before_{name}" in metrics:
+                    initial[group.task, metric][seed] = metrics[f"before_{name}"]
+            if group.kind == kind:
+                cells[group.task, group.algorithm, metric] = runs.metric(name)
+            if group.kind == kind and (group.task, group.algorithm) == ("TL;DR", "PPO"):
+                curves = [read_curve(runs.folders[seed], f"eval/{name}") for seed in sorted(runs.folders)]
+                cells["TL;DR", "SFT", metric] = np.concatenate(
+                    [values[steps == SFT_UPDATES] for steps, values in curves]
+                )
+        if group.kind == kind:
+            judged = runs.judged.get(("reference", *JUDGE), {})
+            cells[group.task, group.algorithm, "win_rate"] = np.array([judged[seed] for seed in sorted(judged)])
+            if group.algorithm == "PPO":
+                cells[group.task, "PPO (with A normalization)", "rm_score"] = runs.values
+    for (task, metric), by_seed in initial.items():
+        values = np.array([by_seed[seed] for seed in sorted(by_seed)])
+        cells[task, "SFT" if task == "IMDB" else "initial policy", metric] = values
+    return {key: values for key, values in cells.items() if len(values)}
+
+
+def language_table_section(table: int, cells: dict, ours: dict) -> str:
+    """Table 3 or 14 as far as it was run."""
+    title = {3: "language models", 14: "PPO without and with advantage normalization, language models"}[table]
+    labels = {("IMDB", "SFT"): "initial policy", ("TL;DR", "SFT"): f"PPO after {SFT_UPDATES} updates"}
+    keys = [key for key in ours if key[1] == "initial policy"] if table == 3 else []
+    tasks = list(dict.fromkeys(task for task, _, _ in cells))
+    rows = []
+    for task, algorithm, metric in sorted([*keys, *cells], key=lambda key: tasks.index(key[0])):
+        key = task, algorithm, metric
+        if key not in ours:
+            continue
+        values, cell = ours[key], cells.get(key)
+        difference = joint_difference(values.mean(), standard_error(values), cell) if cell else math.nan
+        texts = [format_mean(values), str(len(values)), str(cell or "-"), format_difference(difference)]
+        rows.append([task, labels.get((task, algorithm), algorithm), METRICS[metric], *texts])
+    header = ["Task", "Algorithm", "Metric", "Ours", "n", "Paper", "Difference / joint SE"]
+    text = [f"## Table {table}: {title}", "", markdown_table(header, rows, right="Ours|n|Paper"), ""]
+    if table == 3:
+        text += [
+            f"- Beside the paper's SFT: of IMDB the initial policy; of TL;DR the policy after {SFT_UPDATES} updates "
+            "(Section 5.3), which does not say whether of PPO or SPPO: here of PPO.",
+            f"- Win rates stand here if {JUDGE[0]} judged {JUDGE[1]} samples against the references.",
+        ]
+    missing = defaultdict(list)
+    for task, algorithm, metric in cells.keys() - ours.keys():
+        missing[task, labels.get((task, algorithm), algorithm)].append(METRICS[metric])
+    for (task, algorithm), metrics in sorted(missing.items()):
+        text.append(f"- Not run: {task}, {algorithm}: {', '.join(sorted(metrics))}.")
+    return "\n".join(text) + "\n"
+
+
+def format_change(runs: Runs, name: str, factor: float = 1) -> str:
+    """A metric before and after training."""
+    both = [factor * runs.metric(prefix + name) for prefix in ("before_", "")]
+    return " → ".join(format_mean(values) for values in both if len(values)) or "-"
+
+
+def language_section(groups: dict[LanguageGroup, Runs]) -> str:
+    """All language runs, the paper's settings or not, with what the reward model gives to other texts."""
+    text = [
+        "## Language runs",
+        "",
+        "Before → after training. Below each table, what the reward model gives to texts other than the policy's: the "
+        'references, nothing at all (IMDB: the prompt alone), and the policy\'s response cut in half; "wins" is how '
+        "often such a text scores above the policy's whole response (compare Figure 1 and Table 15).",
+        "",
+    ]
+    combinations = dict.fromkeys((group.task, group.models) for group in sorted(groups, key=sort_key))
+    for task, models in sorted(combinations, key=lambda combination: combination[0]):
+        policy, data, reward = models
+        text += [f"### {task}: policy `{policy}`, data set `{data}`, reward model `{reward}`", ""]
+        rouge = ("rouge1", "rouge2", "rougeL") if task == "TL;DR" else ()
+        rows, errors, judged = [], [], []
+        for group in sorted(groups, key=sort_key):
+            if (group.task, group.models) != (task, models):
+                continue
+            runs, updates = groups[group], f"{group.timesteps} of {group.paper_timesteps}"
+            if group.timesteps >= group.paper_timesteps:
+                updates = str(group.timesteps)
+            names = [group.algorithm, group.difference_text(), updates, str(len(runs.scores))]
+            changes = [format_change(runs, name) for name in ("score", "perplexity")]
+            rows.append([*names, *changes, *(format_change(runs, name, 100) for name in rouge)])
+            fixed = [runs.metric(f"score_{name}") for name in ("reference", "empty")]  # the same after as before
+            errors.append([*names, *(format_mean(values) if len(values) else "-" for values in fixed)])
+            errors[-1].append(format_change(runs, "score_truncated"))
+            errors[-1] += [format_change(runs, f"{name}_wins", 100) for name in ("empty", "truncated")]
+            for (against, judge, samples), by_seed in sorted(runs.judged.items()):
+                against = "the references" if against == "reference" else against
+                values = np.array([by_seed[seed] for seed in sorted(by_seed)])
+                judged.append(
+                    f"- Win rate of {', '.join(filter(None, names[:2]))}, {updates} updates, against {against}: "
+                    f"{format_mean(values)} % (n {len(values)}), {samples} samples judged by {judge}."
+                )
+        header = ["Algorithm", "Not the paper's", "Updates", "n"]
+        scores = ["Score", "Perplexity", *(f"ROUGE-{name[5:]}" for name in rouge)]
+        others = ["References", "Empty", "Cut in half", "Empty wins (%)", "Cut in half wins (%)"]
+        for names, table in ((scores, rows), (others, errors)):
+            text += [markdown_table([*header, *names], table, right="|".join(["Updates", "n", *names])), ""]
+        text += [*judged, ""] if judged else []
+    return "\n".join(text)
+
+
 def line_style(group: Group) -> tuple[str, str | None]:
     """Label and color of a group's line; the color is None where only the cycle can keep lines apart."""
     label = group.algorithm + (f", {group.noise}" if group.noise != "none" else "")
+    if group.kind == "shorter" or (group.unit == "updates" and group.timesteps < group.paper_timesteps):
+        label += f", {group.timesteps:,} {group.unit}"
     if group.kind == "other":
-        return f"{label}, {group.difference_text()}", None
-    if group.kind == "shorter":
-        label += f", {group.timesteps:,} steps"
-    discretized_or_atari = group.algorithm.startswith("D") or group.family.startswith("atari")
-    role = "symmetric" if group.algorithm in BASELINES else "baseline" if discretized_or_atari else "Gaussian"
+        return ", ".join(filter(None, [label, group.difference_text()])), None
+    gaussian = group.family.startswith("continuous") and not group.algorithm.startswith("D")
+    role = "symmetric" if group.algorithm in BASELINES else "Gaussian" if gaussian else "baseline"
+    role = UNNORMALIZED if group.algorithm == UNNORMALIZED else role
     return label, COLORS[role, "none" if group.noise == "none" else "noise"]
 
 
@@ -572,23 +792,25 @@ def plot(groups: dict[Group, Runs], tag: str, ylabel: str, scale: float, path: P
     width, height = (2.6, 2.1) if columns == 5 else (3.6, 2.8) if columns > 1 else (6, 4)
     figure, axes = plt.subplots(rows, columns, figsize=(width * columns, height * rows), squeeze=False)
     handles, cycle = {}, {}
+    unit = lines[next(iter(lines))][0][0].unit
+    size = 1e6 if unit == "steps" else 1
     for ax, (environment, panel) in zip(axes.flat, lines.items()):
         for group, steps, values in panel:
             label, color = line_style(group)
             color = color or cycle.setdefault(label, f"C{len(cycle) % 10}")
             mean = values.mean(0)
-            (handle,) = ax.plot(steps / 1e6, mean, color=color, linewidth=1.2)
+            (handle,) = ax.plot(steps / size, mean, color=color, linewidth=1.2)
             handles.setdefault(label, (sort_key(group)[1:], handle))
             if len(values) > 1:
                 se = values.std(0, ddof=1) / math.sqrt(len(values))
-                ax.fill_between(steps / 1e6, mean - se, mean + se, color=color, alpha=0.25, linewidth=0)
+                ax.fill_between(steps / size, mean - se, mean + se, color=color, alpha=0.25, linewidth=0)
         ax.set_title(short_name(environment), fontsize=9)
         ax.tick_params(labelsize=7)
         ax.grid(alpha=0.3)
     for ax in axes.flat[len(lines) :]:
         ax.axis("off")
     for ax in [axes.flat[i] for i in range(max(0, len(lines) - columns), len(lines))]:
-        ax.set_xlabel("million steps", fontsize=8)
+        ax.set_xlabel("million steps" if unit == "steps" else unit, fontsize=8)
     for ax in axes[:, 0]:
         ax.set_ylabel(ylabel, fontsize=8)
     labels = sorted(handles, key=lambda label: handles[label][0])
@@ -606,54 +828,73 @@ def figures_section(results: Results, out: Path) -> str:
     titles = {"paper": "paper's settings and length", "shorter": "shorter than the paper", "other": "other settings"}
     domains = {"atari_ppo": "Atari, PPO", "atari_a2c": "Atari, A2C", "continuous_ppo": "MuJoCo and Box2D, PPO"}
     domains |= {"continuous_a2c": "MuJoCo and Box2D, A2C"}
+    language = {"rlhf_imdb": "IMDB", "rlhf_tldr": "TL;DR"}
     figures = (
-        ("curves", "charts/episodic_return", "training return", 1, "Learning curves"),
-        ("sign_flips", "losses/sign_flips", "advantage sign flips (%)", 100, "Advantage sign flips (Figure 2)"),
+        ("curves", "charts/episodic_return", "training return", 1, "Learning curves", domains),
+        ("curves", "objective/scores", "score of the rollouts", 1, "Learning curves", language),
+        (
+            "sign_flips",
+            "losses/sign_flips",
+            "advantage sign flips (%)",
+            100,
+            "Advantage sign flips (Figure 2)",
+            domains,
+        ),
     )
+    all_groups = results.groups | results.language
     text = [
         "## Figures",
         "",
-        "Mean over seeds, averaged over each hundredth of the steps; the band is the standard error.",
+        "Mean over seeds, averaged over each hundredth of the run; the band is the standard error.",
         "",
     ]
-    for name, tag, ylabel, scale, caption in figures:
+    for name, tag, ylabel, scale, caption, families in figures:
         for kind, title in titles.items():
-            for family, domain in domains.items():
-                groups = {group: runs for group, runs in results.of_kind(kind).items() if group.family == family}
+            for family, domain in families.items():
+                groups = {g: runs for g, runs in all_groups.items() if (g.kind, g.family) == (kind, family)}
                 path = out / f"{name}_{family}{'' if kind == 'paper' else f'_{kind}'}.png"
                 path.unlink(missing_ok=True)
                 if groups and plot(groups, tag, ylabel, scale, path):
                     text += [f"{caption}: {domain}, {title}.", "", f"![{caption}]({path.name})", ""]
-    without = [f for runs in results.groups.values() for f in runs.folders.values() if not (f / "curves.csv").exists()]
+    without = [f for runs in all_groups.values() for f in runs.folders.values() if not (f / "curves.csv").exists()]
     if without:
         text += [f"Without curves.csv, in no figure: {', '.join(map(str, sorted(without)))}.", ""]
     return "\n".join(text)
 
 
 def write_report(folders: list[Path], results: Results, paper: dict, out: Path) -> None:
-    kinds = {kind: sum(len(r.scores) for r in results.of_kind(kind).values()) for kind in ("paper", "shorter", "other")}
+    kinds = dict.fromkeys(("paper", "shorter", "other"), 0)
+    for group, runs in (results.groups | results.language).items():
+        kinds[group.kind] += len(runs.scores)
     ours = results.paper_cells()
     sections = [
         "# Our results beside the paper's\n\n"
         f"{sum(kinds.values())} runs in {', '.join(f'`{folder}`' for folder in folders)}: {kinds['paper']} at the "
         f"paper's settings and length, {kinds['shorter']} shorter, {kinds['other']} at other settings, "
         f"{len(results.left_out)} left out.\n\n"
-        "Ours: mean ± standard error (SE) over n seeds (the paper: 5 on Atari, 30 elsewhere); the score of a seed is "
-        "the mean of its 10 evaluation episodes. Difference: ours minus the paper's, in units of the joint SE, "
-        "√(SE_ours² + SE_paper²), and whether it exceeds one. By chance alone a third of the cells would.\n"
+        "Ours: mean ± standard error (SE) over n seeds (the paper: 5 on Atari, 4 on the language tasks, 30 elsewhere); "
+        "the score of a seed is the mean of its 10 evaluation episodes, or of its evaluation samples. Difference: ours "
+        "minus the paper's, in units of the joint SE, √(SE_ours² + SE_paper²), and whether it exceeds one. By chance "
+        "alone a third of the cells would.\n"
     ]
     shorter = {group.cell for group in results.of_kind("shorter")}
     table_4 = table_4_section(paper, results)
-    sections.append(overview_section(paper, ours, shorter, bool(table_4)))
+    sections.append(overview_section(paper, results, shorter, bool(table_4)))
     for table in TABLES:
         if ours.keys() & paper[table].keys():
             sections.append(table_section(table, paper[table], ours, shorter))
     if table_4:
         sections.append(table_4)
+    language = language_cells(results, "paper")
+    for table in LANGUAGE_TABLES:
+        if language.keys() & paper[table].keys():
+            sections.append(language_table_section(table, paper[table], language))
     if shorter:
         sections.append(shorter_section(paper, results.of_kind("shorter")))
     if other := results.of_kind("other"):
         sections.append(other_section(other))
+    if results.language:
+        sections.append(language_section(results.language))
     if results.left_out:
         alike = defaultdict(list)  # seeds side by side usually share their reason
         for path, reason in results.left_out:
@@ -684,13 +925,13 @@ def main(argv: list[str] | None = None) -> int:
             print(f"{folder}: no result.json{hint}", file=sys.stderr)
             return 2
     results = load(list(args.folders), paper)
-    if not results.groups:
+    if not (results.groups or results.language):
         path, reason = results.left_out[0]
         print(f"no usable result.json among {len(results.left_out)}; the first, {path}: {reason}", file=sys.stderr)
         return 2
     args.out.mkdir(parents=True, exist_ok=True)
     write_report(list(args.folders), results, paper, args.out)
-    counted = sum(len(runs.scores) for runs in results.groups.values())
+    counted = sum(len(runs.scores) for runs in (results.groups | results.language).values())
     print(f"{counted} runs, {len(results.left_out)} left out: {args.out / 'report.md'}")
     return 0
 

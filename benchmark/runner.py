@@ -5,8 +5,8 @@
     benchmark/atari_ppo.sh --slurm --partition cpu --time 24:00:00 --cpus-per-task 4
 
 A cell is one line: a script, its flags, and --seeds N for the seeds 1 ... N. It becomes the run directories
-<out>/<env>__<script>__<label>/seed<k>; a script with --num-seeds trains up to BATCH seeds in one process, in
-.../seeds<first>-<last>/seed<k>. What has its result.json is skipped, what was interrupted goes on with --resume. The
+<out>/<env or data set>__<script>__<label>/seed<k>; a script with --num-seeds trains up to BATCH seeds in one process,
+in .../seeds<first>-<last>/seed<k>. What has its result.json is skipped, what was interrupted goes on with --resume. The
 output of a run is in <run directory>.log, and its process holds a lock on that file: another runner waits until the
 process has ended, however it ends.
 """
@@ -24,12 +24,16 @@ import sys
 import time
 from dataclasses import dataclass
 from functools import cache
+from itertools import pairwise, takewhile
 from pathlib import Path
 
 import tyro
 
 NOT_COMPARED = ("run_dir", "num_seeds", "num_threads", "cuda", "compile")  # how a run is computed, not what
+NOT_COMPARED += ("cpu", "micro_batch_size", "rollout_batch_size", "checkpoint_every", "eval_every")
+NOT_IN_LABEL = ("env_id", "dataset", "total_timesteps", "num_updates", *NOT_COMPARED)
 SHORT = {"algo": "", "reward_noise_std": "noise", "reward_flip_prob": "flip"}  # in labels
+SHORT |= {"policy": "", "reward_model": "", "base_precision": "", "target_coef": "target"}
 MAX_ARRAY = 1000  # tasks; Slurm's default MaxArraySize is 1001
 LOG_TAIL = 10  # lines
 
@@ -50,9 +54,9 @@ class Args:
     seeds: int | None = whole_number("SEEDS")
     """seeds of every cell instead of its own number [SEEDS]"""
     envs: str = os.environ.get("ENVS", "")
-    """only these environments, separated by spaces: Ant-v4 or Ant, AlienNoFrameskip-v4 or Alien [ENVS]"""
+    """only these environments or data sets, separated by spaces: Ant-v4 or Ant, AlienNoFrameskip-v4 or Alien [ENVS]"""
     steps: int | None = whole_number("STEPS")
-    """total timesteps of every cell instead of its own, in run directories that say so [STEPS]"""
+    """total timesteps, or updates, of every cell instead of its own, in run directories that say so [STEPS]"""
     workers: int = whole_number("WORKERS", len(os.sched_getaffinity(0)))
     """processes at once [WORKERS]"""
     batch: int = whole_number("BATCH", 10)
@@ -102,6 +106,9 @@ class Script:
                 self.defaults[field.target.id] = ast.literal_eval(field.value)
             except ValueError:  # computed, such as a number of threads
                 self.defaults[field.target.id] = None
+            if isinstance(self.defaults[field.target.id], tuple):  # result.json has lists
+                self.defaults[field.target.id] = list(self.defaults[field.target.id])
+        self.length = "num_updates" if "num_updates" in self.defaults else "total_timesteps"
 
     def parse(self, flags: list[str]) -> dict:
         """["--beta", "20", "--no-norm-adv"] -> {"beta": 20.0, "norm_adv": False}, in the types of the defaults."""
@@ -112,6 +119,9 @@ class Script:
             default = self.defaults.get(name)
             if isinstance(self.defaults.get(name.removeprefix("no_")), bool):
                 given[name.removeprefix("no_")] = not name.startswith("no_")
+            elif isinstance(default, list):
+                given[name] = list(takewhile(lambda value: not value.startswith("--"), rest))
+                del rest[: len(given[name])]
             elif flag.startswith("--") and name in self.defaults and rest:
                 given[name] = rest.pop(0) if default is None else type(default)(rest.pop(0))
             else:
@@ -129,7 +139,7 @@ class Job:
         first, count = int(self.given["seed"]), self.given.get("num_seeds", 1)
         seeds = range(first, first + count)
         self.seed_dirs = {seed: self.run_dir / f"seed{seed}" if count > 1 else self.run_dir for seed in seeds}
-        self.steps = self.given.get("total_timesteps", 1) * count
+        self.steps = self.given.get(script.length, 1) * count
         self.steps_before, self.process = 0, None
 
     def state(self) -> str:
@@ -229,15 +239,22 @@ def batches(cell: Path, num_seeds: int, most: int) -> list[tuple[int, int]]:
 
 
 def env_names(line: str) -> set[str]:
-    """The names by which ENVS may call a cell's environment: AlienNoFrameskip-v4 and Alien."""
-    env_ids = re.findall(r"--env-id (\S+)", line)
-    return {*env_ids, *(re.sub(r"(NoFrameskip)?-v\d+$", "", env_id) for env_id in env_ids)}
+    """The names by which ENVS may call a cell's environment or data set: AlienNoFrameskip-v4 and Alien."""
+    try:
+        words = shlex.split(line)
+    except ValueError:
+        return set()  # expand() says what is wrong
+    env_ids = [value for flag, value in pairwise(words) if flag == "--env-id"]
+    data = [value for flag, value in pairwise(words) if flag == "--dataset"]
+    return {*env_ids, *(re.sub(r"(NoFrameskip)?-v\d+$", "", e) for e in env_ids), *data, *(Path(d).name for d in data)}
 
 
-def part_of_label(key: str, value: bool | float | int | str) -> str:
+def part_of_label(key: str, value: bool | float | int | str | list) -> str:
     if isinstance(value, bool):
         return key if value else f"no_{key}"
-    return key + (f"{value:g}" if isinstance(value, float) else str(value))
+    if isinstance(value, list):
+        return key + "-".join(value)
+    return key + (f"{value:g}" if isinstance(value, float) else Path(str(value)).name)
 
 
 def expand(line: str, args: Args) -> list[Job]:
@@ -251,16 +268,19 @@ def expand(line: str, args: Args) -> list[Job]:
         num_seeds = num_seeds or int(flags[i + 1])
         del flags[i : i + 2]
     given = script.parse(flags)
-    env_id = given.get("env_id") or script.defaults["env_id"]
-    parts = {SHORT.get(k, k): v for k, v in given.items() if k not in ("env_id", "total_timesteps")}
+    if "dataset" in script.defaults:
+        env = Path(given.get("dataset") or script.defaults["dataset"]).name
+    else:
+        env = (given.get("env_id") or script.defaults["env_id"]).replace("/", "-")
+    parts = [part_of_label(SHORT.get(k, k), v) for k, v in given.items() if k not in NOT_IN_LABEL]
     if args.steps:
-        if "--total-timesteps" in flags:
-            i = flags.index("--total-timesteps")
+        length = f"--{script.length.replace('_', '-')}"
+        if length in flags:
+            i = flags.index(length)
             del flags[i : i + 2]
-        flags += ["--total-timesteps", str(args.steps)]
-        parts["steps"] = args.steps
-    label = "_".join(part_of_label(key, value) for key, value in parts.items())
-    cell = args.out / "__".join(filter(None, (env_id.replace("/", "-"), name, label)))
+        flags += [length, str(args.steps)]
+        parts.append(f"steps{args.steps}")
+    cell = args.out / "__".join(filter(None, (env, name, "_".join(parts))))
     jobs = []
     for first, last in batches(cell, num_seeds or 1, args.batch if "num_seeds" in script.defaults else 1):
         several = ["--num-seeds", str(last - first + 1)] if last > first else []

@@ -1,6 +1,7 @@
 """benchmark/report.py: the paper's numbers, hand-computed figures, and what must not be mixed."""
 
 import csv
+import importlib
 import json
 import math
 import os
@@ -38,6 +39,34 @@ def write_run(folder, scores, env_id=PENDULUM, script=PPO_SCRIPT, steps=1_001_47
             lines = ["global_step,charts/episodic_return,losses/sign_flips", f"{steps},{score},0.2", "99999"]
             lines[1:1] = [f"{i * steps // 50},{score * i / 50},0.1" for i in range(1, 50)] + [f"{steps},,"]
             (run_dir / "curves.csv").write_text("\n".join(lines))
+
+
+def write_language_run(folder, scores, script="sppo_rlhf_imdb", updates=None, curves=False, judge=None, **args):
+    """A finished language run in folder/seed<k> for each of the scores, the paper's PPO unless args say otherwise."""
+    updates = updates or {"sppo_rlhf_imdb": 60, "sppo_rlhf_tldr": 100}[script]
+    args = asdict(importlib.import_module(script).Args()) | {"alpha": 1.0, "beta": 0.0, "target_coef": 0.1} | args
+    for seed, score in enumerate(scores, 1):
+        run_dir = folder / f"seed{seed}"
+        run_dir.mkdir(parents=True)
+        perplexity = 37.0 + 2 * seed
+        metrics = {"score": score, "perplexity": perplexity, "score_reference": 0.6, "score_empty": 0.5}
+        metrics |= {"score_truncated": score / 2, "empty_wins": 0.25, "truncated_wins": 0.125}
+        if script == "sppo_rlhf_tldr":
+            metrics |= {"rouge1": 0.3 + 0.1 * seed, "rouge2": 0.1, "rougeL": 0.2}
+        before = metrics | {"score": 0.5, "perplexity": 33.0, "rouge1": 0.3, "score_truncated": 0.2}
+        result = {"script": script, "policy": args["policy"], "dataset": args["dataset"], "seed": seed}
+        result |= {"args": json.loads(json.dumps(args)), "num_updates": updates, "eval_scores": [score] * 3}
+        result |= {f"eval_{name}": value for name, value in metrics.items()}
+        result |= {"before": {f"eval_{name}": value for name, value in before.items()}}
+        result |= {"commit": "c" * 40, "versions": {"torch": "2.13.0"}}
+        (run_dir / "result.json").write_text(json.dumps(result))
+        if curves:
+            lines = ["global_step,objective/scores,eval/score,eval/perplexity", "0,,0.5,33.0"]
+            lines += [f"{i},{score * i / updates},{f'{seed},30' if i == 10 else ','}" for i in range(1, updates + 1)]
+            (run_dir / "curves.csv").write_text("\n".join([*lines, f"{updates},,{score},{perplexity}\n"]))
+        if judge:
+            verdict = {"win_rate": judge[seed - 1], "win_rate_se": 0.05, "judge_model": report.JUDGE[0], "samples": 100}
+            (run_dir / "judge.json").write_text(json.dumps(verdict | {"against": "reference", "unparsed": 0}))
 
 
 def make_report(folder):
@@ -200,7 +229,8 @@ def test_what_cannot_be_counted_is_listed(tmp_path):
     write_run(runs / "a", [9000.0, 9100.0], **DSPPO)
     write_run(runs / "copy", [9000.0], **DSPPO)
     write_run(runs / "nan", [math.nan], **DSPPO)
-    write_run(runs / "language", [1.0], script="sppo_rlhf_imdb", **DSPPO)
+    write_run(runs / "script", [1.0], script="sppo_other", **DSPPO)
+    write_language_run(runs / "language", [math.nan])
     for name, content in (("cut", '{"script": "sp'), ("list", "[]"), ("empty", "{}")):
         (runs / name).mkdir()
         (runs / name / "result.json").write_text(content)
@@ -209,11 +239,16 @@ def test_what_cannot_be_counted_is_listed(tmp_path):
         (runs / f"unfinished/seed{seed}/args.json").write_text("{}")
         (runs / f"unfinished/seed{seed}/curves.csv").write_text("global_step,charts/episodic_return\n2048,5\n4096,\n")
     text = make_report(runs)
-    assert "2 runs in" in text and "8 left out" in text
+    assert "2 runs in" in text and "9 left out" in text
     left_out = section(text, "Left out")
     assert f"- `{runs}/unfinished`, seed1, seed2: not finished, 4,096 steps so far" in left_out
     assert f"- `{runs}/copy`, seed1: seed 1 again, as in {runs / 'a/seed1'}" in left_out
-    for line in ("nan`, seed1: result.json: eval_mean is nan", "empty: result.json: lacks 'script'", "sppo_rlhf_imdb"):
+    for line in (
+        "nan`, seed1: result.json: eval_mean is nan",
+        "language`, seed1: result.json: eval_score is nan",
+        "empty: result.json: lacks 'script'",
+        "no comparison for the script sppo_other",
+    ):
         assert line in left_out
     assert rows(section(text, "Table 12"))[0][2:4] == ["9050 ± 50", "2"]
 
@@ -290,6 +325,95 @@ def test_sweeps_run_every_cell_with_the_papers_settings(tmp_path, sweep, tables)
     assert sorted(group.cell for group in groups) == sorted(cell for table in tables for cell in PAPER[table])
 
 
+def test_tables_of_the_language_tasks(tmp_path):
+    runs = tmp_path / "runs"
+    write_language_run(runs / "imdb-ppo", [0.88, 0.90], curves=True)
+    write_language_run(runs / "imdb-unnormalized", [0.7, 0.8], norm_adv=False)
+    write_language_run(runs / "imdb-sppo", [0.92, 0.94], alpha=0.5, beta=0.4)
+    tldr = {"script": "sppo_rlhf_tldr", "curves": True}
+    write_language_run(runs / "tldr-ppo", [5.9, 6.0], **tldr)
+    write_language_run(runs / "tldr-sppo", [6.1, 6.2], alpha=0.5, beta=0.2, judge=[0.5, 0.54], **tldr)
+    text = make_report(runs)
+    assert "10 runs in" in text and "10 at the paper's settings and length, 0 shorter, 0 at other settings" in text
+    # 0.89 and 0.93, SE 0.01; PPO of TL;DR after 10 updates: 1 and 2; the initial policies: 0.5 and 33.
+    assert rows(section(text, "Table 3")) == [
+        ["IMDB", "initial policy", "score", "0.500 ± 0.000", "2", "0.54 ± 0.00", "-"],
+        ["IMDB", "initial policy", "perplexity", "33.0 ± 0.0", "2", "33.02 ± 0.09", "-0.22, within"],
+        ["IMDB", "PPO", "score", "0.890 ± 0.010", "2", "0.89 ± 0.02", "+0.00, within"],
+        ["IMDB", "PPO", "perplexity", "40.0 ± 1.0", "2", "41.09 ± 0.43", "-1.00, exceeds"],
+        ["IMDB", "SPPO", "score", "0.930 ± 0.010", "2", "0.92 ± 0.01", "+0.71, within"],
+        ["IMDB", "SPPO", "perplexity", "40.0 ± 1.0", "2", "40.60 ± 0.44", "-0.55, within"],
+        ["TL;DR", "initial policy", "score", "0.500 ± 0.000", "2", "-", "-"],
+        ["TL;DR", "initial policy", "perplexity", "33.0 ± 0.0", "2", "-", "-"],
+        ["TL;DR", "PPO after 10 updates", "score", "1.50 ± 0.50", "2", "5.83 ± 0.02", "-8.65, exceeds"],
+        ["TL;DR", "PPO after 10 updates", "perplexity", "30.0 ± 0.0", "2", "18.35 ± 0.02", "+582.50, exceeds"],
+        ["TL;DR", "PPO", "score", "5.95 ± 0.05", "2", "5.94 ± 0.08", "+0.11, within"],
+        ["TL;DR", "PPO", "perplexity", "40.0 ± 1.0", "2", "19.08 ± 0.17", "+20.62, exceeds"],
+        ["TL;DR", "SPPO", "score", "6.15 ± 0.05", "2", "6.13 ± 0.02", "+0.37, within"],
+        ["TL;DR", "SPPO", "perplexity", "40.0 ± 1.0", "2", "19.27 ± 0.21", "+20.29, exceeds"],
+        ["TL;DR", "SPPO", "win rate (%)", "52.0 ± 2.0", "2", "52.50 ± 2.40", "-0.16, within"],
+    ]
+    assert "- Not run: TL;DR, PPO: win rate (%).\n- Not run: TL;DR, PPO after 10 updates: win rate (%).\n" in text
+    assert rows(section(text, "Table 14")) == [
+        ["IMDB", "PPO (without A normalization)", "score", "0.750 ± 0.050", "2", "0.77 ± 0.01", "-0.39, within"],
+        ["IMDB", "PPO (with A normalization)", "score", "0.890 ± 0.010", "2", "0.89 ± 0.02", "+0.00, within"],
+        ["TL;DR", "PPO (with A normalization)", "score", "5.95 ± 0.05", "2", "5.94 ± 0.08", "+0.11, within"],
+    ]
+    overview = {row[0]: row[3:] for row in rows(text.split("\n## ")[0])}
+    assert (overview["3"], overview["14"]) == (["13 of 15", "0", "5"], ["3 of 4", "0", "0"])
+    imdb, tldr = section(text, "Language runs").split("\n### ")[1:]
+    assert imdb.startswith("IMDB: policy `rajkumarrrk/gpt2-fine-tuned-on-imdb-positive-reviews`, data set `stanford")
+    assert rows(imdb)[1][4:] == ["0.500 ± 0.000 → 0.890 ± 0.010", "33.0 ± 0.0 → 40.0 ± 1.0"]
+    assert rows(tldr)[1][6:] == ["30.0 ± 0.0 → 45.0 ± 5.0", "10.0 ± 0.0 → 10.0 ± 0.0", "20.0 ± 0.0 → 20.0 ± 0.0"]
+    figures = {path.name for path in (tmp_path / "report").glob("*.png")}
+    assert figures == {"curves_rlhf_imdb.png", "curves_rlhf_tldr.png"}
+
+
+def test_local_models_and_other_judges_are_never_beside_the_papers(tmp_path):
+    runs = tmp_path / "runs"
+    local = {"policy": "assets/gpt2-reviews", "dataset": "assets/reviews", "reward_model": "assets/sentiment"}
+    write_language_run(runs / "ppo", [0.6, 0.8], curves=True, **local)
+    write_language_run(runs / "sppo", [0.7, 0.9], updates=20, alpha=0.5, beta=0.4, curves=True, **local)
+    write_language_run(runs / "text", [0.5], target_coef=0.0, eval_samples=20)  # the paper's text, not its numbers
+    write_language_run(runs / "short", [0.6], updates=3)
+    write_language_run(runs / "micro", [0.6], norm_adv=False, micro_batch_size=2, rollout_batch_size=3)
+    write_language_run(runs / "judged", [0.9], alpha=0.5, beta=0.4, judge=[0.6])
+    for name, against in (("judge.json", "reference"), ("judge-ppo-seed1.json", str(runs / "ppo" / "seed1"))):
+        verdict = {"win_rate": 0.55, "judge_model": "another", "samples": 10, "against": against}
+        (runs / "judged" / "seed1" / name).write_text(json.dumps(verdict))
+    text = make_report(runs)
+    assert "8 runs in" in text and "2 at the paper's settings and length, 1 shorter, 5 at other settings" in text
+    table = section(text, "Table 3")
+    assert {tuple(row[:3]) for row in rows(table)} == {
+        ("IMDB", algorithm, metric) for algorithm in ("initial policy", "SPPO") for metric in ("score", "perplexity")
+    }
+    assert [row[1] for row in rows(section(text, "Table 14"))] == ["PPO (without A normalization)"]
+    paper, reviews = sorted(section(text, "Language runs").split("\n### ")[1:], key=lambda part: "reviews`" in part)
+    assert reviews.startswith("IMDB: policy `assets/gpt2-reviews`, data set `assets/reviews`, reward model `assets/s")
+    assert rows(reviews)[:2] == [
+        ["PPO", "", "60", "2", "0.500 ± 0.000 → 0.700 ± 0.100", "33.0 ± 0.0 → 40.0 ± 1.0"],
+        ["SPPO", "", "20 of 60", "2", "0.500 ± 0.000 → 0.800 ± 0.100", "33.0 ± 0.0 → 40.0 ± 1.0"],
+    ]
+    errors = ["0.600 ± 0.000", "0.500 ± 0.000", "0.200 ± 0.000 → 0.350 ± 0.050", "25.0 ± 0.0 → 25.0 ± 0.0"]
+    assert rows(reviews)[-2] == ["PPO", "", "60", "2", *errors, "12.5 ± 0.0 → 12.5 ± 0.0"]
+    assert ["PPO", "target_coef 0, eval_samples 20", "60", "1"] in [row[:4] for row in rows(paper)]
+    assert "- Win rate of SPPO, 60 updates, against ppo: 55.0 % (n 1), 10 samples judged by another." in paper
+    assert "- Win rate of SPPO, 60 updates, against the references: 55.0 % (n 1), 10 samples judged by an" in paper
+    assert {path.name for path in (tmp_path / "report").glob("*.png")} == {"curves_rlhf_imdb_other.png"}
+
+
+@pytest.mark.parametrize("script", import_scripts("sppo_rlhf*.py"))
+def test_default_arguments_of_a_language_script_are_the_papers(script):
+    args = json.loads(json.dumps(asdict(script.Args())))
+    result = {"script": script.SCRIPT, "args": args | {"target_coef": 0.1}, "num_updates": args["num_updates"]}
+    assert report.identify(result, PAPER).kind == "paper"
+    for change in ({"gamma": 0.9}, {"Z": -2.0}, {"kl_coef": 0.0}, {"target_coef": 0.0}, {"norm_adv": False}):
+        group = report.identify(result | {"args": result["args"] | change}, PAPER)
+        assert (group.kind, group.differences) == ("other", tuple(change.items()))
+    for updates, kind in ((args["num_updates"] - 1, "shorter"), (args["num_updates"] + 1, "other")):
+        assert report.identify(result | {"num_updates": updates}, PAPER).kind == kind
+
+
 def test_folders_without_results(tmp_path, capsys):
     (tmp_path / "run").mkdir()
     (tmp_path / "run/args.json").write_text("{}")
@@ -327,3 +451,25 @@ def test_kept_runs_have_result_thinned_curves_and_every_evaluation(tmp_path):
     assert len(lines) == 100 + 3 and set(lines) <= {row.strip() for row in rows}
     assert [line for line in lines if not line.endswith(",")] == [f"{s},{s / 10},{s}" for s in (333, 666, 999)]
     assert subprocess.run([*keep[:2], str(tmp_path / "kept" / "nothing")], capture_output=True).returncode == 2
+
+
+def test_kept_language_runs_have_the_judges_verdict_and_no_samples(tmp_path):
+    write_language_run(tmp_path / "runs" / "cell", [0.9], updates=150, curves=True, judge=[0.5])
+    run_dir = tmp_path / "runs" / "cell" / "seed1"
+    for name in ("eval_samples.jsonl", "judgments-judge-reference.jsonl", "policy"):
+        (run_dir / name).write_text("large")
+    keep = [
+        sys.executable,
+        str(ROOT / "benchmark" / "keep.py"),
+        str(tmp_path / "runs"),
+        "--out",
+        str(tmp_path / "kept"),
+    ]
+    assert subprocess.run(keep, capture_output=True).returncode == 0
+    kept = tmp_path / "kept" / "cell" / "seed1"
+    assert sorted(path.name for path in kept.iterdir()) == ["curves.csv", "judge.json", "result.json"]
+    lines, all_lines = ((folder / "curves.csv").read_text().splitlines() for folder in (kept, run_dir))
+    assert len(lines) < len(all_lines) and [line for line in all_lines if ",30" in line or ",39.0" in line] == [
+        line for line in lines if ",30" in line or ",39.0" in line
+    ]
+    assert report.main([str(tmp_path / "kept"), "--out", str(tmp_path / "report")]) == 0

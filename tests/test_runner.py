@@ -1,4 +1,4 @@
-"""The runner against small fake scripts, the cells of every sweep against Tables 5 and 6, and one sweep for real."""
+"""The runner against small fake scripts, the cells of every sweep against Tables 5 to 7, and two sweeps for real."""
 
 import json
 import os
@@ -15,12 +15,13 @@ import pytest
 from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
 
 from benchmark.gaussian_sb3 import NoisyReward
-from benchmark.runner import batches
+from benchmark.runner import Script, batches
 from sppo_continuous_discretized import make_env
 
 ROOT = Path(__file__).resolve().parent.parent
 RUNNER = ROOT / "benchmark" / "runner.py"
-NARROWING = ("SEEDS", "ENVS", "STEPS", "WORKERS", "BATCH")
+NARROWING = ("SEEDS", "ENVS", "STEPS", "WORKERS", "BATCH", "TASKS", "DATASET", "POLICY", "REWARD_MODEL", "FLAGS")
+NARROWING += ("BASE_PRECISION",)
 
 FAKE = """
 import argparse, json, os, signal, sys, threading, time
@@ -262,17 +263,56 @@ def test_another_run_in_the_directory_is_an_error(fake):
     (fake / "runs/Toy-v0__succeed__beta2/seed1").mkdir(parents=True)
     (fake / "runs/Toy-v0__succeed__beta2/seed1/notes").touch()
     code, output = run(
-        ["succeed --total-timesteps 20", "succeed --beta 2", "succeed --beta 3", "succeed --gamma 1", "none"]
+        [
+            "succeed --total-timesteps 20",
+            "succeed --beta 2",
+            "succeed --beta 3",
+            "succeed --gamma 1",
+            "none",
+            "succeed '",
+        ]
     )
     assert code == 1
     errors = [line for line in output.splitlines() if line.startswith("failed:")]
     assert errors == [
         "failed: succeed --gamma 1: succeed.py has no flag --gamma, or the flag has no value",
         "failed: none: there is no none.py in . or benchmark",
+        "failed: succeed ': No closing quotation",
         "failed: runs/Toy-v0__succeed/seed1 holds a run with total_timesteps 10, not 20",
         "failed: runs/Toy-v0__succeed__beta2/seed1 is in use, but there is no args.json in it",
     ]
-    assert "finished 1 (0 before), failed 4, running 0, waiting 0" in output
+    assert "finished 1 (0 before), failed 5, running 0, waiting 0" in output
+
+
+def test_language_cells_go_by_data_set_and_updates(fake):
+    language = FAKE.replace("total_timesteps", "num_updates").replace("    num_seeds: int = 1\n", "")
+    language = language.replace("args.num_seeds", "1").replace('env_id: str = "Toy-v0"', 'dataset: str = "hub/imdb"')
+    language = language.replace(
+        "    beta: float", '    targets: tuple = ("q", "v")\n    policy: str = "hub/gpt2"\n    beta: float'
+    )
+    language = language.replace(
+        "default = getattr(Args, name)", 'default = getattr(Args, name) if name != "targets" else ""'
+    )
+    language = language.replace('"args": own', '"args": own | {"targets": own["targets"].split() or ["q", "v"]}')
+    (fake / "lm.py").write_text(language + "finish()")
+    cells = ["lm --seeds 2 --num-updates 60", "lm --dataset some/reviews --policy some/small --num-updates 60 --beta 2"]
+    code, output = run(cells, STEPS="3")
+    assert code == 0 and "finished 3 (0 before)" in output, output
+    names = {path.name for path in (fake / "runs").iterdir()}
+    assert names == {"imdb__lm__steps3", "reviews__lm__small_beta2_steps3"}
+    saved = json.loads((fake / "runs/imdb__lm__steps3/seed2/args.json").read_text())["args"]
+    assert saved["num_updates"] == 3
+    code, output = run(cells, ENVS="reviews", STEPS="3")
+    assert code == 0 and "finished 1 (1 before)" in output, output
+    assert "finished 1 (1 before)" in run(cells, ENVS="some/reviews", STEPS="3")[1]
+    assert "ENVS: this sweep has no Ant" in run(cells, ENVS="Ant")[1]
+    code, output = run(["lm --num-updates 3 --targets q k", "lm --num-updates 3 --targets q v"], "--dry-run")
+    assert [line.split("runs/")[1].split("/")[0] for line in output.splitlines()] == [
+        "imdb__lm__targetsq-k",
+        "imdb__lm__targetsq-v",
+    ]
+    code, output = run(["lm --dataset other/reviews --policy some/small --num-updates 3 --beta 2"], STEPS="3")
+    assert code == 1 and "holds a run with dataset some/reviews, not other/reviews" in output
 
 
 def test_defaults_are_compared_and_the_number_of_threads_is_not(fake):
@@ -330,7 +370,7 @@ SA2C_NOISE_BETA_1 = "Alien Assault Gravitar MsPacman Qbert StarGunner TimePilot 
 def sweep(name, out, *flags, **environment):
     environment = {k: v for k, v in os.environ.items() if k not in NARROWING} | {"PYTHON": sys.executable} | environment
     command = [str(ROOT / "benchmark" / f"{name}.sh"), "--out", str(out), *flags]
-    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120)
+    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
 
 
 def dry_run(name, out, **environment):
@@ -426,6 +466,84 @@ def test_sweeps_share_the_runs_they_have_in_common(tmp_path):
     assert run_dirs["sign_flips"] <= run_dirs["atari_ppo"] | run_dirs["continuous_ppo"]
 
 
+TABLE_7 = {
+    "sppo_rlhf_imdb": {
+        "num_updates": 60,
+        "num_trajectories": 112,
+        "update_epochs": 5,
+        "minibatch_size": 28,
+        "gamma": 0.99,
+    },
+    "sppo_rlhf_tldr": {
+        "num_updates": 100,
+        "num_trajectories": 64,
+        "update_epochs": 4,
+        "minibatch_size": 32,
+        "gamma": 1.0,
+    },
+}
+for table in TABLE_7.values():
+    table |= {"learning_rate": 5e-6, "gae_lambda": 0.95, "clip_coef": 0.2, "Z": -1.0, "target_coef": 0.1}
+IMDB, TLDR = TABLE_7
+LANGUAGE_SWEEPS = {  # script, alpha, beta, advantage normalization
+    "rlhf_imdb": [(IMDB, 1.0, 0.0, True), (IMDB, 0.5, 0.4, True)],
+    "rlhf_tldr": [(TLDR, 1.0, 0.0, True), (TLDR, 0.5, 0.2, True)],
+    "advantage_norm": [(script, 1.0, 0.0, norm_adv) for script in TABLE_7 for norm_adv in (True, False)],
+}
+
+
+def language_dry_run(name, out, *flags, **environment):
+    """(script, all its arguments, which were given) of every command."""
+    process = sweep(name, out, "--dry-run", *flags, **environment)
+    assert process.returncode == 0, process.stderr
+    commands = []
+    for line in process.stdout.splitlines():
+        words = shlex.split(line)
+        script = Script(Path(words[1]).stem, ROOT)
+        given = script.parse(words[2:])
+        commands.append((script.name, script.defaults | given, given))
+    return commands
+
+
+@pytest.mark.parametrize("name", LANGUAGE_SWEEPS)
+def test_a_language_sweep_is_what_the_paper_ran(name, tmp_path):
+    commands = language_dry_run(name, tmp_path)
+    cells = [(script, args["alpha"], args["beta"], args["norm_adv"]) for script, args, _ in commands]
+    assert cells == [cell for cell in LANGUAGE_SWEEPS[name] for _ in range(4)]
+    assert [int(args["seed"]) for _, args, _ in commands] == [1, 2, 3, 4] * (len(commands) // 4)
+    for script, args, given in commands:
+        assert {key: args[key] for key in TABLE_7[script]} == TABLE_7[script]
+        assert args["dataset"] == Script(script, ROOT).defaults["dataset"]
+        assert not {"policy", "reward_model"} & given.keys()
+        assert script == IMDB or (args["base_precision"], args["eval_every"]) == ("4bit", 10)
+    assert len({args["run_dir"] for _, args, _ in commands}) == len(commands)
+
+
+@pytest.mark.parametrize("name", LANGUAGE_SWEEPS)
+def test_the_smoke_form_of_a_language_sweep_with_local_models(name, tmp_path):
+    local = {"DATASET": "assets/my reviews", "POLICY": "assets/policy", "REWARD_MODEL": "assets/reward"}
+    local |= {"BASE_PRECISION": "float32", "FLAGS": "--learning-rate 1e-4 --target-coef 0 --cpu", "STEPS": "1"}
+    task = {"rlhf_imdb": "imdb"}.get(name, "tldr")
+    commands = language_dry_run(name, tmp_path, SEEDS="1", TASKS=task, **local)
+    assert len(commands) == 2
+    for script, args, _ in commands:
+        assert script == f"sppo_rlhf_{task}" and (args["num_updates"], args["target_coef"]) == (1, 0)
+        assert [args[key] for key in ("dataset", "policy", "reward_model")] == [local[k] for k in list(local)[:3]]
+        assert args["learning_rate"] == 1e-4 and args["cpu"] and args.get("base_precision", "float32") == "float32"
+        label = "policy_reward" + ("_float32" if task == "tldr" else "") + "_target0_alpha"
+        assert args["run_dir"].startswith(f"{tmp_path}/my reviews__{script}__{label}")
+        assert args["run_dir"].endswith("_learning_rate0.0001_steps1/seed1")
+
+
+def test_language_sweeps_share_the_runs_they_have_in_common(tmp_path):
+    run_dirs = {name: {args["run_dir"] for _, args, _ in language_dry_run(name, tmp_path)} for name in LANGUAGE_SWEEPS}
+    assert len(run_dirs["advantage_norm"] & run_dirs["rlhf_imdb"]) == 4
+    assert len(run_dirs["advantage_norm"] & run_dirs["rlhf_tldr"]) == 4
+    assert [script for script, *_ in language_dry_run("advantage_norm", tmp_path, SEEDS="1", ENVS="imdb")] == [IMDB] * 2
+    process = sweep("advantage_norm", tmp_path, "--dry-run", POLICY="assets/policy")
+    assert process.returncode == 2 and "need TASKS=imdb or TASKS=tldr" in process.stderr
+
+
 def test_a_command_line_in_full(tmp_path):
     process = sweep("continuous_ppo", tmp_path, "--dry-run", ENVS="Hopper", SEEDS="12")
     flags = "--env-id Hopper-v4 --total-timesteps 2000000 --alpha 0.5 --beta 50 --reward-noise-std 0.05"
@@ -450,6 +568,22 @@ def test_continuous_ppo_for_real(tmp_path):
     assert [row.split(",")[0] for row in curves] == ["global_step", "2048", "2048"]
     process = sweep("continuous_ppo", tmp_path, **narrow)
     assert process.returncode == 0 and "finished 6 (6 before)" in process.stdout
+
+
+def test_rlhf_imdb_for_real(tmp_path, assets):
+    flags = "--num-trajectories 4 --minibatch-size 2 --update-epochs 1 --prompt-length 8 --response-length 4"
+    narrow = {"DATASET": assets / "reviews", "POLICY": assets / "gpt2", "REWARD_MODEL": assets / "sentiment"}
+    narrow = {name: str(path) for name, path in narrow.items()} | {"SEEDS": "1", "STEPS": "1", "ENVS": "reviews"}
+    narrow |= {"FLAGS": f"{flags} --min-response-length 4 --eval-samples 3 --cpu"}
+    process = sweep("rlhf_imdb", tmp_path / "runs", **narrow)
+    assert process.returncode == 0, process.stdout + process.stderr
+    results = [json.loads(path.read_text()) for path in (tmp_path / "runs").rglob("result.json")]
+    assert sorted((r["args"]["alpha"], r["args"]["beta"]) for r in results) == [(0.5, 0.4), (1, 0)]
+    assert {(r["num_updates"], len(r["eval_scores"]), r["args"]["target_coef"]) for r in results} == {(1, 3, 0.1)}
+    process = sweep("rlhf_imdb", tmp_path / "runs", **narrow)
+    assert process.returncode == 0 and "finished 2 (2 before)" in process.stdout, process.stdout
+    narrow["FLAGS"] += " --micro-batch-size 1"  # changes memory, not the result
+    assert "finished 2 (2 before)" in sweep("rlhf_imdb", tmp_path / "runs", **narrow).stdout
 
 
 def test_gaussian_noise_comes_after_normalization_and_clipping():
