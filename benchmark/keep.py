@@ -7,6 +7,7 @@ python benchmark/report.py benchmark/results/
 """
 
 import csv
+import json
 import shutil
 import sys
 from dataclasses import dataclass
@@ -48,7 +49,11 @@ def main() -> int:
     for result in results:
         folder = args.out / result.parent.relative_to(args.runs)
         folder.mkdir(parents=True, exist_ok=True)
-        for path in (result, *result.parent.glob("judge*.json")):
+        content = json.loads(result.read_text())
+        if "run_dir" in content["args"]:  # where it was on the machine that made it says nothing to others
+            content["args"]["run_dir"] = str(result.parent.relative_to(args.runs))
+        (folder / "result.json").write_text(json.dumps(content, indent=2) + "\n")
+        for path in result.parent.glob("judge*.json"):
             shutil.copyfile(path, folder / path.name)
         thin(result.with_name("curves.csv"), folder / "curves.csv", args.rows)
     print(f"{len(results)} runs copied to {args.out}")
