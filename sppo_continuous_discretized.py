@@ -33,7 +33,7 @@ import mujoco
 import numpy as np
 import torch
 import tyro
-from gymnasium.vector import AutoresetMode, SyncVectorEnv
+from gymnasium.vector import SyncVectorEnv
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
@@ -161,36 +161,44 @@ def make_env(env_id: str, video_dir: Path | None = None) -> gym.Env:
     return env if len(env.observation_space.shape or ()) == 1 else gym.wrappers.FlattenObservation(env)
 
 
-class SubEnv(gym.Wrapper):
-    """One of many: an error gets the attribute env_index; infos, which nothing here reads, are not collected."""
+class Envs(SyncVectorEnv):
+    """Environments that reset within the step that ends an episode, so that no transition is junk.
 
-    def __init__(self, env: gym.Env, env_index: int):
-        super().__init__(env)
-        self.env_index = env_index
-
-    def step(self, action):
-        try:
-            return *self.env.step(action)[:4], {}
-        except Exception as error:
-            error.env_index = self.env_index
-            raise
-
-    def reset(self, **options):
-        try:
-            return self.env.reset(**options)[0], {}
-        except Exception as error:
-            error.env_index = self.env_index
-            raise
-
-
-def make_envs(env_id: str, num_envs: int, video_dirs: Sequence[Path] = ()) -> SyncVectorEnv:
-    """num_envs environments that reset within the step that ends an episode, so that no transition is junk.
-
-    With video_dirs, one per agent, the first environment of each agent is recorded.
+    SyncVectorEnv's own step takes four times as long. No infos but final_obs, the observations before any reset, are
+    collected, and an error gets the attribute env_index.
     """
+
+    def reset(self, seed: list[int]):
+        obs = []
+        try:
+            for env, env_seed in zip(self.envs, seed):
+                obs.append(env.reset(seed=env_seed)[0])
+        except Exception as error:
+            error.env_index = len(obs)
+            raise
+        return np.array(obs), {}
+
+    def step(self, actions: np.ndarray):
+        obs, final_obs, rewards, terminated, truncated = [], [], [], [], []
+        try:
+            for env, action in zip(self.envs, actions):
+                last_obs, reward, is_over, is_cut, _ = env.step(action)
+                obs.append(env.reset()[0] if is_over or is_cut else last_obs)
+                final_obs.append(last_obs)
+                rewards.append(reward)
+                terminated.append(is_over)
+                truncated.append(is_cut)
+        except Exception as error:
+            error.env_index = len(obs)
+            raise
+        infos = {"final_obs": np.array(final_obs)}
+        return np.array(obs), np.array(rewards), np.array(terminated, bool), np.array(truncated, bool), infos
+
+
+def make_envs(env_id: str, num_envs: int, video_dirs: Sequence[Path] = ()) -> Envs:
+    """num_envs environments. With video_dirs, one per agent, the first environment of each agent is recorded."""
     videos = {i * num_envs // len(video_dirs): video_dir for i, video_dir in enumerate(video_dirs)}
-    makers = [lambda i=i: SubEnv(make_env(env_id, videos.get(i)), i) for i in range(num_envs)]
-    return SyncVectorEnv(makers, autoreset_mode=AutoresetMode.SAME_STEP)
+    return Envs([lambda i=i: make_env(env_id, videos.get(i)) for i in range(num_envs)])
 
 
 def env_seeds(seeds: list[int], num_envs: int, *stream: int) -> list[int]:
@@ -346,6 +354,7 @@ def gae(
     return advantages, advantages + values
 
 
+@torch.enable_grad()
 def gradients(agent: Agent, batch: list[torch.Tensor], clip_coef: torch.Tensor, args: Args):
     """Clipped gradients of every agent on a minibatch of its own, and its losses as {tag: (num_agents,)}.
 
@@ -427,6 +436,7 @@ def agent_first(x: np.ndarray, device: torch.device) -> torch.Tensor:
     return torch.from_numpy(x).to(device).transpose(0, 1).flatten(1, 2)
 
 
+@torch.no_grad()
 def train(args: Args, run_dirs: dict[int, Path]) -> None:
     """Train the agents of run_dirs ({seed: directory}) side by side and leave a result.json in each directory.
 
@@ -524,8 +534,7 @@ def train(args: Args, run_dirs: dict[int, Path]) -> None:
         gumbel = -learner.draw(T, E, action_dim, args.num_bins, kind="exponential_").log().to(device)
         noise = args.reward_noise_std * learner.draw(T, E, kind="normal_").numpy()
         for t in range(T):
-            with torch.no_grad():
-                actions = (agent.logits(torch.from_numpy(obs).to(device)) + gumbel[t]).argmax(-1).cpu().numpy()
+            actions = (agent.logits(torch.from_numpy(obs).to(device)) + gumbel[t]).argmax(-1).cpu().numpy()
             obs_buf[t], action_buf[t] = obs, actions
             action_values = bins[actions, np.arange(action_dim)].reshape(envs.action_space.shape)
             with naming_the_seed(E):
@@ -540,11 +549,9 @@ def train(args: Args, run_dirs: dict[int, Path]) -> None:
             if done.any():
                 time_limit = (truncated & ~terminated).reshape(N, E)
                 if time_limit.any():  # the episode was cut, not over: add gamma * V(final observation)
-                    final_obs = raw_obs.copy()
-                    final_obs[time_limit] = np.stack(infos["final_obs"][time_limit.flatten()])
-                    final_obs = torch.from_numpy(normalizer.obs(final_obs, update=False)).to(device)
-                    with torch.no_grad():
-                        reward_buf[t] += args.gamma * agent.value(final_obs).cpu().numpy() * time_limit
+                    final_obs = normalizer.obs(infos["final_obs"].reshape(N, E, obs_dim), update=False)
+                    final_value = agent.value(torch.from_numpy(final_obs).to(device)).cpu().numpy()
+                    reward_buf[t][time_limit] += args.gamma * final_value[time_limit]
                 for i, e in np.argwhere(done):
                     episodes[i].append((episode_return[i, e], episode_length[i, e]))
                     last_returns[i].append(float(episode_return[i, e]))
@@ -552,10 +559,9 @@ def train(args: Args, run_dirs: dict[int, Path]) -> None:
 
         # Advantages. The policy is still that of the rollout: one forward pass gives pi_old and V for all of it.
         b_obs, b_actions = (agent_first(x, device) for x in (obs_buf, action_buf))
-        with torch.no_grad():
-            b_logprob, _ = logprob_and_entropy(agent.logits(b_obs), b_actions)
-            values = agent.value(b_obs).unflatten(1, (T, E)).transpose(0, 1).cpu().numpy()
-            last_value = agent.value(torch.from_numpy(obs).to(device)).cpu().numpy()
+        b_logprob, _ = logprob_and_entropy(agent.logits(b_obs), b_actions)
+        values = agent.value(b_obs).unflatten(1, (T, E)).transpose(0, 1).cpu().numpy()
+        last_value = agent.value(torch.from_numpy(obs).to(device)).cpu().numpy()
         advantages, returns = gae(reward_buf, values, done_buf, last_value, args.gamma, args.gae_lambda)
         b_advantages, b_returns = (agent_first(x, device) for x in (advantages, returns))
 
@@ -643,6 +649,7 @@ def train(args: Args, run_dirs: dict[int, Path]) -> None:
         logs[i].close()
 
 
+@torch.no_grad()
 def evaluate(agent: Agent, normalizer: Normalizer, args: Args, seeds: list[int], video_dirs: Sequence[Path] = ()):
     """Raw returns (num_agents, 10) of the first episode in each of 10 environments of its own per agent.
 
@@ -656,8 +663,7 @@ def evaluate(agent: Agent, normalizer: Normalizer, args: Args, seeds: list[int],
     running = np.ones(envs.num_envs, dtype=bool)
     while running.any():
         obs = normalizer.obs(raw_obs.reshape(len(seeds), EVAL_EPISODES, -1), update=False)
-        with torch.no_grad():
-            actions = agent.logits(torch.from_numpy(obs).to(device)).argmax(-1).cpu().numpy()
+        actions = agent.logits(torch.from_numpy(obs).to(device)).argmax(-1).cpu().numpy()
         action_values = bins[actions, np.arange(bins.shape[1])].reshape(envs.action_space.shape)
         raw_obs, reward, terminated, truncated, _ = envs.step(action_values)
         returns += reward * running

@@ -94,11 +94,11 @@ def stable_baselines3(script: str, env_id: str, steps: int, threads: int) -> flo
 
 
 def environments_alone(script: str, env_id: str, steps: int, num_seeds: int) -> float:
-    """Steps per second of the training environments of num_seeds agents in one SyncVectorEnv, actions constant."""
+    """Steps per second of the training environments of num_seeds agents in one process, actions constant."""
     module = importlib.import_module(script)
     envs = module.make_envs(env_id, num_seeds * module.Args().num_envs)
     actions = np.zeros(envs.action_space.shape, envs.action_space.dtype)
-    envs.reset(seed=1)
+    envs.reset(seed=list(range(envs.num_envs)))
     start = time.perf_counter()
     for _ in range(steps):
         envs.step(actions)
@@ -137,7 +137,7 @@ def breakdown(script: str, env_id: str, steps: int, num_seeds: int) -> tuple[flo
 
         setattr(owner, name, timed)
 
-    time_method(module.SyncVectorEnv, "step", "environment")
+    time_method(module.Envs, "step", "environment")
     time_method(module.Agent, "logits", "policy")
     time_method(module.Normalizer, "obs", "normalization")
     time_method(module.Normalizer, "reward", "normalization")

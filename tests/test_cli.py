@@ -793,7 +793,7 @@ SPPO_ONLY = {
     "Args.clip_coef",
     "Args.anneal_clip",
 }
-SA2C_ONLY = {"continuous_discretized": {"symmetric_a2c_loss"}, "atari": {"symmetric_a2c_loss", "RMSpropTF"}}
+SA2C_ONLY = {"continuous_discretized": {"symmetric_a2c_loss", "RMSprop"}, "atari": {"symmetric_a2c_loss", "RMSpropTF"}}
 DIFFERENT_DOMAIN = {  # what scripts of different domains write differently besides Args and Learner
     "Import",
     "ImportFrom",

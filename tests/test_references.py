@@ -439,6 +439,21 @@ def test_updates_equal_those_of_plain_torch(script, max_grad_norm, alpha, beta, 
             torch.testing.assert_close(parameters(learner.agent, i), reference.params, rtol=1e-8, atol=1e-10)
 
 
+@pytest.mark.parametrize("script", import_scripts("sa2c_continuous_discretized.py"))
+def test_rmsprop_equals_torchs_bit_for_bit(script):
+    params = [torch.randn(2, 5, 3, requires_grad=True), torch.randn(2, 1, 3, requires_grad=True)]
+    twins = [p.detach().clone().requires_grad_() for p in params]
+    ours, theirs = script.RMSprop(params, 0.1), torch.optim.RMSprop(twins, 0.1, alpha=0.99, eps=1e-5, foreach=True)
+    for step in range(5):
+        ours.param_groups[0]["lr"] = theirs.param_groups[0]["lr"] = 0.1 / (step + 1)
+        for p, twin in zip(params, twins):
+            p.grad = torch.randn_like(p)
+            twin.grad = p.grad.clone()
+        ours.step()
+        theirs.step()
+        assert all(torch.equal(p, twin) for p, twin in zip(params, twins))
+
+
 @ppo_scripts
 def test_norm_adv_off_leaves_advantages_alone(script):
     learner = script.Learner(script.Args(), [1], 3, 2)
