@@ -8,6 +8,7 @@ Diverse Tasks and Model Scales". docs/paper-notes.md says where the paper is sil
 """
 
 import csv
+import ctypes
 import difflib
 import hashlib
 import json
@@ -227,7 +228,7 @@ class Agent(nn.Module):
 
     def forward(self, obs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Frames (batch, 4, 84, 84), uint8 -> logits (batch, num_actions), values (batch,)"""
-        features = self.trunk(obs.to(torch.float32, memory_format=torch.channels_last) / 255)
+        features = self.trunk(obs.to(torch.float32, memory_format=torch.channels_last).div_(255))
         return self.actor(features), self.critic(features).squeeze(-1)
 
 
@@ -347,6 +348,14 @@ class Learner:
         self.generator.set_state(state["rng"])
 
 
+def keep_memory() -> None:
+    """Make glibc keep freed memory: fetching it anew from the kernel takes a fifth of the time of an update on CPUs."""
+    if sys.platform == "linux":
+        libc = ctypes.CDLL(None)
+        libc.mallopt(-4, 0)  # M_MMAP_MAX: large blocks come from the heap as well
+        libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: the heap does not shrink
+
+
 def train(args: Args, run_dir: Path) -> None:
     """Train in run_dir, from its checkpoint if it has one, and leave its result.json.
 
@@ -354,6 +363,7 @@ def train(args: Args, run_dir: Path) -> None:
     """
     start_time, commit = time.monotonic(), git_commit()
     torch.set_num_threads(args.num_threads)
+    keep_memory()
     E, T = args.num_envs, args.num_steps
     rollout_size = T * E
     total_timesteps = -(-args.total_timesteps // rollout_size) * rollout_size
@@ -394,7 +404,8 @@ def train(args: Args, run_dir: Path) -> None:
         compute_gradients = torch.compile(gradients)
     timed = not args.compile  # the first iteration compiles
 
-    obs_buf = torch.zeros((T, E, 4, 84, 84), dtype=torch.uint8, device=device)
+    # Channels-last in memory, so that no minibatch has to be reordered.
+    obs_buf = torch.zeros((T, E, 84, 84, 4), dtype=torch.uint8, device=device).permute(0, 1, 4, 2, 3)
     action_buf = torch.zeros((T, E), dtype=torch.int64, device=device)
     value_buf = torch.zeros((T, E), device=device)
     reward_buf = np.zeros((T, E), np.float32)
