@@ -43,6 +43,7 @@ from peft import LoraConfig, PeftConfig, get_peft_model, set_peft_model_state_di
 from peft.utils import load_peft_weights
 from rouge_score.rouge_scorer import RougeScorer
 from torch import nn
+from torch.utils.checkpoint import checkpoint as recompute
 from torch.utils.tensorboard import SummaryWriter
 from transformers import (
     AutoModelForCausalLM,
@@ -211,7 +212,7 @@ def load_texts(name: str, columns: Sequence[str]) -> tuple[list[dict], list[dict
     """
     path = Path(name)
     if path.is_file():
-        data = load("dataset", "json", datasets.load_dataset, data_files=name)
+        data = load("dataset", name, lambda file: datasets.load_dataset("json", data_files=file))
     elif (path / "dataset_dict.json").exists() or (path / "dataset_info.json").exists():
         data = load("dataset", name, datasets.load_from_disk)
     else:
@@ -275,10 +276,12 @@ def positions(mask: torch.Tensor) -> torch.Tensor:
 def token_logprobs(logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
     """Log-probabilities (batch, length), float32, of tokens (batch, length) under logits (batch, length, vocabulary).
 
-    The softmax is normalized one sequence at a time: no second tensor of the logits' size exists in the forward pass.
+    The softmax is normalized one sequence at a time, and once more in the backward pass: no second tensor of the
+    logits' size is made or, for bfloat16 logits in float32, kept.
     """
     chosen = logits.gather(-1, tokens.unsqueeze(-1)).squeeze(-1).float()
-    return chosen - torch.stack([row.float().logsumexp(-1) for row in logits])
+    options = {"use_reentrant": False, "preserve_rng_state": False}
+    return chosen - torch.stack([recompute(lambda x: x.float().logsumexp(-1), row, **options) for row in logits])
 
 
 def response_logprobs(lm: nn.Module, tokens: torch.Tensor, mask: torch.Tensor, num_actions: int) -> torch.Tensor:
@@ -381,8 +384,11 @@ class AdapterReward:
         self.head = weights.pop(heads[0]).float()
         biases = [name for name, x in weights.items() if "lora_" not in name and x.shape == (1,)]
         self.bias = weights.pop(biases[0]).item() if biases else 0.0
-        missing = set_peft_model_state_dict(actor_critic.adapters, weights, "reward")
-        fits = not missing.unexpected_keys and not any(".reward." in key for key in missing.missing_keys)
+        try:
+            missing = set_peft_model_state_dict(actor_critic.adapters, weights, "reward")
+            fits = not missing.unexpected_keys and not any(".reward." in key for key in missing.missing_keys)
+        except RuntimeError:  # tensors of other shapes
+            fits = False
         require(fits, f"--reward-model {args.reward_model} is an adapter for another model than --policy {args.policy}")
         actor_critic.use("policy")
         self.actor_critic, self.tokenizer, self.batch_size = actor_critic, tokenizer, args.rollout_batch_size
@@ -517,6 +523,7 @@ def generation_config(args: Args, tokenizer: PreTrainedTokenizerBase) -> Generat
         top_k=args.top_k,
         max_new_tokens=args.response_length,
         min_new_tokens=args.min_response_length,
+        remove_invalid_values=True,  # a policy of NaNs is found out by its loss
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.eos_token_id,
     )
@@ -729,7 +736,7 @@ def train(args: Args, run_dir: Path, learner: Learner) -> None:
         except (RuntimeError, KeyError, ValueError):
             raise InputError(f"the checkpoint in {run_dir} is of another network") from None
         counters = checkpoint["counters"]
-    log = RunLog(run_dir, args, counters["update"]) if main_process else None
+    log = RunLog(run_dir, args, counters["update"] if checkpoint else -1) if main_process else None
     progress = Progress(counters["update"], args.num_updates)
 
     def save_checkpoint() -> None:
@@ -817,7 +824,7 @@ def train(args: Args, run_dir: Path, learner: Learner) -> None:
     result |= {"seed": args.seed, "args": asdict(args), "num_updates": counters["update"]}
     result |= {tag.replace("/", "_"): value for tag, value in metrics.items()}
     result |= {
-        "eval_scores": [sample["score"] for sample in samples],
+        "eval_scores": [round(sample["score"], 6) for sample in samples],
         "before": {tag.replace("/", "_"): value for tag, value in counters["before"].items()},
         "rollout_tokens_per_second": counters["rollout_tokens"] / max(counters["rollout_seconds"], 1e-9),
         "update_tokens_per_second": counters["update_tokens"] / max(counters["update_seconds"], 1e-9),

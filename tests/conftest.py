@@ -1,5 +1,7 @@
 import importlib
+import os
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -8,9 +10,19 @@ import torch
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 torch.set_num_threads(1)
+caches = tempfile.TemporaryDirectory()
+os.environ |= {"HF_HUB_OFFLINE": "1", "HF_HOME": caches.name}  # before anything imports the libraries that read them
 
 
 def import_scripts(pattern: str) -> list:
     """The scripts at the repository root whose file name matches, as parameters for pytest.mark.parametrize."""
     names = sorted(path.stem for path in ROOT.glob(pattern))
     return [pytest.param(importlib.import_module(name), id=name) for name in names]
+
+
+@pytest.fixture(scope="session")
+def assets(tmp_path_factory):
+    """Folder of tiny models and data sets for the language scripts."""
+    import tiny  # takes seconds, which the tests of the other scripts need not wait for
+
+    return tiny.build(tmp_path_factory.mktemp("assets"))

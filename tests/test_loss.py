@@ -4,7 +4,7 @@ Gradients are with respect to the logits z and by autograd in float64. Equation 
 sampled action; the entry y of a gradient belongs to the action y.
 """
 
-from functools import partial
+from functools import partial, wraps
 from inspect import signature
 from typing import NamedTuple
 
@@ -13,21 +13,46 @@ import torch
 from conftest import import_scripts
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 EPS = 0.2
 examples = settings(deadline=None, derandomize=True, max_examples=60)
 assert_close = partial(torch.testing.assert_close, rtol=1e-9, atol=1e-11)
 
 
-def for_each_script(pattern: str, loss: str):
-    # The language scripts' losses take (sequence, token) tensors and a mask, and are left out. To add them: wrap
-    # their loss so that it adds the sequence dimension and a mask of ones.
-    scripts = [p for p in import_scripts(pattern) if "mask" not in signature(getattr(p.values[0], loss)).parameters]
-    return pytest.mark.parametrize("loss", [pytest.param(getattr(p.values[0], loss), id=p.id) for p in scripts])
+def of_ragged_sequences(loss):
+    """A language script's loss for 1-D inputs: spread over three sequences of unequal length, garbage as padding."""
+
+    @wraps(loss)
+    def of_samples(logprob, old_logprob, advantages, *constants):
+        n = len(logprob)
+        lengths = torch.tensor([n // 2, n - n // 2, 0])
+        mask = torch.arange(n + 1) < lengths.unsqueeze(1)
+        tensors = (logprob, old_logprob, advantages)
+        garbage = (torch.nan, torch.inf, torch.nan)
+        padded = (torch.full(mask.shape, g, dtype=x.dtype).masked_scatter(mask, x) for x, g in zip(tensors, garbage))
+        return loss(*padded, *constants, mask)
+
+    return of_samples
+
+
+def for_each_script(pattern: str, loss: str, mask: bool | None = None):
+    """The losses of all scripts, or of those that take a mask (language), or of those that do not (control)."""
+    losses = {p.id: getattr(p.values[0], loss) for p in import_scripts(pattern)}
+    takes_mask = {name: "mask" in signature(function).parameters for name, function in losses.items()}
+    chosen = {name: function for name, function in losses.items() if mask in (None, takes_mask[name])}
+    if mask is None:
+        chosen = {name: of_ragged_sequences(f) if takes_mask[name] else f for name, f in chosen.items()}
+    return pytest.mark.parametrize("loss", [pytest.param(function, id=name) for name, function in chosen.items()])
 
 
 ppo_scripts = for_each_script("sppo_*.py", "symmetric_ppo_loss")
+ppo_control_scripts = for_each_script("sppo_*.py", "symmetric_ppo_loss", mask=False)
+ppo_language_scripts = for_each_script("sppo_*.py", "symmetric_ppo_loss", mask=True)
 a2c_scripts = for_each_script("sa2c_*.py", "symmetric_a2c_loss")
+language_scripts = pytest.mark.parametrize("script", import_scripts("sppo_rlhf_*.py"))
+(sppo_atari,) = (param.values[0] for param in import_scripts("sppo_atari.py"))
 
 
 class Sample(NamedTuple):
@@ -350,7 +375,7 @@ def test_float32_gradient_is_roundoff_if_it_runs_through_the_sum_of_all_probabil
     assert relative_error(naive_reverse_loss, std) > 1000
 
 
-@ppo_scripts
+@ppo_control_scripts
 def test_ppo_loss_of_several_agents_is_one_value_per_agent(loss):
     batches = [make_batch(seed) for seed in range(3)]
     logprob = torch.stack([joint_logprob(b.logits, b.actions) for b in batches])
@@ -370,3 +395,126 @@ def test_a2c_loss_of_several_agents_is_one_value_per_agent(loss):
     assert together.shape == (3,)
     for i in range(3):
         assert_close(together[i], loss(logprob[i], A[i], 0.5, 5.0, -1.0))
+
+
+class TokenBatch(NamedTuple):
+    """Sampled tokens of two responses, five and three real ones, some of them clipped."""
+
+    logits: torch.Tensor  # (sequence, token, vocabulary)
+    tokens: torch.Tensor  # (sequence, token), like the rest
+    old_logprob: torch.Tensor
+    advantages: torch.Tensor
+    mask: torch.Tensor
+
+
+def make_tokens(vocabulary: int, dtype: torch.dtype) -> TokenBatch:
+    g = torch.Generator().manual_seed(0)
+    logits = (3 * torch.randn(2, 5, vocabulary, generator=g)).to(dtype)
+    tokens = logits.float().softmax(-1).flatten(0, 1).multinomial(1, generator=g).view(2, 5)
+    log_ratio = torch.tensor([[0.1, -0.1, 0.3, -0.3, 0.0], [0.3, -0.3, 0.05, 9.0, 9.0]])
+    advantages = torch.tensor([[1.0, -2.0, 0.5, 0.7, -1.5], [-1.0, -0.4, 3.0, 9.0, 9.0]])
+    mask = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0]]).bool()
+    return TokenBatch(logits, tokens, chosen_logprob(logits.float(), tokens) - log_ratio, advantages, mask)
+
+
+def chosen_logprob(logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+    return logits.log_softmax(-1).gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
+
+
+def explicit_loss(logits: torch.Tensor, batch: TokenBatch, alpha: float, beta: float, Z: float) -> torch.Tensor:
+    """Eq. 9, one real token after the other, with the sum over all other tokens of the vocabulary."""
+    losses = []
+    for row, t in batch.mask.nonzero().tolist():
+        pi, i = logits[row, t].softmax(-1), batch.tokens[row, t]
+        A, pi_old = batch.advantages[row, t].double(), batch.old_logprob[row, t].double().exp()
+        ratio, others = pi[i] / pi_old, pi[:i].sum() + pi[i + 1 :].sum()
+        L_ppo = -torch.min(ratio * A, ratio.clamp(1 - EPS, 1 + EPS) * A)
+        losses.append(alpha * L_ppo + beta * (-others * A * Z / pi_old) * has_ppo_gradient(ratio, A))
+    return torch.stack(losses).mean()
+
+
+@language_scripts
+@pytest.mark.parametrize("dtype, error", [(torch.float32, 1e-5), (torch.bfloat16, 5e-3)])
+def test_gradient_of_a_50257_token_vocabulary_is_eq_9_with_the_sum_over_all_other_tokens(script, dtype, error):
+    batch, (alpha, beta, Z) = make_tokens(50_257, dtype), (0.5, 0.4, -1.5)
+    exact = batch.logits.double().requires_grad_()
+    expected = gradient(explicit_loss(exact, batch, alpha, beta, Z), exact)
+    logits = batch.logits.clone().requires_grad_()
+    logprob = script.token_logprobs(logits, batch.tokens)
+    loss = script.symmetric_ppo_loss(logprob, batch.old_logprob, batch.advantages, EPS, alpha, beta, Z, batch.mask)
+    actual = gradient(loss, logits)
+    assert actual.dtype == dtype and loss.dtype == torch.float32
+    assert ((actual.double() - expected).norm() / expected.norm()).item() < error
+    assert torch.equal(actual.flatten(0, 1).any(-1), expected.flatten(0, 1).any(-1))
+
+
+@language_scripts
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_token_logprobs_are_those_of_the_full_softmax_with_its_gradient(script, dtype):
+    logits, tokens = make_tokens(50_257, dtype)[:2]
+    weights = torch.arange(10.0).view(2, 5) - 3
+    exact, logits = logits.double().requires_grad_(), logits.requires_grad_()
+    actual, expected = script.token_logprobs(logits, tokens), chosen_logprob(exact, tokens)
+    assert actual.dtype == torch.float32
+    torch.testing.assert_close(actual.double(), expected, rtol=1e-6, atol=1e-5)
+    actual, expected = (gradient((x * weights).sum(), z) for x, z in ((actual, logits), (expected, exact)))
+    torch.testing.assert_close(actual.double(), expected, rtol=1e-5 if dtype == torch.float32 else 1e-2, atol=1e-6)
+
+
+class LargestOutput(TorchDispatchMode):
+    """Bytes of the largest tensor that any operation allocates."""
+
+    largest = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        output = function(*args, **(kwargs or {}))
+        inputs = {x.untyped_storage().data_ptr() for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)}
+        for x in tree_leaves(output):
+            if isinstance(x, torch.Tensor) and x.untyped_storage().data_ptr() not in inputs:
+                self.largest = max(self.largest, x.untyped_storage().nbytes())
+        return output
+
+
+@language_scripts
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_no_second_tensor_of_the_size_of_the_logits_is_made_or_kept_in_the_forward_pass(script, dtype):
+    logits = torch.randn(8, 5, 1000, dtype=dtype, requires_grad=True)
+    kept = {}
+
+    def keep(x):
+        kept[x.untyped_storage().data_ptr()] = (x.untyped_storage().nbytes(), x)
+        return x
+
+    with LargestOutput() as mode, torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+        script.token_logprobs(logits, torch.randint(1000, (8, 5)))
+    assert mode.largest <= 4 * logits[0].numel()
+    kept.pop(logits.untyped_storage().data_ptr())
+    assert sum(size for size, _ in kept.values()) < 0.1 * logits.untyped_storage().nbytes()
+
+
+@ppo_language_scripts
+@pytest.mark.parametrize("garbage", [0.0, 1e30, torch.inf, -torch.inf, torch.nan])
+def test_what_is_masked_out_changes_neither_value_nor_gradient(loss, garbage):
+    batch, weights = make_tokens(11, torch.float64), (EPS, 0.5, 20.0, -1.0)
+    logprob = chosen_logprob(batch.logits, batch.tokens)
+
+    def value_and_gradient(padding: float) -> list[torch.Tensor]:
+        tensors = (logprob, batch.old_logprob.double(), batch.advantages.double())
+        x, old_logprob, advantages = (t.masked_fill(~batch.mask, padding) for t in tensors)
+        value = loss(x.requires_grad_(), old_logprob, advantages, *weights, batch.mask)
+        return [value, gradient(value, x)]
+
+    (value, grad), (expected, expected_grad) = value_and_gradient(garbage), value_and_gradient(-1.0)
+    assert torch.equal(value, expected) and torch.equal(grad, expected_grad)
+    assert value.shape == () and not grad[~batch.mask].any() and grad[batch.mask].any()
+
+
+@ppo_language_scripts
+def test_language_loss_is_that_of_the_control_scripts_over_the_real_tokens(loss):
+    batch, weights = make_tokens(11, torch.float64), (EPS, 0.5, 20.0, -1.0)
+    logprob = chosen_logprob(batch.logits, batch.tokens).requires_grad_()
+    tensors = (logprob, batch.old_logprob.double(), batch.advantages.double())
+    actual = loss(*tensors, *weights, batch.mask)
+    expected = sppo_atari.symmetric_ppo_loss(*(x[batch.mask] for x in tensors), *weights)
+    assert_close(actual, expected)
+    assert_close(gradient(actual, logprob), gradient(expected, logprob))

@@ -1,0 +1,390 @@
+"""benchmark/rlhf_assets.py without the network: what becomes of a review, a docstring and a package file."""
+
+import hashlib
+import random
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from benchmark import rlhf_assets as assets
+
+ROW = {
+    "label": "Return the largest eigenvalue of a sparse matrix.",
+    "prompt": "The matrix is never formed. Power iteration stops when the estimate no longer moves by more than the "
+    "tolerance.\nA matrix that is not symmetric may have complex eigenvalues: they are found in pairs.",
+    "source": "numbers/linalg.py",
+}
+OTHERS = [
+    ROW,
+    {
+        "label": "Draw a line.",
+        "prompt": "Colours are those of the current cycle of the axes.",
+        "source": "plots/line.py",
+    },
+    {
+        "label": "Solve for x.",
+        "prompt": "The system must have full rank or else this fails.",
+        "source": "numbers/solve.py",
+    },
+]
+
+
+def spoil(kind, seed=0, others=OTHERS):
+    neighbours = [row for row in others if assets.package(row) == "numbers"]
+    return assets.spoil(kind, ROW, others, neighbours, random.Random(seed))
+
+
+# Reviews
+
+
+def test_reviews_are_cleaned_but_not_rewritten():
+    raw = "Like ''Conan''    only   louder , Lovely &amp; Amazing  isn\u2019t \u2013 na\u00efve."
+    assert assets.clean_review(raw) == 'Like "Conan" -- only - louder , Lovely & Amazing isn\'t \u2013 na\u00efve.'
+
+
+def test_a_review_is_labelled_by_the_sign_of_its_rating():
+    lines = [
+        "1\t2.26\tA masterful film indeed.",
+        "2\t-0.06\tEffective but too tepid.",
+        "3\t0.0\tNeither one nor the other.",
+        "4\t-3.1\tToo short, this.",
+        "5\t-2.0\tA  MASTERFUL film indeed.",
+    ]
+    assert list(assets.parse_reviews("\r\n".join(lines))) == [
+        {"text": "A masterful film indeed.", "label": 1},
+        {"text": "Effective but too tepid.", "label": 0},
+    ]
+
+
+# Docstrings
+
+SOURCE = '''
+def eigenvalue(a):
+    """Return the largest :func:`~numbers.eig` of ``a``.
+
+    The matrix is never formed [1]_. Power iteration stops when the estimate no longer moves by more than the
+    tolerance, which is relative to the estimate and never smaller than the machine's precision,
+    so that it does the same for single and for double precision::
+
+        >>> eigenvalue(numpy.eye(3))
+
+    Parameters
+    ----------
+    a : array
+        The matrix whose largest eigenvalue is wanted, in any of the formats that the library knows about.
+
+    >>> eigenvalue(a)  # this is a doctest and not a part of the text that one would want to read
+
+    - one item of a list that is long enough to be taken for a paragraph of prose by its words alone
+
+    Notes
+    -----
+    Numpydoc puts no empty line between a title and the paragraph, which goes with it for simplicity.
+
+    A matrix that is not symmetric may have complex eigenvalues: they are found in pairs.
+    """
+
+
+class Short:
+    """A class with a good summary line.
+
+    Yet the body is too short.
+    """
+
+    def scattered(self):
+        """This summary goes on over two lines and so it
+        is none in the sense of the standard.
+
+        {body}
+        """
+
+
+def unfinished():
+    """a summary in lower case.
+
+    {body}
+    """
+'''.replace("{body}", " ".join(["word"] * 50))
+
+
+def test_docstrings_become_prose_and_summary():
+    assert list(assets.docstring_pairs(SOURCE)) == [
+        (
+            "The matrix is never formed. Power iteration stops when the estimate no longer moves by more than the "
+            "tolerance, which is relative to the estimate and never smaller than the machine's precision, "
+            "so that it does the same for single and for double precision:\n"
+            "A matrix that is not symmetric may have complex eigenvalues: they are found in pairs.",
+            "Return the largest `numbers.eig` of `a`.",
+        )
+    ]
+
+
+@pytest.mark.parametrize(
+    ("words", "summary", "kept"),
+    [
+        (39, "A summary of four.", False),
+        (40, "A summary of four.", True),
+        (350, "A summary of four.", True),
+        (351, "A summary of four.", False),
+        (40, "Three words only.", False),
+        (40, "No full stop here", False),
+    ],
+)
+def test_docstrings_of_a_useful_length_only(words, summary, kept):
+    body = " ".join(["word"] * words)
+    assert assets.docstring_pair(f"{summary}\n\n{body}") == ((body, summary) if kept else None)
+
+
+@pytest.mark.parametrize("docstring", ["", "Only a summary line here.", "\n\n" + "word " * 50, "  \n\n" + "word " * 50])
+def test_docstrings_without_body_or_summary(docstring):
+    assert assets.docstring_pair(docstring) is None
+
+
+def test_code_is_parsed_and_not_run():
+    assert list(assets.docstring_pairs("raise SystemExit('run')")) == []
+
+
+def wheel(folder: Path, requirement: str, files: dict[str, str], monkeypatch) -> None:
+    """A package file with its checksum pinned."""
+    path = folder / (requirement.replace("==", "-") + "-py3-none-any.whl")
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, text in files.items():
+            archive.writestr(name, text)
+    monkeypatch.setitem(assets.SHA256, requirement, hashlib.sha256(path.read_bytes()).hexdigest())
+
+
+def test_docstrings_of_packages(tmp_path, monkeypatch):
+    body = " ".join(["word"] * 40)
+    one, two = (f'"""The {name} of two modules.\n\n{body} {name}.\n"""\n' for name in ("first", "second"))
+    files = {"a/one.py": one, "a/two.py": two, "a/again.py": one, "a/tests/three.py": two.replace("second", "third")}
+    files |= {"a/broken.py": "def", "a/text.txt": "no Python"}
+    wheel(tmp_path, "a==1", files, monkeypatch)
+    monkeypatch.setattr(assets, "PURE", {"a==1": ""})
+    monkeypatch.setattr(assets, "COMPILED", {})
+    rows = []
+    for name in ("out", "again"):
+        folder = tmp_path / name
+        folder.mkdir()
+        assets.make_docstrings(folder, assets.Args(packages=tmp_path))
+        rows.append([assets.read_jsonl(folder / f"{part}.jsonl") for part in ("train", "validation")])
+    assert rows[0] == rows[1]
+    for part, split in zip(rows[0], ("train", "validation")):
+        assert all(assets.split(row["source"]) == split for row in part)
+    found = {row["label"]: row["source"] for part in rows[0] for row in part}
+    assert found == {"The first of two modules.": "a/again.py", "The second of two modules.": "a/two.py"}
+
+
+# Splits
+
+
+def test_split_is_a_tenth_and_does_not_depend_on_the_other_rows(tmp_path):
+    rows = [{"text": f"review {i}", "label": i % 2} for i in range(2000)]
+    parts = []
+    for name, some in {"all": rows, "half": rows[::-2]}.items():
+        (tmp_path / name).mkdir()
+        assets.write_jsonl(tmp_path / name, some, split_by="text")
+        parts.append([assets.read_jsonl(tmp_path / name / f"{split}.jsonl") for split in ("train", "validation")])
+    (train, validation), (half_train, half_validation) = parts
+    assert 150 < len(validation) < 250 and len(train) + len(validation) == 2000
+    assert [row for row in train if row["label"]] == half_train  # in the same order as well
+    assert [row for row in validation if row["label"]] == half_validation
+    assert assets.split("review 0") == "train" and assets.split("review 1") == "validation"  # on every machine
+
+
+# Spoilt summaries
+
+
+def test_spoilt_summaries_are_what_they_are_called():
+    words = ROW["label"].split()
+    for seed in range(50):
+        assert spoil("other", seed) in ("Draw a line.", "Solve for x.")
+        assert spoil("neighbour", seed) == "Solve for x."
+        cut = spoil("cut", seed)
+        assert ROW["label"].startswith(cut + " ") and not cut.endswith(".")
+        copied = spoil("copied", seed)
+        assert copied in ROW["prompt"] and len(copied.split()) > 3 and copied.count(".") <= 1
+        run_on = spoil("run_on", seed)
+        assert run_on.startswith(ROW["label"] + " ") and 3 <= len(run_on.split()) - len(words) <= 25
+        shuffled = spoil("shuffled", seed).split()
+        assert sorted(shuffled) == sorted(words) and shuffled != words
+        repeated = spoil("repeated", seed).split()
+        assert set(repeated) <= set(words) and any(repeated[:n] == repeated[n : 2 * n] for n in range(1, 5))
+    assert spoil("empty") == ""
+    pair = {**ROW, "label": "Two words."}
+    assert {assets.spoil("shuffled", pair, OTHERS, OTHERS, random.Random(i)) for i in range(9)} == {"words. Two"}
+    assert len({spoil("other", seed) for seed in range(50)}) == 2
+
+
+@pytest.mark.parametrize("kind", assets.KINDS)
+def test_no_spoilt_summary_is_the_true_one(kind):
+    lonely = [ROW]
+    for seed in range(20):
+        assert spoil(kind, seed) != ROW["label"]
+        assert spoil(kind, seed, lonely) != ROW["label"]
+        assert spoil(kind, seed) == spoil(kind, seed)
+
+
+# The text that the reward model reads
+
+
+@pytest.fixture
+def tokenizer():
+    """One token a word, as a stand-in for MiniLM's."""
+    tokenizers = pytest.importorskip("tokenizers")
+    transformers = pytest.importorskip("transformers")
+    words = sorted({word for row in OTHERS for word in assets.reward_text(row["prompt"], row["label"]).split()})
+    vocabulary = {word: i for i, word in enumerate(["[PAD]", "[UNK]", *words])}
+    model = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="[UNK]"))
+    model.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=model, pad_token="[PAD]", unk_token="[UNK]", truncation_side="left", model_max_length=12
+    )
+
+
+def test_reward_text():
+    assert assets.reward_text("A body.", "A summary.") == "A body.\nTL;DR: A summary."
+    assert assets.reward_text("A body.", "") == "A body.\nTL;DR: "
+
+
+def test_bodies_are_cut_at_their_end_and_texts_at_their_beginning(tokenizer):
+    rng = random.Random(0)
+    rows = assets.comparisons(OTHERS, lambda: ("empty", "neighbour"), 5, tokenizer, rng)
+    assert rows[0]["chosen"] == "The matrix is never formed.\nTL;DR: " + ROW["label"]
+    assert rows[0]["empty"] == "The matrix is never formed.\nTL;DR: "
+    assert rows[0]["neighbour"] == "The matrix is never formed.\nTL;DR: Solve for x."
+    whole = assets.comparisons(OTHERS, lambda: (), 1000, tokenizer, rng)
+    assert whole[0] == {"chosen": ROW["prompt"] + "\nTL;DR: " + ROW["label"]}
+    kept = tokenizer.decode(tokenizer(whole[0]["chosen"], truncation=True).input_ids)
+    assert len(kept.split()) == 12 and kept.endswith("TL;DR: " + ROW["label"])
+
+
+def test_batches_have_every_row_once_and_rows_of_about_one_length():
+    rows = [{"text": "x" * length} for length in range(1, 161)]
+    batches = assets.batches_by_length(rows, lambda row: len(row["text"]), 8, random.Random(0))
+    assert sorted(len(row["text"]) for batch in batches for row in batch) == list(range(1, 161))
+    assert all(len(batch) == 8 and len(batch[-1]["text"]) - len(batch[0]["text"]) == 7 for batch in batches)
+
+
+def test_rewards_come_in_the_order_of_the_texts(monkeypatch):
+    torch = pytest.importorskip("torch")
+    pytest.importorskip("tqdm")
+    monkeypatch.setattr(
+        assets, "logits", lambda model, tokenizer, texts: torch.tensor([[float(len(text))] for text in texts])
+    )
+    lengths = random.Random(0).sample(range(300), 200)
+    rewards = assets.all_logits(None, None, ["x" * length for length in lengths], "test")
+    assert rewards.flatten().tolist() == lengths
+
+
+# Parts and packages
+
+
+def test_a_part_is_whole_or_not_there(tmp_path, monkeypatch):
+    made = []
+
+    def half(folder, args):
+        (folder / "half").write_text("")
+        made.append("half")
+        raise KeyboardInterrupt
+
+    def whole(folder, args):
+        (folder / "whole").write_text("")
+        made.append("whole")
+
+    args = assets.Args(out=tmp_path)
+    monkeypatch.setattr(assets, "PARTS", {"sentiment": (half, ("reviews",)), "reviews": (whole, ())})
+    with pytest.raises(KeyboardInterrupt):
+        assets.make("sentiment", args)
+    assert [path.name for path in tmp_path.iterdir()] == ["reviews"]
+    monkeypatch.setitem(assets.PARTS, "sentiment", (whole, ("reviews",)))
+    assets.make("sentiment", args)
+    assets.make("sentiment", args)
+    assert made == ["whole", "half", "whole"] and (tmp_path / "sentiment" / "whole").exists()
+
+
+def test_the_packages_are_pinned():
+    assert len(assets.SHA256) == len(assets.MODELS) + len(assets.REVIEWS) + len(assets.PURE) + len(assets.COMPILED)
+    assert all(len(value) == 64 and "==" in requirement for requirement, value in assets.SHA256.items())
+
+
+def test_a_package_is_found_by_name_and_version(tmp_path, monkeypatch):
+    for version in ("1.0", "1.0.1"):
+        wheel(tmp_path, f"a=={version}", {"version": version}, monkeypatch)
+    args = assets.Args(packages=tmp_path)
+    assert assets.fetch("a==1.0", args).name == "a-1.0-py3-none-any.whl"
+    assert assets.fetch("a==1.0.1", args).name == "a-1.0.1-py3-none-any.whl"
+
+
+def test_pip_fails(tmp_path, monkeypatch):
+    failed = subprocess.CompletedProcess([], 1, "", "WARNING: retrying\nERROR: No matching distribution found\n")
+    monkeypatch.setattr(assets.subprocess, "run", lambda *args, **options: failed)
+    with pytest.raises(assets.AssetError, match=r"vaderSentiment==3\.3\.2 .*No matching.*--packages FOLDER") as error:
+        assets.fetch("vaderSentiment==3.3.2", assets.Args(out=tmp_path))
+    assert "\n" not in str(error.value)
+
+
+def test_pip_gives_another_file(tmp_path, monkeypatch):
+    def run(command, **options):
+        Path(command[command.index("--dest") + 1], "vaderSentiment-3.3.2.tar.gz").write_text("another")
+        return subprocess.CompletedProcess(command, 0, "", "")
+
+    monkeypatch.setattr(assets.subprocess, "run", run)
+    with pytest.raises(assets.AssetError, match="not the file that was pinned"):
+        assets.fetch("vaderSentiment==3.3.2", assets.Args(out=tmp_path))
+    assert list((tmp_path / "packages").iterdir()) == []
+
+
+@pytest.fixture
+def command(tmp_path, monkeypatch, capsys):
+    """The exit code, standard output and standard error of the script with these flags."""
+    pytest.importorskip("transformers")
+
+    def run(*flags):
+        monkeypatch.setattr(sys, "argv", ["rlhf_assets.py", "--out", str(tmp_path / "assets"), *map(str, flags)])
+        try:
+            code = assets.main()
+        except SystemExit as error:
+            code = error.code
+        return code, *capsys.readouterr()
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("file", "message"),
+    [
+        (None, "is no folder"),
+        ("notes.txt", "no file of vaderSentiment==3.3.2"),
+        ("vaderSentiment-3.3.2.tar.gz", "pinned"),
+    ],
+)
+def test_bad_packages(command, tmp_path, file, message):
+    folder = tmp_path / "files"
+    if file:
+        folder.mkdir()
+        (folder / file).write_text("not the package")
+    code, _, err = command("--only", "reviews", "--packages", folder)
+    assert code == 2 and err.startswith("error: ") and len(err.splitlines()) == 1 and message in err
+    assert not (tmp_path / "assets" / "reviews").exists() and (not file or (folder / file).exists())
+
+
+def test_bad_flags(command, tmp_path):
+    assert command("--only", "review")[0] == 2
+    (tmp_path / "assets").write_text("a file where the folder should be")
+    code, _, err = command("--only", "reviews", "--packages", tmp_path)
+    assert code == 2 and err.startswith("error: ") and len(err.splitlines()) == 1 and "assets" in err
+
+
+def test_smollm2_needs_gguf(command, tmp_path, monkeypatch):
+    find = assets.importlib.util.find_spec
+    monkeypatch.setattr(assets.importlib.util, "find_spec", lambda name: None if name == "gguf" else find(name))
+    code, _, err = command("--only", "smollm2-135m", "--packages", tmp_path)
+    assert (code, err) == (2, "error: smollm2-135m needs gguf: pip install gguf\n")
+
+
+def test_nothing_is_made_twice(command, tmp_path):
+    (tmp_path / "assets" / "reviews").mkdir(parents=True)
+    assert command("--only", "reviews", "--packages", tmp_path) == (0, "", "")

@@ -1,0 +1,732 @@
+"""The language scripts as whole runs on tiny models: output, survival, bad input, two processes, learning."""
+
+import contextlib
+import csv
+import io
+import json
+import math
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+from unittest.mock import patch
+
+import numpy as np
+import pytest
+import tiny
+import torch
+import two_processes
+from accelerate import Accelerator
+from conftest import import_scripts
+from peft import PeftModel
+from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+SCRIPTS = import_scripts("sppo_rlhf_*.py")
+IMDB, TLDR = (param.values[0] for param in SCRIPTS)
+RESULT_KEYS = {
+    "script",
+    "policy",
+    "dataset",
+    "reward_model",
+    "seed",
+    "args",
+    "num_updates",
+    "eval_scores",
+    "eval_score",
+    "eval_score_reference",
+    "eval_score_empty",
+    "eval_score_truncated",
+    "eval_empty_wins",
+    "eval_truncated_wins",
+    "eval_perplexity",
+    "before",
+    "rollout_tokens_per_second",
+    "update_tokens_per_second",
+    "peak_memory_gib",
+    "num_processes",
+    "device",
+    "wall_seconds",
+    "versions",
+    "commit",
+}
+ROUGE = {"eval_rouge1", "eval_rouge2", "eval_rougeL"}
+FILES = {"args.json", "curves.csv", "result.json", "eval_samples.jsonl", "policy"}
+RUN = {"num_updates": 3, "checkpoint_every": 1, "seed": 3, "run_dir": "run"}
+
+
+@pytest.fixture(scope="session", params=SCRIPTS)
+def script(request):
+    return request.param
+
+
+def call(script, cwd, flags):
+    """main() in this process with cwd as working directory: (exit code, stdout, stderr)."""
+    flags = tiny.command_line(flags) if isinstance(flags, dict) else list(map(str, flags))
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    out, err = io.StringIO(), io.StringIO()
+    with (
+        contextlib.chdir(cwd),
+        contextlib.redirect_stdout(out),
+        contextlib.redirect_stderr(err),
+        patch.object(sys, "argv", [script.__file__, *flags]),
+    ):
+        try:
+            code = script.main()
+        finally:
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
+    return code, out.getvalue(), err.getvalue()
+
+
+def read_result(run_dir):
+    return json.loads((run_dir / "result.json").read_text())
+
+
+def read_curves(run_dir):
+    with (run_dir / "curves.csv").open() as file:
+        return list(csv.DictReader(file))
+
+
+def without_speed(run_dir):
+    return [{tag: value for tag, value in row.items() if not tag.startswith("perf/")} for row in read_curves(run_dir)]
+
+
+def weights(run_dir):
+    (path,) = (run_dir / "policy").glob("*.safetensors")
+    return load_file(path)
+
+
+def events(run_dir):
+    return EventAccumulator(str(run_dir), size_guidance={"scalars": 0, "tensors": 0}).Reload()
+
+
+def snapshot(directory):
+    """{path: (content, modification time)} of everything below directory"""
+    return {p: (p.read_bytes() if p.is_file() else None, p.stat().st_mtime_ns) for p in directory.rglob("*")}
+
+
+def assert_refused(code, err, *words):
+    assert code == 2, err
+    assert err.startswith("error: ") and err.endswith("\n") and err.count("\n") == 1, err
+    for word in words:
+        assert word in err, err
+
+
+def sequence_logprobs(model):
+    tokens = torch.tensor([[5, 9, 17, 40, 3, 8, 120]])
+    with torch.no_grad():
+        return model(tokens).logits.log_softmax(-1)
+
+
+@pytest.fixture(scope="session")
+def finished(script, assets, tmp_path_factory):
+    """A run that has ended, in "run" of its working directory, with what it printed and its policy at the end."""
+    cwd, logprobs = tmp_path_factory.mktemp("finished"), []
+    save_policy = script.save_policy
+
+    def spy(learner, run_dir):
+        logprobs.append(sequence_logprobs(learner.actor_critic.policy))
+        save_policy(learner, run_dir)
+
+    with patch.object(script, "save_policy", spy):
+        code, out, err = call(script, cwd, tiny.flags(script.SCRIPT, assets) | RUN | {"eval_every": 2})
+    assert (code, err) == (0, "")
+    return SimpleNamespace(cwd=cwd, run_dir=cwd / "run", out=out, logprobs=logprobs[0])
+
+
+def assert_same_run(run_dir, finished, periodic_evaluations=True):
+    """Parameters, curves, scores and samples are exactly those of the finished run."""
+    expected, actual = weights(finished.run_dir), weights(run_dir)
+    assert expected.keys() == actual.keys() and all(torch.equal(expected[name], actual[name]) for name in expected)
+    curves = [without_speed(finished.run_dir), without_speed(run_dir)]
+    if not periodic_evaluations:
+        curves = [[{k: v for k, v in r.items() if k[:5] != "eval/"} for r in rows] for rows in curves]
+    assert curves[0] == curves[1]
+    results = [
+        {k: v for k, v in read_result(d).items() if k[:4] in ("eval", "befo")} for d in (finished.run_dir, run_dir)
+    ]
+    assert results[0] == results[1]
+    samples = [(d / "eval_samples.jsonl").read_text() for d in (finished.run_dir, run_dir)]
+    assert samples[0] == samples[1]
+
+
+# Output
+
+
+def test_finished_run_leaves_the_agreed_files_and_nothing_else(finished):
+    assert [p.name for p in finished.cwd.iterdir()] == ["run"]
+    names = {p.name for p in finished.run_dir.iterdir()}
+    event_files = {name for name in names if name.startswith("events.out.tfevents")}
+    assert len(event_files) == 1 and names - event_files == FILES
+    policy = {p.name for p in (finished.run_dir / "policy").iterdir()}
+    assert {"tokenizer.json"} < policy and not any(name.endswith((".bin", ".pt", ".tmp")) for name in policy)
+
+
+def test_result_has_the_agreed_keys(script, finished, assets):
+    result = read_result(finished.run_dir)
+    assert set(result) == RESULT_KEYS | (ROUGE if script is TLDR else set())
+    flags = tiny.flags(script.SCRIPT, assets)
+    assert (result["script"], result["seed"], result["num_updates"]) == (script.SCRIPT, 3, 3)
+    assert all(result[name] == flags[name] for name in ("policy", "dataset", "reward_model"))
+    assert result["args"] == json.loads((finished.run_dir / "args.json").read_text())["args"]
+    assert result["args"]["num_updates"] == 3 and result["args"]["eval_every"] == 2
+    assert set(result["before"]) == {key for key in result if key.startswith("eval_")} - {"eval_scores"}
+    assert len(result["eval_scores"]) == 8 and len(set(result["eval_scores"])) > 1
+    assert result["eval_score"] == pytest.approx(np.mean(result["eval_scores"]), abs=1e-6)
+    assert result["before"]["eval_score_reference"] == pytest.approx(result["eval_score_reference"], rel=1e-5)
+    assert result["before"]["eval_perplexity"] != result["eval_perplexity"]
+    assert all(math.isfinite(result[key]) for key in result if key.startswith("eval_") and key != "eval_scores")
+    assert result["rollout_tokens_per_second"] > 1 and result["update_tokens_per_second"] > 1
+    assert result["num_processes"] == 1 and result["device"] == "cpu" and 0.1 < result["peak_memory_gib"] < 100
+    assert result["versions"]["torch"] == torch.__version__ and "transformers" in result["versions"]
+
+
+def test_output_says_score_and_perplexity_before_and_after_and_where_everything_is(script, finished):
+    result = read_result(finished.run_dir)
+    before, *_, last, where = finished.out.splitlines()
+    assert before.startswith("before training") and f"{result['before']['eval_score']:.4f}" in before
+    assert "seed 3" in last and f"{result['eval_score']:.4f}" in last and f"{result['eval_perplexity']:.2f}" in last
+    assert ("ROUGE" in last) == (script is TLDR)
+    assert "--evaluate run" in where
+    assert "update 3 of 3" in finished.out
+
+
+def test_curves_hold_every_metric_and_the_same_values_as_tensorboard(script, finished):
+    rows = read_curves(finished.run_dir)
+    assert tuple(rows[0]) == ("global_step", *script.METRICS)
+    assert [int(row["global_step"]) for row in rows] == [0, 1, 2, 3, 3]
+    points = {tag: [(int(r["global_step"]), float(r[tag])) for r in rows if r[tag]] for tag in script.METRICS}
+    scalars = events(finished.run_dir)
+    assert set(scalars.Tags()["scalars"]) == set(script.METRICS)
+    for tag, expected in points.items():
+        actual = [(e.step, e.value) for e in scalars.Scalars(tag)]
+        assert (
+            [step for step, _ in actual]
+            == [step for step, _ in expected]
+            == ([0, 2, 3] if tag.startswith("eval/") else [1, 2, 3])
+        )
+        np.testing.assert_allclose([v for _, v in actual], [v for _, v in expected], rtol=1e-5, err_msg=tag)
+    assert scalars.Tags()["tensors"] == ["samples/text_summary"]
+    assert len(scalars.Tensors("samples/text_summary")) == 3
+    assert points["eval/score"][-1][1] == pytest.approx(read_result(finished.run_dir)["eval_score"], rel=1e-5)
+    for row in rows[1:4]:
+        assert float(row["losses/grad_norm"]) > 0 and 0.5 < float(row["val/ratio"]) < 2
+        assert 0 <= float(row["val/eos_rate"]) <= 1 and 1 <= float(row["val/response_length"]) <= 6
+
+
+def test_saved_policy_loads_and_has_the_log_probabilities_of_the_run(script, finished, assets):
+    folder = finished.run_dir / "policy"
+    if script is IMDB:
+        model = AutoModelForCausalLM.from_pretrained(folder)
+    else:
+        model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(assets / "llama"), folder)
+        config = json.loads((folder / "adapter_config.json").read_text())
+        assert config["base_model_name_or_path"] == str(assets / "llama")
+        assert set(weights(finished.run_dir)) == set(map(str, load_file(folder / "adapter_model.safetensors")))
+        assert not any("value" in name or "reward" in name for name in weights(finished.run_dir))
+    torch.testing.assert_close(sequence_logprobs(model.eval()), finished.logprobs, rtol=0, atol=1e-6)
+    start = AutoModelForCausalLM.from_pretrained(tiny.flags(script.SCRIPT, assets)["policy"]).eval()
+    assert (sequence_logprobs(start) - finished.logprobs).abs().max() > 1e-3
+    text = "the movie was fine"
+    assert AutoTokenizer.from_pretrained(folder)(text) == AutoTokenizer.from_pretrained(assets / "gpt2")(text)
+
+
+def test_eval_samples_are_what_the_scores_are_of(script, finished):
+    samples = [json.loads(line) for line in (finished.run_dir / "eval_samples.jsonl").open()]
+    result = read_result(finished.run_dir)
+    assert [sample["index"] for sample in samples] == list(range(8))
+    assert [sample["score"] for sample in samples] == pytest.approx(result["eval_scores"], abs=1e-6)
+    columns = {"score", "score_reference", "score_empty", "score_truncated"}
+    columns |= {"rouge1", "rouge2", "rougeL"} if script is TLDR else set()
+    assert set(samples[0]) == {"index", "prompt", "response", "reference"} | columns
+    for column in columns:
+        assert result[f"eval_{column}"] == pytest.approx(np.mean([sample[column] for sample in samples]))
+    assert result["eval_empty_wins"] == np.mean([s["score_empty"] > s["score"] for s in samples])
+    assert result["eval_truncated_wins"] == np.mean([s["score_truncated"] > s["score"] for s in samples])
+
+
+def test_evaluate_prints_the_numbers_of_the_final_evaluation_and_changes_nothing(script, finished):
+    before, result = snapshot(finished.cwd), read_result(finished.run_dir)
+    code, out, err = call(script, finished.cwd, ["--evaluate", "run"])
+    assert (code, err) == (0, "")
+    assert (
+        out == script.summary({f"eval/{key[5:]}": value for key, value in result.items() if key[:5] == "eval_"}) + "\n"
+    )
+    assert f"{result['eval_score']:.4f}" in out and f"{result['eval_perplexity']:.2f}" in out
+    assert result["eval_score"] != result["before"]["eval_score"]
+    assert snapshot(finished.cwd) == before
+
+
+def test_resume_of_a_finished_run_prints_its_result_and_changes_nothing(script, finished):
+    before = snapshot(finished.cwd)
+    code, out, err = call(script, finished.cwd, ["--resume", "run"])
+    assert (code, err) == (0, "")
+    assert out.splitlines() == finished.out.splitlines()[-2:]
+    assert snapshot(finished.cwd) == before
+
+
+def test_same_seed_gives_the_same_run_whatever_is_evaluated_and_checkpointed(script, finished, assets, tmp_path):
+    flags = tiny.flags(script.SCRIPT, assets) | RUN | {"checkpoint_every": 3, "rollout_batch_size": 3}
+    assert call(script, tmp_path, flags)[0] == 0
+    assert_same_run(tmp_path / "run", finished, periodic_evaluations=False)
+
+
+def test_another_seed_gives_another_run(script, finished, assets, tmp_path):
+    flags = tiny.flags(script.SCRIPT, assets) | RUN | {"seed": 4, "num_updates": 1}
+    assert call(script, tmp_path, flags)[0] == 0
+    rows = [without_speed(d)[1] for d in (tmp_path / "run", finished.run_dir)]
+    for tag in ("objective/scores", "objective/entropy", "loss/policy_avg", "loss/value_avg", "losses/grad_norm"):
+        assert rows[0][tag] != rows[1][tag]
+
+
+def test_target_term_and_raw_advantages_change_the_run_and_are_logged(script, finished, assets, tmp_path):
+    for i, changes in enumerate(({"target_coef": 0.1}, {"norm_adv": False})):
+        flags = tiny.flags(script.SCRIPT, assets) | RUN | {"num_updates": 1, "run_dir": f"run{i}"} | changes
+        assert call(script, tmp_path, flags)[0] == 0
+    target, raw, usual = (without_speed(d)[1] for d in (tmp_path / "run0", tmp_path / "run1", finished.run_dir))
+    assert float(target["loss/target_avg"]) > 1 and float(usual["loss/target_avg"]) == 0
+    assert float(raw["losses/sign_flips"]) == 0 < float(usual["losses/sign_flips"])
+    assert target["objective/scores"] == raw["objective/scores"] == usual["objective/scores"]
+    assert len({row["losses/grad_norm"] for row in (target, raw, usual)}) == 3
+
+
+def test_default_run_directory_is_named_after_data_set_script_seed_and_time(script, assets, tmp_path):
+    flags = tiny.flags(script.SCRIPT, assets) | {"num_updates": 1, "update_epochs": 1, "seed": 5}
+    assert call(script, tmp_path, flags)[0] == 0
+    (run_dir,) = (tmp_path / "runs").iterdir()
+    assert run_dir.name.startswith(f"{Path(flags['dataset']).name}__{script.SCRIPT}__5__2")
+    assert read_result(run_dir)["args"]["run_dir"] == f"runs/{run_dir.name}"
+
+
+# Survival
+
+
+@pytest.fixture(scope="session")
+def killed(script, assets, tmp_path_factory):
+    """A run in a process of its own, killed after a checkpoint: (working directory, stderr)."""
+    cwd = tmp_path_factory.mktemp("killed")
+    flags = tiny.command_line(tiny.flags(script.SCRIPT, assets) | RUN | {"eval_every": 2})
+    pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
+    process = subprocess.Popen([sys.executable, script.__file__, *flags], cwd=cwd, **pipes)
+    try:
+        deadline = time.monotonic() + 600
+        while ((script.load_checkpoint(cwd / "run") or {}).get("counters") or {"update": 0})["update"] < 1:
+            assert process.poll() is None, process.communicate()
+            assert time.monotonic() < deadline, "no checkpoint came"
+            time.sleep(0.01)
+        process.send_signal(signal.SIGKILL)
+        _, err = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == -signal.SIGKILL and not (cwd / "run" / "result.json").exists()
+    return cwd, err
+
+
+def test_killed_run_resumes_to_exactly_the_run_that_was_never_killed(script, killed, unfinished, finished):
+    assert killed[1] == ""  # its stderr
+    assert script.load_checkpoint(unfinished)["counters"]["update"] < 3
+    code, out, err = call(script, unfinished.parent, ["--resume", "run"])
+    assert (code, err) == (0, "")
+    assert "before training" not in out
+    assert_same_run(unfinished, finished)
+    assert {p.name for p in unfinished.iterdir() if "tfevents" not in p.name} == FILES
+    scalars = events(unfinished)
+    for tag in script.METRICS:
+        assert [e.step for e in scalars.Scalars(tag)] == ([0, 2, 3] if tag.startswith("eval/") else [1, 2, 3])
+
+
+@pytest.fixture
+def unfinished(killed, tmp_path):
+    """A copy of the killed run."""
+    return Path(shutil.copytree(killed[0] / "run", tmp_path / "run"))
+
+
+class Killed(BaseException):
+    """Stands for kill -9: nothing in the scripts may catch it."""
+
+
+def killed_in(script, cwd, flags, function, call_number=1):
+    """Run until a function of the script is called for the given time, then end as if by kill -9."""
+    original, calls = getattr(script, function), []
+
+    def die(*args, **kwargs):
+        calls.append(None)
+        if len(calls) == call_number:
+            raise Killed
+        return original(*args, **kwargs)
+
+    with patch.object(script, function, die), pytest.raises(Killed):
+        call(script, cwd, flags)
+
+
+@pytest.mark.parametrize(
+    "function, call_number",
+    [("rollout", 1), ("backward", 5), ("save_policy", 1), ("write_json", 2)],
+    ids=["before the first update", "before the first checkpoint", "before the policy is saved", "before the result"],
+)
+def test_run_killed_at_an_awkward_moment_resumes_to_the_same_run(
+    script, finished, assets, tmp_path, function, call_number
+):
+    flags = tiny.flags(script.SCRIPT, assets) | RUN | {"checkpoint_every": 3, "eval_every": 2}
+    killed_in(script, tmp_path, flags, function, call_number)
+    assert not (tmp_path / "run" / "result.json").exists()
+    code, _, err = call(script, tmp_path, ["--resume", "run"])
+    assert (code, err) == (0, "")
+    assert_same_run(tmp_path / "run", finished)
+    assert {p.name for p in (tmp_path / "run").iterdir() if "tfevents" not in p.name} == FILES
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_signal_stops_after_the_running_update_with_a_checkpoint(script, finished, assets, tmp_path, number):
+    rollout, updates = script.rollout, []
+
+    def signal_in_the_second_update(*args):
+        updates.append(None)
+        if len(updates) == 2:
+            os.kill(os.getpid(), number)
+        return rollout(*args)
+
+    flags = tiny.flags(script.SCRIPT, assets) | RUN | {"checkpoint_every": 100, "eval_every": 2}
+    with patch.object(script, "rollout", signal_in_the_second_update):
+        code, out, err = call(script, tmp_path, flags)
+    assert code == 130 and len(updates) == 2
+    assert "stopping after this update" in out and "--resume run" in err and "Traceback" not in err
+    assert script.load_checkpoint(tmp_path / "run")["counters"]["update"] == 2
+    assert not (tmp_path / "run" / "result.json").exists()
+    assert call(script, tmp_path, ["--resume", "run"])[0] == 0
+    assert_same_run(tmp_path / "run", finished)
+
+
+def test_checkpoint_holds_what_is_trained_and_not_what_is_frozen(unfinished):
+    names = set(torch.load(unfinished / "checkpoint.pt", weights_only=True)["learner"]["model"])
+    assert "value_head.weight" in names
+    assert any("policy" in name for name in names) and any("value" in name for name in names)
+    assert not any("reward" in name or "reference" in name or "base_layer" in name for name in names)
+
+
+@pytest.mark.parametrize("first_bad_call", [1, 13], ids=["first update", "second update"])
+def test_nan_loss_stops_the_run_with_seed_update_and_advice(script, finished, assets, tmp_path, first_bad_call):
+    loss, calls = script.symmetric_ppo_loss, []
+
+    def sometimes_nan(*args):
+        calls.append(None)
+        return loss(*args) * (torch.nan if len(calls) >= first_bad_call else 1.0)
+
+    flags = tiny.flags(script.SCRIPT, assets) | RUN | {"eval_every": 2}
+    with patch.object(script, "symmetric_ppo_loss", sometimes_nan):
+        code, _, err = call(script, tmp_path, flags)
+    assert code == 1 and "Traceback" not in err and err.count("error:") == 1
+    for word in ("seed 3", f"update {1 + first_bad_call // 8}", "--learning-rate", "--beta"):
+        assert word in err.splitlines()[0], err
+    assert not (tmp_path / "run" / "result.json").exists() and not (tmp_path / "run" / "policy").exists()
+    if first_bad_call > 8:  # the checkpoint is from before the failure
+        assert call(script, tmp_path, ["--resume", "run"])[0] == 0
+        assert_same_run(tmp_path / "run", finished)
+
+
+@pytest.mark.parametrize("minibatch_size", [4, 8], ids=["within an update", "between two updates"])
+def test_huge_learning_rate_stops_the_run_without_a_traceback(script, assets, tmp_path, minibatch_size):
+    changes = {"learning_rate": 1e30, "minibatch_size": minibatch_size, "update_epochs": 8 // minibatch_size - 1 or 1}
+    flags = tiny.flags(script.SCRIPT, assets) | RUN | changes
+    code, _, err = call(script, tmp_path, flags)
+    assert code == 1 and err.count("error:") == 1, err
+    assert "seed 3" in err.splitlines()[0] and "--learning-rate" in err.splitlines()[0]
+    assert not (tmp_path / "run" / "result.json").exists()
+
+
+@pytest.mark.parametrize("where", ["Learner", "rollout", "backward"])
+def test_running_out_of_gpu_memory_says_what_to_lower(script, assets, tmp_path, where):
+    def out_of_memory(*args, **kwargs):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    with patch.object(script, where, out_of_memory):
+        code, _, err = call(script, tmp_path, tiny.flags(script.SCRIPT, assets) | RUN)
+    assert code == 1 and err.startswith("error: ") and "Traceback" not in err
+    assert "--micro-batch-size" in err and "--rollout-batch-size" in err and "out of memory" in err
+
+
+# Bad input
+
+
+BAD_FLAGS = [
+    ({"alpha": 0.0}, "--alpha", "above 0"),
+    ({"alpha": math.nan}, "--alpha", "above 0"),
+    ({"beta": -1.0}, "--beta", "0 or above"),
+    ({"beta": math.inf}, "--beta", "0 or above"),
+    ({"Z": 0.0}, "--Z", "below 0"),
+    ({"Z": math.nan}, "--Z", "below 0"),
+    ({"kl_coef": -0.1}, "--kl-coef", "0 or above"),
+    ({"target_coef": -0.1}, "--target-coef", "0 or above"),
+    ({"learning_rate": 0.0}, "--learning-rate", "above 0"),
+    ({"clip_coef": 0.0}, "--clip-coef", "above 0"),
+    ({"clip_coef_value": 0.0}, "--clip-coef-value", "above 0"),
+    ({"max_grad_norm": 0.0}, "--max-grad-norm", "above 0"),
+    ({"gamma": 1.1}, "--gamma", "between 0 and 1"),
+    ({"gae_lambda": -0.1}, "--gae-lambda", "between 0 and 1"),
+    ({"num_updates": 0}, "--num-updates", "at least 1"),
+    ({"response_length": 0}, "--response-length", "at least 1"),
+    ({"prompt_length": 0}, "--prompt-length", "at least 1"),
+    ({"micro_batch_size": 0}, "--micro-batch-size", "at least 1"),
+    ({"rollout_batch_size": 0}, "--rollout-batch-size", "at least 1"),
+    ({"checkpoint_every": 0}, "--checkpoint-every", "at least 1"),
+    ({"eval_every": -1}, "--eval-every", "0 or above"),
+    ({"eval_samples": -1}, "--eval-samples", "0 or above"),
+    ({"top_k": -1}, "--top-k", "0 or above"),
+    ({"seed": -1}, "--seed", "0 or above"),
+    ({"min_response_length": 7}, "--min-response-length 7", "--response-length 6"),
+    ({"num_trajectories": 10}, "--num-trajectories", "--minibatch-size", "multiple"),
+    ({"prompt_length": 200}, "--prompt-length", "--response-length", "positions"),
+    ({"policy": "missing"}, "--policy missing", "local folder"),
+    ({"policy": "owner/unknown"}, "--policy owner/unknown", "local folder"),
+    ({"policy": "empty"}, "--policy empty", "local folder"),
+    ({"reward_model": "missing"}, "--reward-model missing", "local folder"),
+    ({"reward_model": "owner/unknown"}, "--reward-model owner/unknown", "local folder"),
+    ({"dataset": "missing"}, "--dataset missing", "local folder"),
+    ({"dataset": "owner/unknown"}, "--dataset owner/unknown", "local folder"),
+    ({"dataset": "words.jsonl"}, "--dataset words.jsonl", "no column"),
+    ({"dataset": "empty.jsonl"}, "--dataset empty.jsonl"),
+    ({"policy": "other_tokens"}, "--policy other_tokens", "tokens", "different models"),
+    ({"policy": "no_end"}, "--policy no_end", "no end-of-text token"),
+]
+BAD_IMDB_FLAGS = [
+    ({"dataset": "short.jsonl"}, "--dataset short.jsonl", "two words"),
+    ({"reward_model": "scalar"}, "--reward-model scalar", "no label positive", "reward"),
+    ({"reward_model": "other_sentiment"}, "--reward-model other_sentiment", "different models"),
+]
+BAD_TLDR_FLAGS = [
+    ({"reward_model": "sentiment"}, "--reward-model sentiment", "2 labels"),
+    ({"reward_model": "bad_adapter"}, "--reward-model bad_adapter"),
+    ({"lora_targets": "c_attn"}, "--lora-targets c_attn"),
+    ({"lora_rank": 0}, "--lora-rank", "at least 1"),
+    ({"lora_alpha": 0}, "--lora-alpha", "at least 1"),
+    ({"base_precision": "4bit"}, "--base-precision 4bit", "CUDA", "float32"),
+]
+
+
+@pytest.fixture(scope="session")
+def bad_assets(assets, tmp_path_factory):
+    """The tiny models and broken ones, to be used as working directory."""
+    folder = Path(shutil.copytree(assets, tmp_path_factory.mktemp("bad") / "assets"))
+    (folder / "empty").mkdir()
+    tiny.write_jsonl(folder / "words.jsonl", [{"words": "a b c"}] * 3)
+    tiny.write_jsonl(folder / "empty.jsonl", [])
+    tiny.write_jsonl(folder / "short.jsonl", [{"text": "short"}] * 9)
+    tokenizer = AutoTokenizer.from_pretrained(assets / "gpt2")
+    small = len(tokenizer) - 5
+    tiny.gpt2(small).save_pretrained(folder / "other_tokens")
+    tiny.classifier(small, ["NEGATIVE", "POSITIVE"]).save_pretrained(folder / "other_sentiment")
+    for name in ("other_tokens", "other_sentiment"):
+        tokenizer.save_pretrained(folder / name)
+    shutil.copytree(assets / "llama", folder / "no_end")
+    tokenizer.eos_token = None
+    tokenizer.save_pretrained(folder / "no_end")
+    tiny.reward_adapter(tiny.llama_config(len(tokenizer), hidden_size=24), folder / "bad_adapter")
+    return folder
+
+
+def assert_refused_before_anything_is_written(script, assets, changes, words):
+    before = set(assets.rglob("*"))
+    flags = tiny.flags(script.SCRIPT, assets) | {"run_dir": "run"} | changes
+    code, out, err = call(script, assets, flags)
+    assert_refused(code, err, *words)
+    assert out == ""
+    assert set(assets.rglob("*")) == before
+
+
+@pytest.mark.parametrize("changes, words", [(changes, words) for changes, *words in BAD_FLAGS])
+def test_bad_input_is_refused_in_one_line_before_anything_is_written(script, bad_assets, changes, words):
+    assert_refused_before_anything_is_written(script, bad_assets, changes, words)
+
+
+@pytest.mark.parametrize("changes, words", [(changes, words) for changes, *words in BAD_IMDB_FLAGS])
+def test_bad_input_of_imdb_is_refused_in_one_line_before_anything_is_written(bad_assets, changes, words):
+    assert_refused_before_anything_is_written(IMDB, bad_assets, changes, words)
+
+
+@pytest.mark.parametrize("changes, words", [(changes, words) for changes, *words in BAD_TLDR_FLAGS])
+def test_bad_input_of_tldr_is_refused_in_one_line_before_anything_is_written(bad_assets, changes, words):
+    assert_refused_before_anything_is_written(TLDR, bad_assets, changes, words)
+
+
+def test_minibatches_that_do_not_divide_among_processes_are_refused(script, assets, tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    code, _, err = call(script, tmp_path, tiny.flags(script.SCRIPT, assets))
+    assert_refused(code, err, "--minibatch-size 4", "3 processes")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_processes_that_accelerate_does_not_see_are_refused(script, assets, tmp_path, monkeypatch):
+    Accelerator(cpu=True)  # of one process
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    code, _, err = call(script, tmp_path, tiny.flags(script.SCRIPT, assets))
+    assert_refused(code, err, "2 processes", "torchrun")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_tracking_without_wandb_names_the_package(script, assets, tmp_path, monkeypatch):
+    monkeypatch.setattr(script, "find_spec", lambda name: None)
+    code, _, err = call(script, tmp_path, tiny.flags(script.SCRIPT, assets) | {"track": True})
+    assert_refused(code, err, "--track", "pip install wandb")
+
+
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        (["--resume", "run", "--seed", "5"], ("--seed", "--resume")),
+        (["--resume", "run", "--policy", "x", "--beta", "5"], ("--policy", "--beta")),
+        (["--resume", "run", "--run-dir", "new"], ("--run-dir",)),
+        (["--resume", "missing"], ("missing",)),
+        (["--evaluate", "run", "--seed", "5"], ("--seed", "--evaluate")),
+        (["--evaluate", "run", "--resume", "run"], ("--resume", "--evaluate")),
+        (["--evaluate", "run"], ("run", "no policy")),
+        (["--evaluate", "missing"], ("missing",)),
+        (["--run-dir", "run"], ("--run-dir", "--resume")),
+        (["--run-dir", "run/args.json"], ("--run-dir",)),
+    ],
+)
+def test_resume_run_dir_and_evaluate_refuse_what_they_cannot_honour(script, unfinished, flags, words):
+    before = snapshot(unfinished.parent)
+    code, out, err = call(script, unfinished.parent, flags)
+    assert_refused(code, err, *words)
+    assert out == "" and snapshot(unfinished.parent) == before
+
+
+def test_run_directory_that_cannot_be_made_is_refused(script, assets, tmp_path):
+    (tmp_path / "file").write_text("")
+    code, _, err = call(script, tmp_path, tiny.flags(script.SCRIPT, assets) | {"run_dir": "file/run"})
+    assert_refused(code, err, "--run-dir file/run")
+
+
+def change_checkpoint(run_dir, change):
+    content = torch.load(run_dir / "checkpoint.pt", weights_only=True)
+    change(content)
+    torch.save(content, run_dir / "checkpoint.pt")
+
+
+def truncate(path):
+    os.truncate(path, path.stat().st_size // 2)
+
+
+DAMAGE = {
+    "args of another script": lambda d: (d / "args.json").write_text('{"script": "sppo_atari", "args": {}}'),
+    "truncated args": lambda d: truncate(d / "args.json"),
+    "args that are a list": lambda d: (d / "args.json").write_text("[1]"),
+    "unknown argument": lambda d: (d / "args.json").write_text('{"script": "x", "args": {"colour": 1}}'),
+    "no args": lambda d: (d / "args.json").unlink(),
+    "truncated checkpoint": lambda d: truncate(d / "checkpoint.pt"),
+    "empty checkpoint": lambda d: (d / "checkpoint.pt").write_bytes(b""),
+    "checkpoint that is a list": lambda d: torch.save([1, 2], d / "checkpoint.pt"),
+    "checkpoint of another script": lambda d: change_checkpoint(d, lambda c: c.update(script="sppo_atari")),
+    "checkpoint of another network": lambda d: change_checkpoint(
+        d, lambda c: c["learner"]["model"].update({"value_head.weight": torch.zeros(3, 7)})
+    ),
+    "checkpoint with an unknown parameter": lambda d: change_checkpoint(
+        d, lambda c: c["learner"]["model"].update({"colour": torch.zeros(3)})
+    ),
+    "checkpoint of another optimizer": lambda d: change_checkpoint(
+        d, lambda c: c["learner"]["optimizer"]["param_groups"][0]["params"].pop()
+    ),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_resume_refuses_a_damaged_or_foreign_run(script, unfinished, damage):
+    DAMAGE[damage](unfinished)
+    before = snapshot(unfinished.parent)
+    code, out, err = call(script, unfinished.parent, ["--resume", "run"])
+    assert_refused(code, err, "run")
+    assert out == "" and snapshot(unfinished.parent) == before
+
+
+def test_evaluate_refuses_a_damaged_policy(script, finished, tmp_path):
+    run_dir = Path(shutil.copytree(finished.run_dir, tmp_path / "run"))
+    (path,) = (run_dir / "policy").glob("*.safetensors")
+    truncate(path)
+    code, out, err = call(script, tmp_path, ["--evaluate", "run"])
+    assert_refused(code, err, "run/policy")
+    assert out == ""
+
+
+# Two processes
+
+
+@pytest.fixture(scope="session")
+def two(assets, tmp_path_factory):
+    """What two processes under torchrun left: gradients per process, and a run of each script."""
+    out = tmp_path_factory.mktemp("two")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    process = subprocess.run(
+        [*command, two_processes.__file__, assets, out], env=environment, capture_output=True, text=True, timeout=900
+    )
+    assert process.returncode == 0, process.stderr
+    return SimpleNamespace(
+        out=out, ranks=[torch.load(out / f"rank{rank}.pt") for rank in (0, 1)], stdout=process.stdout
+    )
+
+
+@pytest.mark.parametrize("change", range(len(two_processes.CHANGES)))
+def test_two_processes_have_the_gradients_and_losses_of_one(script, assets, two, change):
+    key, changes = (script.SCRIPT, change), two_processes.CHANGES[change]
+    expected = two_processes.gradients(script, assets, Accelerator(cpu=True), changes)
+    for (losses, grads, num_tokens), *ranks in zip(expected, *(rank[key] for rank in two.ranks)):
+        norm = torch.stack([g.norm() for g in grads.values()]).norm()
+        assert sum(rank[2] for rank in ranks) == num_tokens and ranks[0][2] != ranks[1][2]
+        for rank_losses, rank_grads, _ in ranks:
+            assert rank_losses == pytest.approx(losses, rel=1e-4, abs=1e-6)
+            for name, g in grads.items():
+                assert (rank_grads[name] - g).norm() <= 1e-4 * g.norm() + 1e-6 * norm, name
+            assert all(torch.equal(rank_grads[name], ranks[0][1][name]) for name in grads)
+
+
+def test_run_of_two_processes_leaves_one_result_over_all_samples(script, assets, two):
+    run_dir, flags = two.out / script.SCRIPT, tiny.flags(script.SCRIPT, assets)
+    result = read_result(run_dir)
+    assert result["num_processes"] == 2 and result["num_updates"] == 2
+    assert {p.name for p in run_dir.iterdir() if "tfevents" not in p.name} == FILES
+    samples = [json.loads(line) for line in (run_dir / "eval_samples.jsonl").open()]
+    assert [sample["index"] for sample in samples] == list(range(8)) and len(result["eval_scores"]) == 8
+    assert [int(row["global_step"]) for row in read_curves(run_dir)] == [0, 1, 2, 2]
+    assert two.stdout.count("before training") == 2  # once per script
+    learner = script.Learner(script.Args(**flags), Accelerator(cpu=True))
+    alone = script.evaluate(learner, script.Args(**flags))
+    same = ["perplexity", "score_reference", "score_empty"]  # IMDB's responses are sampled per process
+    same += ["score", "score_truncated", "rouge1", "empty_wins"] if script is TLDR else []
+    for name in same:
+        assert result["before"][f"eval_{name}"] == pytest.approx(alone[f"eval/{name}"], rel=1e-4), name
+
+
+# Learning
+
+
+@pytest.fixture(scope="session")
+def bandit(tmp_path_factory):
+    return tiny.bandit(tmp_path_factory.mktemp("bandit"))
+
+
+BANDIT = {"num_updates": 20, "top_k": 0, "response_length": 4, "num_trajectories": 32, "minibatch_size": 16}
+BANDIT |= {"micro_batch_size": 16, "rollout_batch_size": 32, "eval_samples": 0, "run_dir": "run"}
+
+
+@pytest.mark.parametrize("alpha, beta", [(0.5, 20.0), (1.0, 0.0)], ids=["SPPO", "PPO"])
+def test_policy_learns_the_word_that_is_rewarded(script, bandit, tmp_path, alpha, beta):
+    flags = tiny.flags(script.SCRIPT, bandit) | BANDIT | {"alpha": alpha, "beta": beta}
+    if script is IMDB:
+        flags |= {"learning_rate": 3e-3}
+        chance, goal = 0.1, 0.75  # probabilities: nothing but "good" has 0.92
+    else:
+        flags |= {"learning_rate": 1e-2, "reward_model": str(bandit / "scalar")}
+        chance, goal = -2.5, -0.7  # logits: nothing but "good" has 0.18
+    code, _, err = call(script, tmp_path, flags)
+    assert (code, err) == (0, "")
+    result = read_result(tmp_path / "run")
+    assert result["before"]["eval_score"] < chance
+    assert result["eval_score"] > goal
+    scores = [float(row["objective/scores"]) for row in read_curves(tmp_path / "run") if row["objective/scores"]]
+    assert np.mean(scores[:2]) < chance + 0.1 and np.mean(scores[-4:]) > goal

@@ -1,0 +1,64 @@
+"""Run by test_rlhf_cli.py under torchrun: gradients of a fixed rollout that is split over processes, and whole runs."""
+
+import sys
+from dataclasses import fields, replace
+from pathlib import Path
+from unittest.mock import patch
+
+import conftest
+import tiny
+import torch
+from accelerate import Accelerator
+
+SCRIPTS = [param.values[0] for param in conftest.import_scripts("sppo_rlhf_*.py")]
+CHANGES = ({}, {"target_coef": 0.5}, {"norm_adv": False})
+
+
+def share(script, rollout, accelerator):
+    """The trajectories of this process; all 8 where there is only one."""
+    rows = range(accelerator.process_index, 8, accelerator.num_processes)
+    mine = {}
+    for field in fields(rollout):
+        x = getattr(rollout, field.name)
+        mine[field.name] = x[list(rows)] if torch.is_tensor(x) else [x[i] for i in rows]
+    return script.Rollout(**mine)
+
+
+def gradients(script, assets, accelerator, changes):
+    """Losses, and gradients after each of two minibatches that are added up: the first half of the rows, then all."""
+    args = script.Args(**tiny.flags(script.SCRIPT, assets) | changes)
+    learner = script.Learner(args, accelerator)
+    trained = {name: p for name, p in learner.actor_critic.named_parameters() if p.requires_grad}
+    tiny.randomize(trained.items(), 0.1)
+    rollout = share(script, tiny.fixed_rollout(script, learner, args), accelerator)
+    result = []
+    for num_rows in (4, 8):
+        learner.optimizer.zero_grad()
+        rows = list(range(num_rows // accelerator.num_processes))
+        losses = script.backward(learner, rollout, rows, replace(args, micro_batch_size=3))
+        result.append((losses, {name: p.grad.clone() for name, p in trained.items()}, rollout.mask[rows].sum().item()))
+    return result
+
+
+def run(script, assets, run_dir):
+    flags = tiny.flags(script.SCRIPT, assets) | {"num_updates": 2, "target_coef": 0.1, "run_dir": run_dir}
+    with patch.object(sys, "argv", [script.__file__, *tiny.command_line(flags)]):
+        return script.main()
+
+
+def main():
+    assets, out = map(Path, sys.argv[1:])
+    accelerator = Accelerator(cpu=True)
+    assert accelerator.num_processes == 2
+    results = {
+        (script.SCRIPT, i): gradients(script, assets, accelerator, changes)
+        for script in SCRIPTS
+        for i, changes in enumerate(CHANGES)
+    }
+    torch.save(results, out / f"rank{accelerator.process_index}.pt")
+    codes = [run(script, assets, out / script.SCRIPT) for script in SCRIPTS]
+    assert codes == [0, 0], codes
+
+
+if __name__ == "__main__":
+    main()
