@@ -363,7 +363,7 @@ class Learner:
 
 
 def keep_memory() -> None:
-    """Make glibc keep freed memory: fetching it anew from the kernel takes a fifth of the time of an update on CPUs."""
+    """Make glibc keep freed memory: fetching it anew from the kernel takes a tenth of the time of an update on CPUs."""
     if sys.platform == "linux":
         libc = ctypes.CDLL(None)
         libc.mallopt(-4, 0)  # M_MMAP_MAX: large blocks come from the heap as well
