@@ -50,7 +50,7 @@ def main() -> int:
         folder = args.out / result.parent.relative_to(args.runs)
         folder.mkdir(parents=True, exist_ok=True)
         content = json.loads(result.read_text())
-        if "run_dir" in content["args"]:  # where it was on the machine that made it says nothing to others
+        if content.get("args", {}).get("run_dir"):  # where it was on the machine that made it says nothing to others
             content["args"]["run_dir"] = str(result.parent.relative_to(args.runs))
         (folder / "result.json").write_text(json.dumps(content, indent=2) + "\n")
         for path in result.parent.glob("judge*.json"):

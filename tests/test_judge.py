@@ -362,7 +362,9 @@ def test_a_killed_judge_goes_on_where_it_was(tmp_path, serve, number):
     command = [sys.executable, str(ROOT / "benchmark" / "judge.py"), str(run_dir)]
     command += ["--judge-url", f"{server.url}/chat/completions/", "--judge-model", "judge"]
     environment = os.environ | {"no_proxy": "127.0.0.1"}
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment)
+    # A shell starts what it runs in the background with SIGINT ignored, which children inherit.
+    heed = lambda: signal.signal(signal.SIGINT, signal.default_int_handler)  # noqa: E731
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment, preexec_fn=heed)
     deadline = time.monotonic() + 30
     while len(server.requests) < 4:
         assert time.monotonic() < deadline
