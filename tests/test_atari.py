@@ -161,7 +161,7 @@ def test_fire_after_a_lost_life_is_stored_with_its_own_logprob(tmp_path, monkeyp
     assert len(forced) > 0 and (forced == 1).all()
     assert captured["batch"][1].bincount().tolist() == np.bincount(np.concatenate([a for _, a in steps])).tolist()
     # Before the first step the policy is that of the rollout: the ratio is 1 for every stored action, forced or not,
-    # but for rounding, since batches differ in size. (The annealed clip range would be 0 here, and count that as clipped.)
+    # but for rounding, since batches differ in size. (The annealed clip range would be 0 here and count it as clipped.)
     assert captured["losses"]["losses/approx_kl"] == pytest.approx(0, abs=1e-8)
     assert captured["losses"]["losses/clipfrac"] == 0
 
