@@ -162,7 +162,8 @@ def compare(args: Args, script: str) -> None:
     num_seeds = 1 if script.endswith("atari") else args.num_seeds
     ratios = {variant: [] for variant in args.variants}
     of_environments = []
-    for _ in range(args.rounds):
+    start = time.perf_counter()
+    for done in range(args.rounds):
         peer = in_fresh_process(stable_baselines3, script, env_id, steps, threads)
         for variant, values in ratios.items():
             speed = ours(script, env_id, steps, threads, num_seeds, *(["--compile"] if variant == "compile" else []))
@@ -170,6 +171,9 @@ def compare(args: Args, script: str) -> None:
         if not script.endswith("atari"):
             alone = in_fresh_process(environments_alone, script, env_id, 3000, num_seeds)
             of_environments.append(speed / alone)
+        left = (time.perf_counter() - start) / (done + 1) * (args.rounds - done - 1) / 60
+        latest = ", ".join(f"{variant} {values[-1]:.2f}" for variant, values in ratios.items())
+        print(f"{script}: round {done + 1} of {args.rounds}: {latest}; {left:.0f} min left", file=sys.stderr, flush=True)
     print(f"{script}, {env_id}, {num_seeds} agent(s), {threads} thread(s), {args.rounds} rounds of {steps:,} steps")
     for variant, values in ratios.items():
         print(f"  {variant:9} {summary(values)} times Stable-Baselines3")
