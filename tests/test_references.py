@@ -11,6 +11,7 @@ import pytest
 import torch
 from conftest import import_scripts
 from gymnasium.spaces import Box, MultiDiscrete
+from safetensors.torch import load_file
 from stable_baselines3 import A2C, PPO
 from stable_baselines3.common.buffers import RolloutBuffer
 from stable_baselines3.common.logger import Logger
@@ -537,3 +538,22 @@ def test_schedules_are_constant_by_default(script, monkeypatch, tmp_path):
     record = train_recorded(script, monkeypatch, tmp_path / "run", num_envs=2, num_steps=16, total_timesteps=96)
     assert set(record.learning_rates) == {script.Args().learning_rate}
     assert len(set(record.clip_coefs)) == 1
+
+
+@pytest.mark.parametrize("script", import_scripts("sppo_continuous_discretized.py"))
+def test_symmetric_update_equals_that_of_ppo_with_the_policy_loss_times_alpha_minus_beta_z(
+    script, monkeypatch, tmp_path
+):
+    """The identity at the defaults, on a real environment: 320 gradient steps with (0.5, 20) and with (20.5, 0)."""
+    monkeypatch.setattr(script, "evaluate", lambda agent, normalizer, args, seeds, video_dirs: np.zeros((1, 10)))
+
+    def trained(alpha: float, beta: float) -> torch.Tensor:
+        args = script.Args(env_id="InvertedDoublePendulum-v4", total_timesteps=2048, alpha=alpha, beta=beta)
+        run_dirs = script.create_run_dirs(args, tmp_path / f"{alpha} {beta}")
+        script.train(args, run_dirs)
+        model = load_file(run_dirs[args.seed] / "model.safetensors")
+        return torch.cat([model[name].flatten() for name in sorted(model)])
+
+    sppo, control, ppo = trained(0.5, 20), trained(20.5, 0), trained(1, 0)
+    difference = (control - sppo).abs().max()
+    assert difference < 1e-5 < 0.02 < (ppo - sppo).abs().max()
