@@ -173,7 +173,7 @@ def compare(args: Args, script: str) -> None:
             of_environments.append(speed / alone)
         left = (time.perf_counter() - start) / (done + 1) * (args.rounds - done - 1) / 60
         latest = ", ".join(f"{variant} {values[-1]:.2f}" for variant, values in ratios.items())
-        print(f"{script}: round {done + 1} of {args.rounds}: {latest}; {left:.0f} min left", file=sys.stderr, flush=True)
+        print(f"{script}: round {done + 1}: {latest}; {left:.0f} min left", file=sys.stderr, flush=True)
     print(f"{script}, {env_id}, {num_seeds} agent(s), {threads} thread(s), {args.rounds} rounds of {steps:,} steps")
     for variant, values in ratios.items():
         print(f"  {variant:9} {summary(values)} times Stable-Baselines3")
