@@ -279,8 +279,8 @@ class ActorCritic(nn.Module):
         target: prompts with reference responses, as from pad(), whose log-probabilities come third; None without.
         """
         logprob = response_logprobs(self.policy, tokens, mask, num_actions)
-        hidden = self.value_model(tokens, attention_mask=mask, position_ids=positions(mask)).last_hidden_state
-        values = self.value_head(hidden[:, -num_actions - 1 : -1]).squeeze(-1)
+        out = self.value_model(tokens, attention_mask=mask, position_ids=positions(mask), use_cache=False)
+        values = self.value_head(out.last_hidden_state[:, -num_actions - 1 : -1]).squeeze(-1)
         target_logprob = None
         if target:
             target_tokens, target_mask, real = target
