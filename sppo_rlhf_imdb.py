@@ -50,9 +50,12 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.utils.peft_utils import find_adapter_config_file
 
 SCRIPT = Path(__file__).stem
 TRAINING, EVALUATION = 0, 1  # streams of random numbers
+MEMORY = ("micro_batch_size", "rollout_batch_size")  # may change on resume
+TOKENIZERS = {"rajkumarrrk/gpt2-fine-tuned-on-imdb-positive-reviews": "lvwerra/gpt2-imdb"}  # where the authors took it
 PACKAGES = ("torch", "transformers", "datasets", "accelerate", "numpy")  # their versions go into result.json
 METRICS = (
     "objective/scores",
@@ -83,6 +86,8 @@ METRICS = (
 class Args:
     policy: str = "rajkumarrrk/gpt2-fine-tuned-on-imdb-positive-reviews"
     """causal language model to start from: hub id or local folder"""
+    tokenizer: str | None = None
+    """the policy's tokenizer: hub id or local folder; default its own, of the default policy lvwerra/gpt2-imdb"""
     reward_model: str = "lvwerra/distilbert-imdb"
     """sequence classifier with a label "positive", whose probability is the reward: hub id or local folder"""
     dataset: str = "stanfordnlp/imdb"
@@ -181,10 +186,17 @@ def load(flag: str, name: str, from_pretrained: Callable, **options):
     """from_pretrained(name), hub id or local folder. Raises InputError with one line that says what to give instead."""
     try:
         return from_pretrained(name, **options)
+    except torch.OutOfMemoryError:
+        raise
     except Exception as error:  # whatever the libraries raise for a name, a network or a file that is wrong
         reason = (str(error) or repr(error)).splitlines()[0]
-        instead = "a hub id that can be reached from here or a local folder"
+        instead = "a hub id that can be reached from here, or a local folder, such as benchmark/rlhf_assets.py makes"
         raise InputError(f"--{flag} {name} cannot be loaded ({reason}): give {instead}") from None
+
+
+def load_auto(flag: str, name: str, auto_class: type, **options):
+    """A model or tokenizer by one of transformers' Auto classes; code that comes with it is never run."""
+    return load(flag, name, auto_class.from_pretrained, trust_remote_code=False, **options)
 
 
 def load_texts(name: str, columns: Sequence[str]) -> tuple[list[dict], list[dict]]:
@@ -204,8 +216,8 @@ def load_texts(name: str, columns: Sequence[str]) -> tuple[list[dict], list[dict
     missing = [column for column in columns if column not in data["train"].column_names]
     require(not missing, f"--dataset {name} has no column {', '.join(missing)}, only {data['train'].column_names}")
     train = data["train"]
-    if "validation" in data:
-        validation = data["validation"]
+    if names := [name for name in ("validation", "valid") if name in data]:
+        validation = data[names[0]]
     else:
         require(len(train) > 1, f"--dataset {name} has {len(train)} rows: too few for training and validation")
         train, validation = train.train_test_split(test_size=0.2, seed=0).values()
@@ -216,6 +228,12 @@ def first_half(review: str) -> str:
     """First half of a review's words."""
     words = review.split()
     return " ".join(words[: len(words) // 2])
+
+
+def encode_targets(tokenizer: PreTrainedTokenizerBase, reviews: list[str], max_length: int) -> list[list[int]]:
+    """The first tokens of reviews as responses."""
+    tokenizer.truncation_side = "right"
+    return tokenizer(reviews, add_special_tokens=False, truncation=True, max_length=max_length).input_ids
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, texts: list[str], max_length: int, side: str) -> list[list[int]]:
@@ -292,14 +310,18 @@ class Reward:
     """Probability of "positive" under a sequence classifier; of a text that is too long, the end counts."""
 
     def __init__(self, args: Args, device: torch.device):
-        self.model = load("reward-model", args.reward_model, AutoModelForSequenceClassification.from_pretrained)
-        self.tokenizer = load("reward-model", args.reward_model, AutoTokenizer.from_pretrained)
+        self.model = load_auto("reward-model", args.reward_model, AutoModelForSequenceClassification)
+        self.tokenizer = load_auto("reward-model", args.reward_model, AutoTokenizer)
         check_vocabulary("reward-model", args.reward_model, self.tokenizer, self.model)
+        self.tokenizer.pad_token = self.tokenizer.pad_token or self.tokenizer.eos_token
+        require(self.tokenizer.pad_token, f"--reward-model {args.reward_model}: the tokenizer has no token to pad with")
+        self.model.config.pad_token_id = self.tokenizer.pad_token_id
         labels = {str(label).lower(): i for i, label in self.model.config.id2label.items()}
         positive = [i for label, i in labels.items() if label in ("positive", "pos")]
         require(positive, f"--reward-model {args.reward_model} has no label positive, only {', '.join(labels)}")
         self.positive, self.batch_size = positive[0], args.rollout_batch_size
-        self.max_length = min(self.tokenizer.model_max_length, self.model.config.max_position_embeddings)
+        room = getattr(self.model.config, "max_position_embeddings", None) or 2**30
+        self.max_length = min(self.tokenizer.model_max_length, room)
         self.tokenizer.truncation_side = "left"
         self.model.to(device).eval().requires_grad_(False)
 
@@ -459,9 +481,14 @@ class Learner:
         self.accelerator, self.device = accelerator, accelerator.device
         with accelerator.main_process_first():  # the others find the caches filled
             train, validation = load_texts(args.dataset, ["text"])
-            self.tokenizer = load("policy", args.policy, AutoTokenizer.from_pretrained)
-            policy = load("policy", args.policy, AutoModelForCausalLM.from_pretrained, dtype=torch.float32)
-            value_model = load("policy", args.policy, AutoModel.from_pretrained, dtype=torch.float32)
+            require(
+                not load("policy", args.policy, find_adapter_config_file),
+                f"--policy {args.policy} is an adapter: give a model that the adapter has been merged into",
+            )
+            tokenizer = args.tokenizer or TOKENIZERS.get(args.policy, args.policy)
+            self.tokenizer = load_auto("policy" if tokenizer == args.policy else "tokenizer", tokenizer, AutoTokenizer)
+            policy = load_auto("policy", args.policy, AutoModelForCausalLM, dtype=torch.float32)
+            value_model = load_auto("policy", args.policy, AutoModel, dtype=torch.float32)
             self.reward = Reward(args, self.device)
         check_vocabulary("policy", args.policy, self.tokenizer, policy)
         room = getattr(policy.config, "max_position_embeddings", None) or sys.maxsize
@@ -543,7 +570,7 @@ def rollout(learner: Learner, reviews: list[str], args: Args) -> tuple[Rollout, 
         "losses/explained_variance": len(prompts) * (1 - (returns - values)[mask].var() / returns[mask].var()),
     }
     means = learner.sum(torch.stack([x.float().to(device) for x in sums.values()])) / args.num_trajectories
-    targets = encode(tokenizer, reviews, args.response_length, "right") if args.target_coef else [[] for _ in reviews]
+    targets = encode_targets(tokenizer, reviews, args.response_length) if args.target_coef else [[] for _ in reviews]
     samples = [f"{score:.3f} | {text}" for score, text in zip(scores.tolist()[:4], texts)]
     trajectories = Rollout(prompts, responses, targets, mask, logprob, values, advantages, returns)
     return trajectories, dict(zip(sums, means.tolist())), samples
@@ -961,11 +988,20 @@ def validate(args: Args) -> None:
         args.minibatch_size % num_processes == 0,
         f"--minibatch-size {args.minibatch_size} does not divide among {num_processes} processes",
     )
+    require(
+        args.eval_samples == 0 or args.eval_samples >= num_processes,
+        f"--eval-samples must be 0 (all) or at least the number of processes, {num_processes}, got {args.eval_samples}",
+    )
     require(not args.track or find_spec("wandb"), "--track needs Weights & Biases: pip install wandb")
 
 
 def check_vocabulary(flag: str, name: str, tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> None:
-    """Raise InputError when the tokenizer has tokens that the model has no embedding for, or no end-of-text token."""
+    """Raise InputError when the tokenizer has tokens that the model has no embedding for, or no end-of-text token.
+
+    For a folder without a tokenizer, transformers makes an empty one of some families.
+    """
+    instead = ": give one with --tokenizer" if flag == "policy" else ""
+    require(tokenizer("text", add_special_tokens=False).input_ids, f"--{flag} {name} has no tokenizer{instead}")
     rows = model.get_input_embeddings().num_embeddings
     message = f"--{flag} {name}: the tokenizer has {len(tokenizer)} tokens and the model embeddings for {rows}"
     require(len(tokenizer) <= rows, message + "; they belong to different models")
@@ -982,15 +1018,16 @@ def only(args: Args, *names: str) -> None:
 def run(args: Args, run_dir: Path) -> int:
     """Train, resume or evaluate as the arguments say; print the result."""
     if args.evaluate or args.resume:
-        only(args, "evaluate" if args.evaluate else "resume")
+        only(args, "evaluate" if args.evaluate else "resume", *MEMORY)
         run_dir = Path(args.evaluate or args.resume)
         saved = open_run_dir(run_dir)
         if args.evaluate:
             require(
                 (run_dir / "policy").exists(), f"{run_dir} holds no policy: it is written when the run has finished"
             )
-            saved = replace(saved, policy=str(run_dir / "policy"), evaluate=args.evaluate)
-        args = saved
+            saved = replace(saved, policy=str(run_dir / "policy"), tokenizer=None, evaluate=args.evaluate)
+        smaller = {name: getattr(args, name) for name in MEMORY if getattr(args, name) != getattr(Args, name)}
+        args = replace(saved, **smaller)
     else:
         check_unused(run_dir)
     resumed = (run_dir / "args.json").exists()
@@ -1042,12 +1079,15 @@ def main() -> int:
     except InputError as error:
         message, code = f"error: {' '.join(str(error).split())}", 2
     except RunError as error:
-        message = f"error: {error}\nto go on: python {SCRIPT}.py --resume {run_dir}"
+        message = f"error: {error}"
     except torch.OutOfMemoryError:
-        message = "error: the GPU is out of memory: lower --micro-batch-size and --rollout-batch-size\n"
-        message += f"to go on: python {SCRIPT}.py --resume {run_dir}"
+        message = "error: the GPU is out of memory: lower --micro-batch-size and --rollout-batch-size, which --resume "
+        message += "takes as well"
     except KeyboardInterrupt:
-        message, code = f"\nstopped; to go on: python {SCRIPT}.py --resume {run_dir}", 130
+        message, code = "\nstopped", 130
+    if code != 2 and (run_dir / "args.json").exists():
+        message += "; " if code == 130 else "\n"
+        message += f"to go on: python {SCRIPT}.py --resume {run_dir}"
     if os.environ.get("RANK", "0") == "0":
         print(message, file=sys.stderr)
     return code

@@ -24,7 +24,7 @@ import time
 import warnings
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -58,6 +58,8 @@ from transformers.utils.peft_utils import find_adapter_config_file
 
 SCRIPT = Path(__file__).stem
 TRAINING, EVALUATION = 0, 1  # streams of random numbers
+MEMORY = ("micro_batch_size", "rollout_batch_size")  # may change on resume
+TOKENIZERS = {"CarperAI/openai_summarize_tldr_sft": "EleutherAI/gpt-j-6b"}  # where the authors took it
 PACKAGES = ("torch", "transformers", "datasets", "accelerate", "peft", "numpy")  # their versions go into result.json
 METRICS = (
     "objective/scores",
@@ -93,6 +95,8 @@ ROUGE = RougeScorer(("rouge1", "rouge2", "rougeL"), use_stemmer=True)
 class Args:
     policy: str = "CarperAI/openai_summarize_tldr_sft"
     """causal language model to start from, the base of all adapters: hub id or local folder"""
+    tokenizer: str | None = None
+    """the policy's tokenizer: hub id or local folder; default its own, of the default policy EleutherAI/gpt-j-6b"""
     base_precision: Literal["4bit", "bfloat16", "float32"] = "4bit"
     """of the frozen base model; 4bit (nf4, computing in bfloat16) needs CUDA and bitsandbytes"""
     lora_rank: int = 8
@@ -199,10 +203,17 @@ def load(flag: str, name: str, from_pretrained: Callable, **options):
     """from_pretrained(name), hub id or local folder. Raises InputError with one line that says what to give instead."""
     try:
         return from_pretrained(name, **options)
+    except torch.OutOfMemoryError:
+        raise
     except Exception as error:  # whatever the libraries raise for a name, a network or a file that is wrong
         reason = (str(error) or repr(error)).splitlines()[0]
-        instead = "a hub id that can be reached from here or a local folder"
+        instead = "a hub id that can be reached from here, or a local folder, such as benchmark/rlhf_assets.py makes"
         raise InputError(f"--{flag} {name} cannot be loaded ({reason}): give {instead}") from None
+
+
+def load_auto(flag: str, name: str, auto_class: type, **options):
+    """A model or tokenizer by one of transformers' Auto classes; code that comes with it is never run."""
+    return load(flag, name, auto_class.from_pretrained, trust_remote_code=False, **options)
 
 
 def load_texts(name: str, columns: Sequence[str]) -> tuple[list[dict], list[dict]]:
@@ -222,8 +233,8 @@ def load_texts(name: str, columns: Sequence[str]) -> tuple[list[dict], list[dict
     missing = [column for column in columns if column not in data["train"].column_names]
     require(not missing, f"--dataset {name} has no column {', '.join(missing)}, only {data['train'].column_names}")
     train = data["train"]
-    if "validation" in data:
-        validation = data["validation"]
+    if names := [name for name in ("validation", "valid") if name in data]:
+        validation = data[names[0]]
     else:
         require(len(train) > 1, f"--dataset {name} has {len(train)} rows: too few for training and validation")
         train, validation = train.train_test_split(test_size=0.2, seed=0).values()
@@ -233,6 +244,7 @@ def load_texts(name: str, columns: Sequence[str]) -> tuple[list[dict], list[dict
 def encode_labels(tokenizer: PreTrainedTokenizerBase, rows: list[dict], max_length: int) -> list[list[int]]:
     """Human summaries as responses."""
     labels = [" " + row["label"].strip() for row in rows]
+    tokenizer.truncation_side = "right"
     return tokenizer(labels, add_special_tokens=False, truncation=True, max_length=max_length).input_ids
 
 
@@ -343,13 +355,17 @@ class ClassifierReward:
     """Logit of a sequence classifier with one label on prompt + summary; of a text that is too long, the end counts."""
 
     def __init__(self, args: Args, device: torch.device):
-        self.model = load("reward-model", args.reward_model, AutoModelForSequenceClassification.from_pretrained)
-        self.tokenizer = load("reward-model", args.reward_model, AutoTokenizer.from_pretrained)
+        self.model = load_auto("reward-model", args.reward_model, AutoModelForSequenceClassification)
+        self.tokenizer = load_auto("reward-model", args.reward_model, AutoTokenizer)
         check_vocabulary("reward-model", args.reward_model, self.tokenizer, self.model)
+        self.tokenizer.pad_token = self.tokenizer.pad_token or self.tokenizer.eos_token
+        require(self.tokenizer.pad_token, f"--reward-model {args.reward_model}: the tokenizer has no token to pad with")
+        self.model.config.pad_token_id = self.tokenizer.pad_token_id
         labels = self.model.config.num_labels
         require(labels == 1, f"--reward-model {args.reward_model} has {labels} labels; a reward is one number")
         self.batch_size = args.rollout_batch_size
-        self.max_length = min(self.tokenizer.model_max_length, self.model.config.max_position_embeddings)
+        room = getattr(self.model.config, "max_position_embeddings", None) or 2**30
+        self.max_length = min(self.tokenizer.model_max_length, room)
         self.tokenizer.truncation_side = "left"
         self.model.to(device).eval().requires_grad_(False)
 
@@ -553,7 +569,7 @@ def load_base(args: Args, device: torch.device) -> PreTrainedModel:
             ),
             "device_map": {"": device},
         }
-    base = load("policy", args.policy, AutoModelForCausalLM.from_pretrained, **options)
+    base = load_auto("policy", args.policy, AutoModelForCausalLM, **options)
     return base if args.base_precision == "4bit" else base.to(device)
 
 
@@ -565,7 +581,12 @@ class Learner:
         self.accelerator, self.device = accelerator, accelerator.device
         with accelerator.main_process_first():  # the others find the caches filled
             self.rows, self.validation = load_texts(args.dataset, ["prompt", "label"])
-            self.tokenizer = load("policy", args.policy, AutoTokenizer.from_pretrained)
+            require(
+                not load("policy", args.policy, find_adapter_config_file),
+                f"--policy {args.policy} is an adapter: give a model that the adapter has been merged into",
+            )
+            tokenizer = args.tokenizer or TOKENIZERS.get(args.policy, args.policy)
+            self.tokenizer = load_auto("policy" if tokenizer == args.policy else "tokenizer", tokenizer, AutoTokenizer)
             base = load_base(args, self.device)
             check_vocabulary("policy", args.policy, self.tokenizer, base)
             torch.manual_seed(args.seed)  # the adapters and the value head are the same in every process
@@ -1084,6 +1105,10 @@ def validate(args: Args) -> None:
         args.minibatch_size % num_processes == 0,
         f"--minibatch-size {args.minibatch_size} does not divide among {num_processes} processes",
     )
+    require(
+        args.eval_samples == 0 or args.eval_samples >= num_processes,
+        f"--eval-samples must be 0 (all) or at least the number of processes, {num_processes}, got {args.eval_samples}",
+    )
     four_bit = args.base_precision == "4bit"
     require(
         not four_bit or (torch.cuda.is_available() and not args.cpu and find_spec("bitsandbytes")),
@@ -1093,7 +1118,12 @@ def validate(args: Args) -> None:
 
 
 def check_vocabulary(flag: str, name: str, tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> None:
-    """Raise InputError when the tokenizer has tokens that the model has no embedding for, or no end-of-text token."""
+    """Raise InputError when the tokenizer has tokens that the model has no embedding for, or no end-of-text token.
+
+    For a folder without a tokenizer, transformers makes an empty one of some families.
+    """
+    instead = ": give one with --tokenizer" if flag == "policy" else ""
+    require(tokenizer("text", add_special_tokens=False).input_ids, f"--{flag} {name} has no tokenizer{instead}")
     rows = model.get_input_embeddings().num_embeddings
     message = f"--{flag} {name}: the tokenizer has {len(tokenizer)} tokens and the model embeddings for {rows}"
     require(len(tokenizer) <= rows, message + "; they belong to different models")
@@ -1110,15 +1140,16 @@ def only(args: Args, *names: str) -> None:
 def run(args: Args, run_dir: Path) -> int:
     """Train, resume or evaluate as the arguments say; print the result."""
     if args.evaluate or args.resume:
-        only(args, "evaluate" if args.evaluate else "resume")
+        only(args, "evaluate" if args.evaluate else "resume", *MEMORY)
         run_dir = Path(args.evaluate or args.resume)
         saved = open_run_dir(run_dir)
         if args.evaluate:
             require(
                 (run_dir / "policy").exists(), f"{run_dir} holds no policy: it is written when the run has finished"
             )
-            saved.evaluate = args.evaluate
-        args = saved
+            saved = replace(saved, evaluate=args.evaluate)
+        smaller = {name: getattr(args, name) for name in MEMORY if getattr(args, name) != getattr(Args, name)}
+        args = replace(saved, **smaller)
     else:
         check_unused(run_dir)
     resumed = (run_dir / "args.json").exists()
@@ -1172,12 +1203,15 @@ def main() -> int:
     except InputError as error:
         message, code = f"error: {' '.join(str(error).split())}", 2
     except RunError as error:
-        message = f"error: {error}\nto go on: python {SCRIPT}.py --resume {run_dir}"
+        message = f"error: {error}"
     except torch.OutOfMemoryError:
-        message = "error: the GPU is out of memory: lower --micro-batch-size and --rollout-batch-size\n"
-        message += f"to go on: python {SCRIPT}.py --resume {run_dir}"
+        message = "error: the GPU is out of memory: lower --micro-batch-size and --rollout-batch-size, which --resume "
+        message += "takes as well, or begin anew with a smaller --base-precision"
     except KeyboardInterrupt:
-        message, code = f"\nstopped; to go on: python {SCRIPT}.py --resume {run_dir}", 130
+        message, code = "\nstopped", 130
+    if code != 2 and (run_dir / "args.json").exists():
+        message += "; " if code == 130 else "\n"
+        message += f"to go on: python {SCRIPT}.py --resume {run_dir}"
     if os.environ.get("RANK", "0") == "0":
         print(message, file=sys.stderr)
     return code

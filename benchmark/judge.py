@@ -59,7 +59,7 @@ class Args:
     against: str = "reference"
     """"reference", or the directory of another run on the same prompts"""
     max_tokens: int = 16
-    """tokens of an answer at most; 0: as the endpoint chooses, for judges that think before they answer"""
+    """tokens of an answer at most; 0: these and the temperature as the endpoint has them, for judges that think"""
     retries: int = 6
     """attempts after a failed one, with waits of 1, 2, 4, ... seconds"""
     timeout: float = 60.0
@@ -99,11 +99,11 @@ def read_samples(run_dir: Path) -> tuple[str, list[dict]]:
 def read_pairs(args: Args) -> tuple[str, list[dict]]:
     """Script of the run, and what is compared: index, prompt, "ours" and "theirs" of every sample to judge."""
     script, samples = read_samples(args.run_dir)
+    longest = max(len(sample["response"].split()) for sample in samples)
     samples = samples[: args.judge_samples]
     if args.against == "reference":
         theirs = [sample["reference"] for sample in samples]
         if script == "sppo_rlhf_imdb":  # the rest of a review is several times as long as what a run writes
-            longest = max(len(sample["response"].split()) for sample in samples)
             theirs = [" ".join(text.split()[:longest]) for text in theirs]
     else:
         others = read_samples(Path(args.against))[1][: args.judge_samples]
@@ -125,9 +125,13 @@ def question(script: str, pair: dict, ours_first: bool) -> str:
 
 
 def parse(text: str) -> str | None:
-    """The letter, where the text is A or B, begins with it ("A. Because") or ends so ("the answer is A"); else None."""
+    """The letter, where the text is A or B, begins with it ("A. Because") or ends so ("the answer is A"); else None.
+
+    An ending counts only where the other letter and words of denial do not occur: not in "B is better than summary A".
+    """
     text = text.rpartition("</think>")[2]
-    last_words = r"(?is:.*\b(?:answer|summary|continuation)\W+(?:is\W+)?)([AB])\W*$"
+    clear = r"(?!.*\b(?i:not|neither|nor|never|cannot|than|over)\b|.*n't\b)(?!.*\bA\b.*\bB\b)(?!.*\bB\b.*\bA\b)"
+    last_words = rf"(?s:{clear})(?is:.*\b(?:answer|summary|continuation)\W+(?:is\W+)?)([AB])\W*$"
     for pattern in (r"(?i:\W*([AB])\W*$)", r"\W*([AB])[.:)*\n]", last_words):
         if match := re.match(pattern, text):
             return match[1].upper()
@@ -139,7 +143,7 @@ class Judge:
 
     def __init__(self, args: Args):
         require(re.match(r"https?://[^/]", args.judge_url), f"--judge-url {args.judge_url} is no http or https address")
-        self.args, self.reached = args, False
+        self.args, self.reached, self.answered = args, False, False
         self.url = args.judge_url.rstrip("/").removesuffix("/chat/completions") + "/chat/completions"
         self.key = os.environ.get("OPENAI_API_KEY", "").strip()
         require(self.key.isascii() and self.key.isprintable(), "OPENAI_API_KEY has characters that no key has")
@@ -163,8 +167,9 @@ class Judge:
 
     def complete(self, messages: list[dict]) -> str:
         """The model's answer; after a failure that may pass, another attempt."""
-        body = {"model": self.args.judge_model, "messages": messages, "temperature": 0}
-        body |= {"max_tokens": self.args.max_tokens} if self.args.max_tokens else {}
+        body = {"model": self.args.judge_model, "messages": messages}
+        if self.args.max_tokens:  # judges that think take neither
+            body |= {"max_tokens": self.args.max_tokens, "temperature": 0}
         for attempt in range(self.args.retries + 1):
             request = Request(self.url, json.dumps(body).encode(), {"Content-Type": "application/json"})
             if self.key:
@@ -173,7 +178,7 @@ class Judge:
             try:
                 with urlopen(request, timeout=self.args.timeout) as response:
                     content = json.load(response)["choices"][0]["message"]["content"]
-                self.reached = True
+                self.reached = self.answered = True
                 return content or ""  # null: the judge declined
             except HTTPError as error:
                 self.reached = True
@@ -188,8 +193,9 @@ class Judge:
                 problem = f"{type(reason).__name__}: {reason}"
                 lasts = isinstance(reason, (ConnectionRefusedError, socket.gaierror, ssl.SSLError))
                 require(self.reached or not lasts, f"{self.url} cannot be reached ({problem}): is the server running?")
-            except (ValueError, LookupError, TypeError):
-                raise InputError(f"{self.url} does not answer as a chat-completions endpoint does") from None
+            except (ValueError, LookupError, TypeError):  # no JSON, or an error in place of an answer
+                require(self.answered, f"{self.url} does not answer as a chat-completions endpoint does")
+                problem = "something that is no answer"
             if attempt < self.args.retries:
                 time.sleep(wait)
         raise RunError(f"{self.url} failed {self.args.retries + 1} times, at last with {problem}")

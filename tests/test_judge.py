@@ -174,7 +174,17 @@ def test_continuations_are_compared_by_sentiment_at_like_lengths(tmp_path, serve
     assert run(run_dir, server, "--max-tokens", "0") == 0
     prompt = server.requests[0][1]["messages"][0]["content"]
     assert "more positive" in prompt and "Continuation A:\na good summary of 0\n" in prompt
-    assert options(prompt)[1] == "a mediocre summary of 0" and "max_tokens" not in server.requests[0][1]
+    assert options(prompt)[1] == "a mediocre summary of 0"
+    assert server.requests[0][1].keys() == {"model", "messages"}  # judges that think take nothing else
+
+
+def test_more_samples_ask_nothing_again_even_if_their_continuations_are_longer(tmp_path, serve):
+    server = serve(prefer("good", "mediocre"))
+    run_dir = write_run(tmp_path / "run", script="sppo_rlhf_imdb")
+    path = run_dir / "eval_samples.jsonl"
+    path.write_text(path.read_text().replace("a good summary of 4", "a good and long summary of 4"))
+    assert run(run_dir, server, "--judge-samples", "2") == 0 and len(server.requests) == 4
+    assert run(run_dir, server, "--judge-samples", "5") == 0 and len(server.requests) == 10
 
 
 def test_against_another_run(tmp_path, serve, capsys):
@@ -212,6 +222,12 @@ def test_both_orders_cancel_position_bias(tmp_path, serve):
         ("A better summary would be shorter", None),
         ("A or B", None),
         ("Both are bad", None),
+        ("Summary B is better than Summary A.", None),
+        ("I prefer summary B over summary A", None),
+        ("Continuation B, not continuation A", None),
+        ("Neither summary A", None),
+        ("I wouldn't say summary A", None),
+        ("I think the answer is B.", "B"),
         ("", None),
     ],
 )
@@ -234,14 +250,16 @@ def test_answers_without_a_letter_are_asked_for_again_and_then_ties(tmp_path, se
 
 def test_failures_that_pass_are_waited_out(tmp_path, serve):
     failures = [(429, {}, "slow down"), (503, {}, ""), (500, {}, "{}"), (429, {"Retry-After": "20"}, "[]")]
+    failures += [None, (200, {}, '{"error": "busy"}'), (200, {}, "<html>")]  # no answers, but there was one before
 
     def answer(prompt, number):
-        return failures[number - 1] if number <= len(failures) else prefer("good", "mediocre")(prompt, number)
+        failure = failures[number - 1] if number <= len(failures) else None
+        return failure or prefer("good", "mediocre")(prompt, number)
 
     server = serve(answer)
     run_dir = write_run(tmp_path / "run")
     assert run(run_dir, server) == 0 and result(run_dir)["win_rate"] == 1
-    assert len(server.requests) == 14 and server.waits == [1, 2, 4, 20]
+    assert len(server.requests) == 16 and server.waits == [1, 2, 4, 20, 1, 2]
 
 
 def test_a_server_that_keeps_failing_loses_nothing(tmp_path, serve, capsys):

@@ -5,6 +5,7 @@ On tiny models with dropout in their configurations, which must never be active.
 
 import json
 import math
+import shutil
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -20,7 +21,17 @@ from conftest import import_scripts
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
-from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+from tokenizers.processors import TemplateProcessing
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    BloomConfig,
+    BloomForSequenceClassification,
+    GPT2Config,
+    GPT2ForSequenceClassification,
+)
 
 IMDB, TLDR = (param.values[0] for param in import_scripts("sppo_rlhf_*.py"))
 examples = settings(deadline=None, derandomize=True, max_examples=50)
@@ -626,6 +637,28 @@ def test_classifier_of_tldr_gives_its_logit(make_learner, assets):
     assert learner.reward(texts) == pytest.approx(expected, abs=1e-5)
 
 
+@both
+@pytest.mark.parametrize("family", ["gpt2", "bloom"])
+def test_classifiers_that_name_no_token_to_pad_with(script, assets, make_learner, tmp_path, family):
+    """GPT-2 takes several texts only if its configuration has one; Bloom has no limit of positions."""
+    tokenizer = AutoTokenizer.from_pretrained(assets / "gpt2")
+    assert tokenizer.pad_token is None
+    labels = ["POSITIVE", "NEGATIVE"] if script is IMDB else ["reward"]
+    names = {"id2label": dict(enumerate(labels)), "label2id": {label: i for i, label in enumerate(labels)}}
+    if family == "gpt2":
+        config = GPT2Config(vocab_size=len(tokenizer), n_positions=64, n_embd=16, n_layer=1, n_head=2, **names)
+        model = GPT2ForSequenceClassification(config)
+    else:
+        config = BloomConfig(vocab_size=len(tokenizer), hidden_size=16, n_layer=1, n_head=2, **names)
+        model = BloomForSequenceClassification(config)
+    model.config.pad_token_id = None
+    model.save_pretrained(tmp_path / "classifier")
+    tokenizer.save_pretrained(tmp_path / "classifier")
+    learner, _ = make_learner(script, reward_model=str(tmp_path / "classifier"))
+    texts = ["good", "the plot was a pain to watch", "a fine cast"]
+    assert learner.reward(texts) == pytest.approx([learner.reward([text])[0] for text in texts], abs=1e-5)
+
+
 def test_adapter_reward_is_its_head_on_the_end_token_with_only_that_adapter(scrambled, assets):
     learner, _ = scrambled(TLDR, rollout_batch_size=2)
     base = AutoModel.from_pretrained(assets / "llama")
@@ -830,6 +863,45 @@ def test_targets_are_the_first_tokens_of_the_review_or_of_the_human_summary(make
 
 
 @both
+def test_targets_have_no_token_that_begins_texts(script, assets):
+    tokenizer = AutoTokenizer.from_pretrained(assets / "gpt2")
+    plain = tokenizer(" the plot was good").input_ids
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<|endoftext|> $A", special_tokens=[("<|endoftext|>", tokenizer.eos_token_id)]
+    )
+    assert tokenizer(" the plot was good").input_ids == [tokenizer.eos_token_id, *plain]
+    rows = {IMDB: [" the plot was good"], TLDR: [{"label": "the plot was good"}]}[script]
+    assert (IMDB.encode_targets if script is IMDB else TLDR.encode_labels)(tokenizer, rows, 3) == [plain[:3]]
+
+
+@both
+def test_tokenizer_of_the_policy_may_come_from_elsewhere(script, assets, make_learner, tmp_path):
+    name = Path(tiny.flags(script.SCRIPT, assets)["policy"]).name
+    shutil.copytree(assets / name, tmp_path / "bare", ignore=shutil.ignore_patterns("tokenizer*"))
+    with pytest.raises(script.InputError, match=r"--policy .*bare (has no tokenizer|cannot be loaded)"):
+        make_learner(script, policy=str(tmp_path / "bare"))
+    learner, _ = make_learner(script, policy=str(tmp_path / "bare"), tokenizer=str(assets / name))
+    assert len(learner.tokenizer) == learner.actor_critic.policy.config.vocab_size
+    with pytest.raises(script.InputError, match="--tokenizer missing cannot be loaded"):
+        make_learner(script, tokenizer="missing")
+    assert script.TOKENIZERS.keys() == {script.Args().policy}
+
+
+@both
+def test_code_that_comes_with_a_model_is_never_run_nor_asked_about(script, assets, make_learner, tmp_path, monkeypatch):
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("asked"))
+    flags = tiny.flags(script.SCRIPT, assets)
+    folder = Path(shutil.copytree(flags["policy"], tmp_path / "policy"))
+    (folder / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nclass Evil: pass\n")
+    config = json.loads((folder / "config.json").read_text())
+    config |= {"model_type": "evil", "auto_map": {"AutoConfig": "evil.Evil", "AutoModelForCausalLM": "evil.Evil"}}
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(script.InputError, match=r"--policy .*contains custom code"):
+        make_learner(script, policy=str(folder))
+    assert not (tmp_path / "ran").exists()
+
+
+@both
 def test_continuation_is_what_the_response_adds_to_the_text(script, assets):
     tokenizer = AutoTokenizer.from_pretrained(assets / "gpt2")
     prompt, response = tokenizer("the movie").input_ids, tokenizer(" was fine").input_ids
@@ -849,6 +921,13 @@ DATASETS = {
     "folder of files": save_split_files,
     "save_to_disk": lambda folder: datasets.DatasetDict(
         {"train": datasets.Dataset.from_list(ROWS[:7]), "validation": datasets.Dataset.from_list(ROWS[7:])}
+    ).save_to_disk(folder),
+    "valid, as the paper's posts have it": lambda folder: datasets.DatasetDict(
+        {
+            "train": datasets.Dataset.from_list(ROWS[:7]),
+            "test": datasets.Dataset.from_list(ROWS[:2]),
+            "valid": datasets.Dataset.from_list(ROWS[7:]),
+        }
     ).save_to_disk(folder),
 }
 

@@ -449,6 +449,26 @@ def test_running_out_of_gpu_memory_says_what_to_lower(script, assets, tmp_path, 
         code, _, err = call(script, tmp_path, tiny.flags(script.SCRIPT, assets) | RUN)
     assert code == 1 and err.startswith("error: ") and "Traceback" not in err
     assert "--micro-batch-size" in err and "--rollout-batch-size" in err and "out of memory" in err
+    assert ("--base-precision" in err) == (script is TLDR)
+    assert ("to go on: " in err) == (where != "Learner") == (tmp_path / "run").exists()
+
+
+def test_resume_takes_smaller_batches(script, unfinished):
+    code, _, err = call(
+        script, unfinished.parent, ["--resume", "run", "--micro-batch-size", 1, "--rollout-batch-size", 2]
+    )
+    assert code == 0, err
+    assert read_result(unfinished)["args"]["micro_batch_size"] == 1
+    assert read_result(unfinished)["args"]["rollout_batch_size"] == 2
+
+
+def test_out_of_memory_while_loading_is_no_unknown_model(script, assets, tmp_path):
+    def out_of_memory(*args, **kwargs):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    with patch.object(script.AutoModelForCausalLM, "from_pretrained", out_of_memory):
+        code, _, err = call(script, tmp_path, tiny.flags(script.SCRIPT, assets) | RUN)
+    assert code == 1 and "out of memory: lower" in err
 
 
 # Bad input
@@ -493,6 +513,8 @@ BAD_FLAGS = [
     ({"dataset": "empty.jsonl"}, "--dataset empty.jsonl"),
     ({"policy": "other_tokens"}, "--policy other_tokens", "tokens", "different models"),
     ({"policy": "no_end"}, "--policy no_end", "no end-of-text token"),
+    ({"policy": "adapter"}, "--policy adapter", "is an adapter", "merged"),
+    ({"tokenizer": "missing"}, "--tokenizer missing", "local folder"),
 ]
 BAD_IMDB_FLAGS = [
     ({"dataset": "short.jsonl"}, "--dataset short.jsonl", "two words"),
@@ -559,6 +581,12 @@ def test_minibatches_that_do_not_divide_among_processes_are_refused(script, asse
     code, _, err = call(script, tmp_path, tiny.flags(script.SCRIPT, assets))
     assert_refused(code, err, "--minibatch-size 4", "3 processes")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_fewer_evaluation_samples_than_processes_are_refused(script, assets, tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    code, _, err = call(script, tmp_path, tiny.flags(script.SCRIPT, assets) | {"eval_samples": 1})
+    assert_refused(code, err, "--eval-samples", "2, got 1")
 
 
 def test_processes_that_accelerate_does_not_see_are_refused(script, assets, tmp_path, monkeypatch):
