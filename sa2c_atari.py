@@ -567,6 +567,7 @@ def evaluate_saved(path: Path, capture_video: bool) -> np.ndarray:
         args = Args(**json.loads(metadata["args"]) | {"capture_video": capture_video})
         agent = Agent(len(tensors["actor.bias"]), torch.Generator())
         agent.load_state_dict(tensors)
+        agent.to("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
     except (KeyError, ValueError, TypeError, RuntimeError):
         raise InputError(f"{path} is damaged: arguments or tensors are missing") from None
     torch.set_num_threads(args.num_threads)
@@ -588,12 +589,14 @@ def create_run_dir(args: Args, run_dir: Path) -> None:
     """Make run_dir with args.json in it. Raises InputError when it is in use or cannot be made."""
     if run_dir.exists() and (not run_dir.is_dir() or any(run_dir.iterdir())):
         raise InputError(f"--run-dir {run_dir} is in use: continue it with --resume {run_dir}, or name another")
+    require(run_dir.name not in ("", ".."), f"--run-dir {run_dir} has no name of its own: name a directory")
     temporary = run_dir.with_name(f".{run_dir.name}.{os.getpid()}")
     try:
         temporary.mkdir(parents=True)
         write_json(temporary / "args.json", {"script": SCRIPT, "args": asdict(args)})
         os.replace(temporary, run_dir)
     except OSError as error:
+        shutil.rmtree(temporary, ignore_errors=True)
         raise InputError(f"--run-dir {run_dir} cannot be made: {error.strerror}") from None
 
 
@@ -659,7 +662,8 @@ class RunLog:
         if args.track:
             import wandb
 
-            run_id = hashlib.sha1(str(run_dir.resolve()).encode()).hexdigest()[:12]
+            begun = (run_dir / "args.json").stat().st_mtime_ns  # a new run in an old place is another one
+            run_id = hashlib.sha1(f"{run_dir.resolve()} {begun}".encode()).hexdigest()[:12]
             self.wandb = wandb.init(
                 project=args.wandb_project_name,
                 entity=args.wandb_entity,
@@ -702,7 +706,8 @@ class Progress:
         bar = f"[{'#' * int(20 * done):20}] " if terminal else ""
         line = f"{bar}{done:4.0%}  step {global_step:,}  return {episodic_return:.1f}  "
         line += f"{self.num_agents * sps:,.0f} steps/s  {left // 3600}:{left // 60 % 60:02}:{left % 60:02} left"
-        print(f"\r{line}\x1b[K" if terminal else line, end="" if terminal else "\n", flush=True)
+        end = "" if terminal and global_step < self.total else "\n"
+        print(f"\r{line}\x1b[K" if terminal else line, end=end, flush=True)
 
 
 def validate(args: Args) -> None:
@@ -711,7 +716,8 @@ def validate(args: Args) -> None:
     for allowed, is_allowed, names in (
         ("at least 1", lambda x: x >= 1, counts),
         ("above 0", lambda x: 0 < x < np.inf, "alpha learning_rate max_grad_norm"),
-        ("0 or above", lambda x: 0 <= x < np.inf, "beta ent_coef vf_coef eval_every seed"),
+        ("0 or above", lambda x: 0 <= x < np.inf, "beta ent_coef vf_coef eval_every"),
+        ("0 or above, below 2**63", lambda x: 0 <= x < 2**63, "seed"),
         ("between 0 and 1", lambda x: 0 <= x <= 1, "reward_flip_prob gamma gae_lambda"),
         ("below 0", lambda x: -np.inf < x < 0, "Z"),
     ):
@@ -754,6 +760,8 @@ def main() -> int:
     name = f"{args.env_id.replace('/', '-')}__{SCRIPT}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
     run_dir = Path(args.resume or args.run_dir or f"runs/{name}")
     try:
+        empty = "" in (args.run_dir, args.resume, args.evaluate)
+        require(not empty, "--run-dir, --resume and --evaluate need a path, got an empty one")
         if args.evaluate:
             only(args, "evaluate", "capture_video")
             returns = evaluate_saved(Path(args.evaluate), args.capture_video)
@@ -772,7 +780,8 @@ def main() -> int:
         print("error:", " ".join(str(error).split()), file=sys.stderr)
         return 2
     except RunError as error:
-        print(f"error: {error}\nto go on: python {SCRIPT}.py --resume {run_dir}", file=sys.stderr)
+        line = "\n" * sys.stdout.isatty()
+        print(f"{line}error: {error}\nto go on: python {SCRIPT}.py --resume {run_dir}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print(f"\nstopped; to go on: python {SCRIPT}.py --resume {run_dir}", file=sys.stderr)

@@ -183,8 +183,9 @@ class Envs(SyncVectorEnv):
         try:
             for env, action in zip(self.envs, actions):
                 last_obs, reward, is_over, is_cut, _ = env.step(action)
-                obs.append(env.reset()[0] if is_over or is_cut else last_obs)
-                final_obs.append(last_obs)
+                is_last = is_over or is_cut
+                final_obs.append(np.copy(last_obs) if is_last else last_obs)  # reset may write into the same array
+                obs.append(env.reset()[0] if is_last else last_obs)
                 rewards.append(reward)
                 terminated.append(is_over)
                 truncated.append(is_cut)
@@ -693,6 +694,7 @@ def evaluate_saved(path: Path, capture_video: bool) -> np.ndarray:
         action_dim = tensors["actor.4.bias"].shape[-1] // args.num_bins
         agent = Agent([torch.Generator()], obs_mean.shape[1], action_dim, args.num_bins)
         agent.load_state_dict(tensors)
+        agent.to("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
     except (KeyError, ValueError, TypeError, RuntimeError):
         raise InputError(f"{path} is damaged: arguments or tensors are missing") from None
     check_env(args.env_id, capture_video)
@@ -722,6 +724,7 @@ def create_run_dirs(args: Args, run_dir: Path) -> dict[int, Path]:
         raise InputError(f"--run-dir {run_dir} is in use: continue it with --resume {run_dir}, or name another")
     seeds = range(args.seed, args.seed + args.num_seeds)
     inside = {seed: Path(f"seed{seed}" if args.num_seeds > 1 else "") for seed in seeds}
+    require(run_dir.name not in ("", ".."), f"--run-dir {run_dir} has no name of its own: name a directory")
     temporary = run_dir.with_name(f".{run_dir.name}.{os.getpid()}")
     try:
         for seed, sub in inside.items():
@@ -730,6 +733,7 @@ def create_run_dirs(args: Args, run_dir: Path) -> dict[int, Path]:
             write_json(temporary / sub / "args.json", {"script": SCRIPT, "args": own_args})
         os.replace(temporary, run_dir)
     except OSError as error:
+        shutil.rmtree(temporary, ignore_errors=True)
         raise InputError(f"--run-dir {run_dir} cannot be made: {error.strerror}") from None
     return {seed: run_dir / sub for seed, sub in inside.items()}
 
@@ -805,7 +809,8 @@ class RunLog:
         if args.track:
             import wandb
 
-            run_id = hashlib.sha1(str(run_dir.resolve()).encode()).hexdigest()[:12]
+            begun = (run_dir / "args.json").stat().st_mtime_ns  # a new run in an old place is another one
+            run_id = hashlib.sha1(f"{run_dir.resolve()} {begun}".encode()).hexdigest()[:12]
             self.wandb = wandb.init(
                 project=args.wandb_project_name,
                 entity=args.wandb_entity,
@@ -848,7 +853,8 @@ class Progress:
         bar = f"[{'#' * int(20 * done):20}] " if terminal else ""
         line = f"{bar}{done:4.0%}  step {global_step:,}  return {episodic_return:.1f}  "
         line += f"{self.num_agents * sps:,.0f} steps/s  {left // 3600}:{left // 60 % 60:02}:{left % 60:02} left"
-        print(f"\r{line}\x1b[K" if terminal else line, end="" if terminal else "\n", flush=True)
+        end = "" if terminal and global_step < self.total else "\n"
+        print(f"\r{line}\x1b[K" if terminal else line, end=end, flush=True)
 
 
 def validate(args: Args) -> None:
@@ -858,7 +864,8 @@ def validate(args: Args) -> None:
         ("at least 1", lambda x: x >= 1, counts),
         ("at least 2", lambda x: x >= 2, "num_bins"),
         ("above 0", lambda x: 0 < x < np.inf, "alpha learning_rate clip_coef max_grad_norm"),
-        ("0 or above", lambda x: 0 <= x < np.inf, "beta reward_noise_std ent_coef vf_coef eval_every seed"),
+        ("0 or above", lambda x: 0 <= x < np.inf, "beta reward_noise_std ent_coef vf_coef eval_every"),
+        ("0 or above, below 2**63", lambda x: 0 <= x < 2**63, "seed"),
         ("between 0 and 1", lambda x: 0 <= x <= 1, "gamma gae_lambda"),
         ("below 0", lambda x: -np.inf < x < 0, "Z"),
     ):
@@ -947,6 +954,8 @@ def main() -> int:
     name = f"{args.env_id.replace('/', '-')}__{SCRIPT}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
     run_dir = Path(args.resume or args.run_dir or f"runs/{name}")
     try:
+        empty = "" in (args.run_dir, args.resume, args.evaluate)
+        require(not empty, "--run-dir, --resume and --evaluate need a path, got an empty one")
         if args.evaluate:
             only(args, "evaluate", "capture_video")
             returns = evaluate_saved(Path(args.evaluate), args.capture_video)
@@ -964,7 +973,8 @@ def main() -> int:
         print("error:", " ".join(str(error).split()), file=sys.stderr)
         return 2
     except RunError as error:
-        print(f"error: {error}\nto go on: python {SCRIPT}.py --resume {run_dir}", file=sys.stderr)
+        line = "\n" * sys.stdout.isatty()
+        print(f"{line}error: {error}\nto go on: python {SCRIPT}.py --resume {run_dir}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print(f"\nstopped; to go on: python {SCRIPT}.py --resume {run_dir}", file=sys.stderr)

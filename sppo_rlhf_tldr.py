@@ -949,12 +949,14 @@ def check_unused(run_dir: Path) -> None:
 def create_run_dir(args: Args, run_dir: Path) -> None:
     """Make run_dir with the arguments of the run in it. Raises InputError when it is in use or cannot be made."""
     check_unused(run_dir)
+    require(run_dir.name not in ("", ".."), f"--run-dir {run_dir} has no name of its own: name a directory")
     temporary = run_dir.with_name(f".{run_dir.name}.{os.getpid()}")
     try:
         temporary.mkdir(parents=True)
         write_json(temporary / "args.json", {"script": SCRIPT, "args": asdict(args) | {"run_dir": str(run_dir)}})
         os.replace(temporary, run_dir)
     except OSError as error:
+        shutil.rmtree(temporary, ignore_errors=True)
         raise InputError(f"--run-dir {run_dir} cannot be made: {error.strerror}") from None
 
 
@@ -1023,7 +1025,8 @@ class RunLog:
         if args.track:
             import wandb
 
-            run_id = hashlib.sha1(str(run_dir.resolve()).encode()).hexdigest()[:12]
+            begun = (run_dir / "args.json").stat().st_mtime_ns  # a new run in an old place is another one
+            run_id = hashlib.sha1(f"{run_dir.resolve()} {begun}".encode()).hexdigest()[:12]
             self.wandb = wandb.init(
                 project=args.wandb_project_name,
                 entity=args.wandb_entity,
@@ -1082,9 +1085,10 @@ def validate(args: Args) -> None:
         (
             "0 or above",
             lambda x: 0 <= x < np.inf,
-            "beta kl_coef target_coef vf_coef weight_decay top_k min_response_length eval_every eval_samples seed "
+            "beta kl_coef target_coef vf_coef weight_decay top_k min_response_length eval_every eval_samples "
             "num_threads",
         ),
+        ("0 or above, below 2**63", lambda x: 0 <= x < 2**63, "seed"),
         ("between 0 and 1", lambda x: 0 <= x <= 1, "gamma gae_lambda"),
         ("below 0", lambda x: -np.inf < x < 0, "Z"),
     ):
@@ -1139,6 +1143,8 @@ def only(args: Args, *names: str) -> None:
 
 def run(args: Args, run_dir: Path) -> int:
     """Train, resume or evaluate as the arguments say; print the result."""
+    empty = "" in (args.run_dir, args.resume, args.evaluate)
+    require(not empty, "--run-dir, --resume and --evaluate need a path, got an empty one")
     if args.evaluate or args.resume:
         only(args, "evaluate" if args.evaluate else "resume", *MEMORY)
         run_dir = Path(args.evaluate or args.resume)
@@ -1203,7 +1209,7 @@ def main() -> int:
     except InputError as error:
         message, code = f"error: {' '.join(str(error).split())}", 2
     except RunError as error:
-        message = f"error: {error}"
+        message = "\n" * sys.stdout.isatty() + f"error: {error}"
     except torch.OutOfMemoryError:
         message = "error: the GPU is out of memory: lower --micro-batch-size and --rollout-batch-size, which --resume "
         message += "takes as well, or begin anew with a smaller --base-precision"

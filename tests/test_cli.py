@@ -18,6 +18,7 @@ import imageio.v2 as imageio
 import numpy as np
 import pytest
 import torch
+from conftest import import_scripts
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -612,6 +613,10 @@ def test_resume_refuses_a_damaged_or_foreign_run(unfinished, call, damage):
         (("--run-dir", "run/args.json/new"), ("--run-dir",)),
         (("--evaluate", "run", "--seed", "5"), ("--seed", "--evaluate")),
         (("--evaluate", "run", "--resume", "run"), ("--resume", "--evaluate")),
+        (("--resume", ""), ("--resume", "empty")),
+        (("--evaluate", ""), ("--evaluate", "empty")),
+        (("--run-dir", ""), ("--run-dir", "empty")),
+        (("--run-dir", "new/.."), ("--run-dir new/..",)),
     ],
 )
 def test_resume_run_dir_and_evaluate_refuse_what_they_cannot_honour(unfinished, call, flags, words):
@@ -671,6 +676,7 @@ BAD_INPUT = [
     ("--total-timesteps 63 --num-envs 2 --num-steps 32", "--total-timesteps", "64"),
     ("--total-timesteps 0", "--total-timesteps", "at least"),
     ("--seed -1", "--seed", "0 or above"),
+    (f"--seed {2**63}", "--seed", "below 2**63"),
     ("--num-seeds 0", "--num-seeds", "at least 1"),
     ("--num-envs 0", "--num-envs", "at least 1"),
     ("--num-steps 0", "--num-steps", "at least 1"),
@@ -947,3 +953,14 @@ def test_training_loops_of_the_language_scripts_differ_in_the_name_of_their_data
     imdb, tldr = ([line.strip() for line in SCRIPTS[script]["train"].splitlines()] for script in LANGUAGE)
     assert [line for line in tldr if line not in imdb] == TLDR_LINES
     assert len(imdb) == len(tldr)
+
+
+@pytest.mark.parametrize("script", import_scripts("s*_[ac]*.py"))
+def test_progress_on_a_terminal_is_one_line_that_ends_with_the_run(script, monkeypatch, capsys):
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    progress = script.Progress(100, 1)
+    progress.last = -1e9
+    progress.show(50, 1.0, 10.0)
+    assert capsys.readouterr().out.endswith("0:00:05 left\x1b[K")
+    progress.show(100, 1.0, 10.0)
+    assert capsys.readouterr().out.endswith("0:00:00 left\x1b[K\n")

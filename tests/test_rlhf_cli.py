@@ -499,6 +499,7 @@ BAD_FLAGS = [
     ({"eval_samples": -1}, "--eval-samples", "0 or above"),
     ({"top_k": -1}, "--top-k", "0 or above"),
     ({"seed": -1}, "--seed", "0 or above"),
+    ({"seed": 2**63}, "--seed", "below 2**63"),
     ({"min_response_length": 7}, "--min-response-length 7", "--response-length 6"),
     ({"num_trajectories": 10}, "--num-trajectories", "--minibatch-size", "multiple"),
     ({"prompt_length": 200}, "--prompt-length", "--response-length", "positions"),
@@ -615,6 +616,8 @@ def test_tracking_without_wandb_names_the_package(script, assets, tmp_path, monk
         (["--evaluate", "run"], ("run", "no policy")),
         (["--evaluate", "missing"], ("missing",)),
         (["--run-dir", "run"], ("--run-dir", "--resume")),
+        (["--resume", ""], ("--resume", "empty")),
+        (["--evaluate", ""], ("--evaluate", "empty")),
         (["--run-dir", "run/args.json"], ("--run-dir",)),
     ],
 )
