@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from copy import deepcopy
 
 import ale_py
 import gymnasium as gym
@@ -176,6 +177,35 @@ def test_learning_sees_clipped_flipped_rewards_and_lost_lives(script, tmp_path, 
     assert 0.05 < flipped.mean() < 0.16
     breakout = captured_training(script, tmp_path / "lives", monkeypatch)
     assert breakout["dones"].sum() >= 4
+
+
+@both
+def test_the_frame_limit_adds_the_value_of_the_final_observation(script, tmp_path, monkeypatch):
+    steps, agents, gradients = [], [], script.gradients
+
+    class ShortGames(script.Games):
+        def __init__(self, *inputs, **options):
+            super().__init__(*inputs, **options | {"max_num_frames_per_episode": 100, "noop_max": 0})
+
+        def step(self, actions):
+            result = super().step(actions)
+            steps.append((np.sign(result[1]), result[3] & ~result[2], result[5].get("final_obs")))
+            return result
+
+    def spy_gradients(agent, *rest):
+        agents.append(deepcopy(agent))
+        return gradients(agent, *rest)
+
+    monkeypatch.setattr(script, "Games", ShortGames)
+    monkeypatch.setattr(script, "gradients", spy_gradients)
+    captured = captured_training(script, tmp_path / "run", monkeypatch)
+    assert sum(cut.sum() for _, cut, _ in steps) >= 8
+    for t, (reward, cut, final_obs) in enumerate(steps):
+        if cut.any():
+            with torch.no_grad():
+                reward = reward + 0.99 * agents[0](torch.from_numpy(final_obs))[1].numpy() * cut
+            assert captured["dones"][t][cut].all() and np.abs(reward[cut]).max() > 1e-3
+        np.testing.assert_allclose(captured["rewards"][t], reward, rtol=1e-4, atol=1e-6)
 
 
 @both
