@@ -55,6 +55,7 @@ from transformers.utils.peft_utils import find_adapter_config_file
 SCRIPT = Path(__file__).stem
 TRAINING, EVALUATION = 0, 1  # streams of random numbers
 MEMORY = ("micro_batch_size", "rollout_batch_size")  # may change on resume
+SMALLER = "lower --micro-batch-size and --rollout-batch-size, which --resume takes as well"
 TOKENIZERS = {"rajkumarrrk/gpt2-fine-tuned-on-imdb-positive-reviews": "lvwerra/gpt2-imdb"}  # where the authors took it
 PACKAGES = ("torch", "transformers", "datasets", "accelerate", "numpy")  # their versions go into result.json
 METRICS = (
@@ -87,7 +88,7 @@ class Args:
     policy: str = "rajkumarrrk/gpt2-fine-tuned-on-imdb-positive-reviews"
     """causal language model to start from: hub id or local folder"""
     tokenizer: str | None = None
-    """the policy's tokenizer: hub id or local folder; default its own, of the default policy lvwerra/gpt2-imdb"""
+    """the policy's tokenizer: hub id or local folder; default its own, for the paper's policy that of TOKENIZERS"""
     reward_model: str = "lvwerra/distilbert-imdb"
     """sequence classifier with a label "positive", whose probability is the reward: hub id or local folder"""
     dataset: str = "stanfordnlp/imdb"
@@ -1087,8 +1088,7 @@ def main() -> int:
     except RunError as error:
         message = "\n" * sys.stdout.isatty() + f"error: {error}"
     except torch.OutOfMemoryError:
-        message = "error: the GPU is out of memory: lower --micro-batch-size and --rollout-batch-size, which --resume "
-        message += "takes as well"
+        message = f"error: the GPU is out of memory: {SMALLER}"
     except KeyboardInterrupt:
         message, code = "\nstopped", 130
     if code != 2 and (run_dir / "args.json").exists():

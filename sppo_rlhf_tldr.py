@@ -59,6 +59,10 @@ from transformers.utils.peft_utils import find_adapter_config_file
 SCRIPT = Path(__file__).stem
 TRAINING, EVALUATION = 0, 1  # streams of random numbers
 MEMORY = ("micro_batch_size", "rollout_batch_size")  # may change on resume
+SMALLER = (
+    "lower --micro-batch-size and --rollout-batch-size, which --resume takes as well, "
+    "or begin anew with a smaller --base-precision"
+)
 TOKENIZERS = {"CarperAI/openai_summarize_tldr_sft": "EleutherAI/gpt-j-6b"}  # where the authors took it
 PACKAGES = ("torch", "transformers", "datasets", "accelerate", "peft", "numpy")  # their versions go into result.json
 METRICS = (
@@ -96,7 +100,7 @@ class Args:
     policy: str = "CarperAI/openai_summarize_tldr_sft"
     """causal language model to start from, the base of all adapters: hub id or local folder"""
     tokenizer: str | None = None
-    """the policy's tokenizer: hub id or local folder; default its own, of the default policy EleutherAI/gpt-j-6b"""
+    """the policy's tokenizer: hub id or local folder; default its own, for the paper's policy that of TOKENIZERS"""
     base_precision: Literal["4bit", "bfloat16", "float32"] = "4bit"
     """of the frozen base model; 4bit (nf4, computing in bfloat16) needs CUDA and bitsandbytes"""
     lora_rank: int = 8
@@ -1211,8 +1215,7 @@ def main() -> int:
     except RunError as error:
         message = "\n" * sys.stdout.isatty() + f"error: {error}"
     except torch.OutOfMemoryError:
-        message = "error: the GPU is out of memory: lower --micro-batch-size and --rollout-batch-size, which --resume "
-        message += "takes as well, or begin anew with a smaller --base-precision"
+        message = f"error: the GPU is out of memory: {SMALLER}"
     except KeyboardInterrupt:
         message, code = "\nstopped", 130
     if code != 2 and (run_dir / "args.json").exists():
