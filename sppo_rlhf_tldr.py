@@ -126,7 +126,7 @@ class Args:
     kl_coef: float = 0.002
     """charge per token on log pi - log pi_ref, fixed"""
     target_coef: float = 0.0
-    """weight of a cross-entropy on the human summary after the prompt, which the authors' runs had at 0.1"""
+    """weight of a cross-entropy on the human summary and its end after the prompt, which the authors' runs had at 0.1"""
 
     prompt_length: int = 495
     """tokens of a post at most; its end is cut off"""
@@ -246,10 +246,10 @@ def load_texts(name: str, columns: Sequence[str]) -> tuple[list[dict], list[dict
 
 
 def encode_labels(tokenizer: PreTrainedTokenizerBase, rows: list[dict], max_length: int) -> list[list[int]]:
-    """Human summaries as responses."""
+    """Human summaries as responses, with the end-of-text token where they leave room for it."""
     labels = [" " + row["label"].strip() for row in rows]
-    tokenizer.truncation_side = "right"
-    return tokenizer(labels, add_special_tokens=False, truncation=True, max_length=max_length).input_ids
+    tokens = tokenizer(labels, add_special_tokens=False).input_ids
+    return [[*label, tokenizer.eos_token_id][:max_length] for label in tokens]
 
 
 def encode_prompts(tokenizer: PreTrainedTokenizerBase, rows: list[dict], max_length: int) -> list[list[int]]:

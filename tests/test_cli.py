@@ -845,7 +845,7 @@ policy reward_model dataset num_updates beta kl_coef target_coef prompt_length r
 num_trajectories update_epochs minibatch_size micro_batch_size rollout_batch_size weight_decay gamma vf_coef
 max_grad_norm eval_samples
 """
-IMDB_ONLY = {"first_half", "Reward"}
+IMDB_ONLY = {"encode_targets", "first_half", "Reward"}
 TLDR_ONLY = {
     "PROMPT_END",
     "ROUGE",

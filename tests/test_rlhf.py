@@ -858,7 +858,9 @@ def test_targets_are_the_first_tokens_of_the_review_or_of_the_human_summary(make
         learner, args = make_learner(script, target_coef=0.1)
         rows = [json.loads(line) for line in (Path(args.dataset) / "train.jsonl").open()][:8]
         rollout, _, _ = script.rollout(learner, items(learner)[:8], args)
-        assert rollout.targets == [learner.tokenizer(row[column]).input_ids[:6] for row in rows]
+        end = [learner.tokenizer.eos_token_id] if script is TLDR else []  # a summary ends, a review goes on
+        assert rollout.targets == [(learner.tokenizer(row[column]).input_ids + end)[:6] for row in rows]
+        assert script is IMDB or any(target[-1] == end[0] for target in rollout.targets)
         assert script.rollout(learner, items(learner)[:8], replace(args, target_coef=0.0))[0].targets == [[]] * 8
 
 
@@ -871,7 +873,9 @@ def test_targets_have_no_token_that_begins_texts(script, assets):
     )
     assert tokenizer(" the plot was good").input_ids == [tokenizer.eos_token_id, *plain]
     rows = {IMDB: [" the plot was good"], TLDR: [{"label": "the plot was good"}]}[script]
-    assert (IMDB.encode_targets if script is IMDB else TLDR.encode_labels)(tokenizer, rows, 3) == [plain[:3]]
+    encode = IMDB.encode_targets if script is IMDB else TLDR.encode_labels
+    assert encode(tokenizer, rows, 3) == [plain[:3]]
+    assert encode(tokenizer, rows, 99) == [plain + ([tokenizer.eos_token_id] if script is TLDR else [])]
 
 
 @both
