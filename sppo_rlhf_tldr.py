@@ -126,7 +126,7 @@ class Args:
     kl_coef: float = 0.002
     """charge per token on log pi - log pi_ref, fixed"""
     target_coef: float = 0.0
-    """weight of a cross-entropy on the human summary and its end after the prompt, which the authors' runs had at 0.1"""
+    """weight of a cross-entropy on the human summary and its end, which the authors' runs had at 0.1"""
 
     prompt_length: int = 495
     """tokens of a post at most; its end is cut off"""
