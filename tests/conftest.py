@@ -2,6 +2,7 @@ import importlib
 import os
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,14 @@ def import_scripts(pattern: str) -> list:
     """The scripts at the repository root whose file name matches, as parameters for pytest.mark.parametrize."""
     names = sorted(path.stem for path in ROOT.glob(pattern))
     return [pytest.param(importlib.import_module(name), id=name) for name in names]
+
+
+def wait_for_the_next_second():
+    """Before a resume in this process, which is too fast for TensorBoard.
+
+    It reads event files in the order of their names: the second in which they were begun, then the process id.
+    """
+    time.sleep(1.01 - time.time() % 1)
 
 
 @pytest.fixture(scope="session")

@@ -18,7 +18,7 @@ import imageio.v2 as imageio
 import numpy as np
 import pytest
 import torch
-from conftest import import_scripts
+from conftest import import_scripts, wait_for_the_next_second
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -471,6 +471,7 @@ def test_kill_between_the_final_evaluation_and_the_result_leaves_one_evaluation_
     with pytest.raises(Killed):
         call(*PENDULUM, *small(script), "--total-timesteps", "64", "--run-dir", run_dir)
     monkeypatch.setattr(script, "write_json", write_json)
+    wait_for_the_next_second()
     assert call("--resume", run_dir)[0] == 0
     evaluations = [row for row in rows_of(run_dir) if not row.endswith(",\n")]
     assert [step_of(row) for row in evaluations] == [64]

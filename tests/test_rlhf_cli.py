@@ -21,7 +21,7 @@ import tiny
 import torch
 import two_processes
 from accelerate import Accelerator
-from conftest import import_scripts
+from conftest import import_scripts, wait_for_the_next_second
 from peft import PeftModel
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -331,6 +331,7 @@ def killed(script, assets, tmp_path_factory):
 def test_killed_run_resumes_to_exactly_the_run_that_was_never_killed(script, killed, unfinished, finished):
     assert killed[1] == ""  # its stderr
     assert script.load_checkpoint(unfinished)["counters"]["update"] < 3
+    wait_for_the_next_second()
     code, out, err = call(script, unfinished.parent, ["--resume", "run"])
     assert (code, err) == (0, "")
     assert "before training" not in out

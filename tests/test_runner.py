@@ -71,6 +71,7 @@ FAKES = {
     "wait": """
 for number in (signal.SIGINT, signal.SIGTERM):
     signal.signal(number, lambda *_: stopped.set())
+(folders[0] / "ready").touch()
 while not Path("go").exists() and not stopped.is_set():
     time.sleep(0.02)
 if stopped.is_set():
@@ -78,7 +79,10 @@ if stopped.is_set():
     sys.exit(130)
 time.sleep(0.3)
 finish()""",
-    "hang": "signal.signal(signal.SIGINT, signal.SIG_IGN)\nwhile True: time.sleep(1)",
+    "hang": """
+signal.signal(signal.SIGINT, signal.SIG_IGN)
+(folders[0] / "ready").touch()
+while True: time.sleep(1)""",
 }
 ONE_BY_ONE = FAKE.replace("    num_seeds: int = 1\n", "").replace("args.num_seeds", "1")
 NO_RESUME = ONE_BY_ONE.replace("    resume: str = None\n", "").replace("args.resume", "None")
@@ -114,7 +118,7 @@ def launch(cells, *flags, **environment):
 
 
 def finish(process):
-    output, _ = process.communicate(timeout=30)
+    output, _ = process.communicate(timeout=120)
     return process.returncode, output
 
 
@@ -123,7 +127,7 @@ def run(cells, *flags, **environment):
 
 
 def wait_for(condition):
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 120
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.02)
@@ -206,8 +210,7 @@ def test_a_script_without_resume_starts_over(fake):
 def test_ctrl_c_stops_with_a_checkpoint_and_the_same_command_goes_on(fake):
     run_dir = fake / "runs/Toy-v0__wait/seed1"
     runner = launch(["wait", "succeed"], "--workers", "1")
-    wait_for(lambda: (run_dir / "history").exists())
-    time.sleep(0.3)
+    wait_for(lambda: (run_dir / "ready").exists())
     runner.send_signal(signal.SIGINT)
     code, output = finish(runner)
     assert code == 130 and "stopped" in output and "failed:" not in output, output
@@ -220,8 +223,7 @@ def test_ctrl_c_stops_with_a_checkpoint_and_the_same_command_goes_on(fake):
 def test_a_second_ctrl_c_kills_what_hangs(fake):
     run_dir = fake / "runs/Toy-v0__hang/seed1"
     runner = launch(["hang"])
-    wait_for(lambda: (run_dir / "history").exists())
-    time.sleep(0.3)
+    wait_for(lambda: (run_dir / "ready").exists())
     runner.send_signal(signal.SIGINT)
     time.sleep(0.5)
     assert runner.poll() is None
@@ -630,8 +632,7 @@ def test_a_job_array_survives_being_requeued(fake):
     code, output = run(["succeed --seeds 2", "wait"], "--slurm", "--batch", "1")
     assert code == 0, output
     job = output.split()[-1]
-    wait_for(lambda: (run_dir / "history").exists())
-    time.sleep(0.3)
+    wait_for(lambda: (run_dir / "ready").exists())
     subprocess.run(["scontrol", "requeue", f"{job}_3"], check=True)
     wait_for(lambda: (run_dir / "checkpoint.pt").exists())
     (fake / "go").touch()
