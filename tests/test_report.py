@@ -414,6 +414,21 @@ def test_default_arguments_of_a_language_script_are_the_papers(script):
         assert report.identify(result | {"num_updates": updates}, PAPER).kind == kind
 
 
+def test_the_kept_report_is_what_the_kept_results_make_and_the_readme_has_its_tables(tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    assert report.main(["benchmark/results", "--out", str(tmp_path)]) == 0
+    made = (tmp_path / "report.md").read_text(encoding="utf-8")
+    kept = ROOT / "benchmark" / "results"
+    assert made == (kept / "report.md").read_text(encoding="utf-8")
+    assert {path.name for path in tmp_path.glob("*.png")} == {path.name for path in kept.glob("*.png")}
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    tables = [part for part in made.split("\n## ")[1:] if part.startswith("Table ")]
+    for text in tables:
+        table = "\n".join(line for line in text.splitlines() if line.startswith("|"))
+        assert table in readme, text.splitlines()[0]
+    assert tables
+
+
 def test_folders_without_results(tmp_path, capsys):
     (tmp_path / "run").mkdir()
     (tmp_path / "run/args.json").write_text("{}")
