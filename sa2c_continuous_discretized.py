@@ -22,7 +22,7 @@ import warnings
 from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -151,8 +151,8 @@ def make_env(env_id: str, video_dir: Path | None = None) -> gym.Env:
 class Envs(SyncVectorEnv):
     """Environments that reset within the step that ends an episode, so that no transition is junk.
 
-    SyncVectorEnv's own step takes four times as long. No infos but final_obs, the observations before any reset, are
-    collected, and an error gets the attribute env_index.
+    SyncVectorEnv's own bookkeeping takes four times as long. No infos but final_obs, the observations before any reset,
+    are collected, and an error gets the attribute env_index.
     """
 
     def reset(self, seed: list[int]):
@@ -455,7 +455,7 @@ def train(args: Args, run_dirs: dict[int, Path]) -> None:
         for recent, c in zip(last_returns, checkpoints):
             recent.extend(c["last_returns"])
     global_step = counters["global_step"]
-    logs = [RunLog(run_dir, args, global_step) for run_dir in run_dirs.values()]
+    logs = [RunLog(run_dir, replace(args, seed=seed, num_seeds=1), global_step) for seed, run_dir in run_dirs.items()]
     progress = Progress(total_timesteps, N)
 
     def save_checkpoints(but: Sequence[int] = ()) -> None:
@@ -467,6 +467,7 @@ def train(args: Args, run_dirs: dict[int, Path]) -> None:
                 "counters": now,
                 "last_returns": list(last_returns[i]),
             }
+            logs[i].writer.flush()  # a resumed run writes only what comes after the checkpoint
             write_atomic(run_dirs[seeds[i]] / "checkpoint.pt", partial(torch.save, state))
 
     def stop_without(failed: Sequence[int], reason: str) -> None:
@@ -889,9 +890,15 @@ def check_env(env_id: str, capture_video: bool) -> None:
             raise InputError(f"--capture-video: {env_id} cannot render here ({error!r}; {hint})") from None
 
 
-def only(args: Args, *names: str) -> None:
+def given() -> list[str]:
+    """Names of the arguments on the command line."""
+    flags = {word.partition("=")[0].replace("-", "_") for word in sys.argv[1:] if word.startswith("--")}
+    return [f.name for f in fields(Args) if {f"__{f.name}", f"__no_{f.name}"} & flags]
+
+
+def only(*names: str) -> None:
     """Raise InputError when any other argument than names was given."""
-    extra = [f.name for f in fields(args) if f.name not in names and getattr(args, f.name) != f.default]
+    extra = [name for name in given() if name not in names]
     require(not extra, f"--{names[0]} takes its arguments from the run: drop --{', --'.join(extra).replace('_', '-')}")
 
 
@@ -925,12 +932,12 @@ def main() -> int:
         empty = "" in (args.run_dir, args.resume, args.evaluate)
         require(not empty, "--run-dir, --resume and --evaluate need a path, got an empty one")
         if args.evaluate:
-            only(args, "evaluate", "capture_video")
+            only("evaluate", "capture_video")
             returns = evaluate_saved(Path(args.evaluate), args.capture_video)
             print(f"evaluation {returns.mean():.1f} ({' '.join(f'{r:.1f}' for r in returns)})")
             return 0
         if args.resume:
-            only(args, "resume")
+            only("resume")
             args, run_dirs = open_run_dirs(run_dir)
             validate(args)
         else:

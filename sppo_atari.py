@@ -404,6 +404,7 @@ def train(args: Args, run_dir: Path) -> None:
     def save_checkpoint() -> None:
         now = counters | {"wall_seconds": counters["wall_seconds"] + time.monotonic() - start_time}
         state = {"script": SCRIPT, "learner": learner.state(), "counters": now, "last_returns": list(last_returns)}
+        log.writer.flush()  # a resumed run writes only what comes after the checkpoint
         write_atomic(run_dir / "checkpoint.pt", partial(torch.save, state))
 
     stop_signals = []
@@ -616,7 +617,7 @@ def create_run_dir(args: Args, run_dir: Path) -> None:
     temporary = run_dir.with_name(f".{run_dir.name}.{os.getpid()}")
     try:
         temporary.mkdir(parents=True)
-        write_json(temporary / "args.json", {"script": SCRIPT, "args": asdict(args)})
+        write_json(temporary / "args.json", {"script": SCRIPT, "args": asdict(args) | {"run_dir": str(run_dir)}})
         os.replace(temporary, run_dir)
     except OSError as error:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -770,9 +771,15 @@ def validate(args: Args) -> None:
     find_game(args.env_id)
 
 
-def only(args: Args, *names: str) -> None:
+def given() -> list[str]:
+    """Names of the arguments on the command line."""
+    flags = {word.partition("=")[0].replace("-", "_") for word in sys.argv[1:] if word.startswith("--")}
+    return [f.name for f in fields(Args) if {f"__{f.name}", f"__no_{f.name}"} & flags]
+
+
+def only(*names: str) -> None:
     """Raise InputError when any other argument than names was given."""
-    extra = [f.name for f in fields(args) if f.name not in names and getattr(args, f.name) != f.default]
+    extra = [name for name in given() if name not in names]
     require(not extra, f"--{names[0]} takes its arguments from the run: drop --{', --'.join(extra).replace('_', '-')}")
 
 
@@ -795,12 +802,12 @@ def main() -> int:
         empty = "" in (args.run_dir, args.resume, args.evaluate)
         require(not empty, "--run-dir, --resume and --evaluate need a path, got an empty one")
         if args.evaluate:
-            only(args, "evaluate", "capture_video")
+            only("evaluate", "capture_video")
             returns = evaluate_saved(Path(args.evaluate), args.capture_video)
             print(f"evaluation {returns.mean():.1f} ({' '.join(f'{r:.1f}' for r in returns)})")
             return 0
         if args.resume:
-            only(args, "resume")
+            only("resume")
             args = open_run_dir(run_dir)
             validate(args)
         else:

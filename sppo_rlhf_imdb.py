@@ -2,7 +2,7 @@
 
     python sppo_rlhf_imdb.py --seed 1
     python sppo_rlhf_imdb.py --seed 1 --alpha 1 --beta 0    # PPO, the baseline
-    torchrun --nproc_per_node 4 sppo_rlhf_imdb.py --seed 1  # the same run on several processes or GPUs
+    torchrun --nproc_per_node 4 sppo_rlhf_imdb.py --seed 1  # on several processes or GPUs
 
 Equation, table and section numbers are those of "Symmetric Reinforcement Learning Loss for Robust Learning on
 Diverse Tasks and Model Scales". docs/paper-notes.md says where the paper is silent and what was chosen.
@@ -106,7 +106,7 @@ class Args:
     kl_coef: float = 0.001
     """charge per token on log pi - log pi_ref, fixed"""
     target_coef: float = 0.0
-    """weight of a cross-entropy on the review's first tokens after the prompt, which the authors' runs had at 0.1"""
+    """weight of a cross-entropy on the review's first tokens, put after the prompt; the authors' runs had it at 0.1"""
 
     prompt_length: int = 64
     """tokens of a prompt at most; the prompt is the first half of a review, cut off at its left"""
@@ -201,7 +201,7 @@ def load_auto(flag: str, name: str, auto_class: type, **options):
 
 
 def load_texts(name: str, columns: Sequence[str]) -> tuple[list[dict], list[dict]]:
-    """Rows of the training and the validation split; without one, the last fifth of the shuffled training split.
+    """Rows of the training and the validation split; without one, a random fifth of the training split.
 
     Raises InputError when there is no such data set, column or row.
     """
@@ -637,7 +637,7 @@ def train(args: Args, run_dir: Path, learner: Learner) -> None:
     """Train to the end and leave a result.json in run_dir.
 
     Goes on from the run's checkpoint. Raises RunError when a loss is not finite, and KeyboardInterrupt on Ctrl-C or
-    SIGTERM after the running update, in each case with a checkpoint to go on from.
+    SIGTERM after the running update, with a checkpoint to go on from.
     """
     start_time, commit = time.monotonic(), git_commit()
     accelerator, main_process = learner.accelerator, learner.accelerator.is_main_process
@@ -658,6 +658,7 @@ def train(args: Args, run_dir: Path, learner: Learner) -> None:
         now = counters | {"wall_seconds": counters["wall_seconds"] + time.monotonic() - start_time}
         state = {"script": SCRIPT, "learner": learner.state(), "counters": now}
         if main_process:
+            log.writer.flush()  # a resumed run writes only what comes after the checkpoint
             write_atomic(run_dir / "checkpoint.pt", partial(torch.save, state))
 
     stop_signals = []
@@ -1014,9 +1015,15 @@ def check_vocabulary(flag: str, name: str, tokenizer: PreTrainedTokenizerBase, m
         require(tokenizer.eos_token_id is not None, f"--{flag} {name}: the tokenizer has no end-of-text token")
 
 
-def only(args: Args, *names: str) -> None:
+def given() -> list[str]:
+    """Names of the arguments on the command line."""
+    flags = {word.partition("=")[0].replace("-", "_") for word in sys.argv[1:] if word.startswith("--")}
+    return [f.name for f in fields(Args) if {f"__{f.name}", f"__no_{f.name}"} & flags]
+
+
+def only(*names: str) -> None:
     """Raise InputError when any other argument than names was given."""
-    extra = [f.name for f in fields(args) if f.name not in names and getattr(args, f.name) != f.default]
+    extra = [name for name in given() if name not in names]
     require(not extra, f"--{names[0]} takes its arguments from the run: drop --{', --'.join(extra).replace('_', '-')}")
 
 
@@ -1025,7 +1032,7 @@ def run(args: Args, run_dir: Path) -> int:
     empty = "" in (args.run_dir, args.resume, args.evaluate)
     require(not empty, "--run-dir, --resume and --evaluate need a path, got an empty one")
     if args.evaluate or args.resume:
-        only(args, "evaluate" if args.evaluate else "resume", *MEMORY)
+        only("evaluate" if args.evaluate else "resume", *MEMORY)
         run_dir = Path(args.evaluate or args.resume)
         saved = open_run_dir(run_dir)
         if args.evaluate:
@@ -1033,7 +1040,7 @@ def run(args: Args, run_dir: Path) -> int:
                 (run_dir / "policy").exists(), f"{run_dir} holds no policy: it is written when the run has finished"
             )
             saved = replace(saved, policy=str(run_dir / "policy"), tokenizer=None, evaluate=args.evaluate)
-        smaller = {name: getattr(args, name) for name in MEMORY if getattr(args, name) != getattr(Args, name)}
+        smaller = {name: getattr(args, name) for name in MEMORY if name in given()}
         args = replace(saved, **smaller)
     else:
         check_unused(run_dir)
@@ -1080,20 +1087,20 @@ def main() -> int:
     datasets.disable_progress_bars()
     name = f"{Path(args.dataset).name}__{SCRIPT}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
     run_dir = Path(args.resume or args.run_dir or f"runs/{name}")
-    message, code = "", 1
+    code, hint = 1, ""
+    to_go_on = f"to go on: python {SCRIPT}.py --resume {run_dir}"
     try:
         return run(args, run_dir)
     except InputError as error:
         message, code = f"error: {' '.join(str(error).split())}", 2
-    except RunError as error:
+    except RunError as error:  # a resumed run would draw the same random numbers and come here again
         message = "\n" * sys.stdout.isatty() + f"error: {error}"
     except torch.OutOfMemoryError:
-        message = f"error: the GPU is out of memory: {SMALLER}"
+        message, hint = f"error: the GPU is out of memory: {SMALLER}", f"\n{to_go_on}"
     except KeyboardInterrupt:
-        message, code = "\nstopped", 130
-    if code != 2 and (run_dir / "args.json").exists():
-        message += "; " if code == 130 else "\n"
-        message += f"to go on: python {SCRIPT}.py --resume {run_dir}"
+        message, code, hint = "\nstopped", 130, f"; {to_go_on}"
+    if (run_dir / "args.json").exists():
+        message += hint
     if os.environ.get("RANK", "0") == "0":
         print(message, file=sys.stderr)
     return code

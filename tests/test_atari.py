@@ -1,11 +1,9 @@
 """sppo_atari.py and sa2c_atari.py: environments, scores, noise, optimizer, command line."""
 
 import json
-import os
 import signal
 import subprocess
 import sys
-import time
 from copy import deepcopy
 
 import ale_py
@@ -14,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT, import_scripts
+from pausing import interrupt
 from torch import nn
 
 SCRIPTS = import_scripts("s*_atari.py")
@@ -346,17 +345,10 @@ def test_resume_of_a_finished_run_prints_its_result(finished, capsys, monkeypatc
 @both
 def test_killed_run_resumes_to_the_same_total(script, tmp_path):
     run_dir = tmp_path / "run"
-    process = subprocess.Popen(
-        command(script, "--run-dir", run_dir, "--total-timesteps", "2048", "--checkpoint-every", "256"),
-        stdout=subprocess.DEVNULL,
-    )
-    while not (run_dir / "checkpoint.pt").exists():
-        assert process.poll() is None
-        time.sleep(0.02)
-    os.kill(process.pid, signal.SIGKILL)
-    process.wait()
+    flags = command(script, "--run-dir", run_dir, "--total-timesteps", "2048", "--checkpoint-every", "256")[2:]
+    interrupt(script, tmp_path, flags, "flip_rewards", 70, signal.SIGKILL)
     killed_at = script.load_checkpoint(run_dir)["counters"]["global_step"]
-    assert 0 < killed_at < 2048 and not (run_dir / "result.json").exists()
+    assert killed_at == 256 and not (run_dir / "result.json").exists()
     done = subprocess.run(command(script, "--resume", run_dir), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert json.loads((run_dir / "result.json").read_text())["total_timesteps"] == 2048

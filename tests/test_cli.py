@@ -9,7 +9,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from itertools import combinations, pairwise
 from pathlib import Path
 
@@ -19,6 +18,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import import_scripts, wait_for_the_next_second
+from pausing import interrupt
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -362,22 +362,6 @@ def checkpoint_step(script, run_dir):
     return checkpoint["counters"]["global_step"] if checkpoint else 0
 
 
-def interrupt(script, cwd, flags, moment, number):
-    """Start a run, send it the signal at the moment, return (exit code, stderr)."""
-    process = launch(script, cwd, *flags)
-    try:
-        deadline = time.monotonic() + 120
-        while not moment():
-            assert process.poll() is None, f"ended before the moment came: {process.communicate()}"
-            assert time.monotonic() < deadline, "the moment never came"
-            time.sleep(0.005)
-        process.send_signal(number)
-        _, err = process.communicate(timeout=60)
-    finally:
-        process.kill()
-    return process.returncode, err
-
-
 @pytest.fixture(scope="session")
 def survivor(script, tmp_path_factory):
     """A run stopped four times and resumed to its end, with what was seen on the way."""
@@ -388,27 +372,22 @@ def survivor(script, tmp_path_factory):
     resume = ("--resume", "run")
     seen = {"run_dir": run_dir}
 
-    code, _ = interrupt(script, cwd, flags, lambda: rows_of(run_dir), signal.SIGKILL)
+    # Rows come every 2048 steps. Killed with one row and no checkpoint:
+    code, _ = interrupt(script, cwd, flags, "RunLog.write", 2, signal.SIGKILL)
     assert code == -signal.SIGKILL
-    assert not (run_dir / "checkpoint.pt").exists()
+    assert len(rows_of(run_dir)) == 1 and not (run_dir / "checkpoint.pt").exists()
 
-    def past_a_checkpoint():
-        step = checkpoint_step(script, run_dir)
-        return step and step_of(rows_of(run_dir)[-1]) > step
-
-    interrupt(script, cwd, resume, past_a_checkpoint, signal.SIGKILL)
+    # Killed with a row past the checkpoint:
+    interrupt(script, cwd, resume, "RunLog.write", 4, signal.SIGKILL)
     seen["killed_at"], seen["killed_rows"] = checkpoint_step(script, run_dir), rows_of(run_dir)
 
-    def one_row_later():
-        row = rows_of(run_dir)[-1]
-        return step_of(row) > seen["killed_at"] and row not in seen["killed_rows"]
-
-    seen["ctrl_c"] = interrupt(script, cwd, resume, one_row_later, signal.SIGINT)
+    # Ctrl-C between two checkpoints:
+    seen["ctrl_c"] = interrupt(script, cwd, resume, "RunLog.write", 1, signal.SIGINT)
     seen["stopped_at"], seen["stopped_rows"] = checkpoint_step(script, run_dir), rows_of(run_dir)
 
-    at_the_end = lambda: checkpoint_step(script, run_dir) == 12_288  # noqa: E731
-    interrupt(script, cwd, resume, at_the_end, signal.SIGKILL)
-    seen["evaluating"] = not (run_dir / "result.json").exists()
+    # Killed after the last checkpoint:
+    interrupt(script, cwd, resume, "evaluate", 1, signal.SIGKILL)
+    seen["evaluating"] = checkpoint_step(script, run_dir) == 12_288 and not (run_dir / "result.json").exists()
 
     seen["end"] = run_script(script, cwd, *resume)
     return seen
@@ -607,6 +586,10 @@ def test_resume_refuses_a_damaged_or_foreign_run(unfinished, call, damage):
     [
         (("--resume", "run", "--seed", "5"), ("--seed", "--resume")),
         (("--resume", "run", "--beta", "5.5", "--num-envs", "3"), ("--beta", "--num-envs")),
+        (
+            ("--resume", "run", "--num-bins", "11", "--gae_lambda=0.95", "--no-compile"),
+            ("--num-bins, --gae-lambda, --compile",),
+        ),
         (("--resume", "run", "--run-dir", "new"), ("--run-dir",)),
         (("--resume", "missing"), ("missing",)),
         (("--run-dir", "run"), ("--run-dir", "--resume")),
@@ -721,7 +704,6 @@ def test_minibatches_of_one_sample_are_fine_without_advantage_normalization(call
     assert read_result(tmp_path / "run")["total_timesteps"] == 8
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
 def test_cuda_flag_is_refused_without_a_cuda_device(call, tmp_path):
     code, _, err = call("--cuda")
     assert_refused(code, err, "--cuda")
@@ -734,6 +716,39 @@ def test_flag_whose_package_is_missing_names_the_package(script, call, monkeypat
     code, _, err = call(flag)
     assert_refused(code, err, flag, f"pip install {package}")
     assert list(tmp_path.iterdir()) == []
+
+
+WANDB = """
+import json
+from pathlib import Path
+
+def init(config, **other):
+    with Path("tracked").open("a") as file:
+        file.write(json.dumps({"config": config, "id": other["id"], "name": other["name"]}) + "\\n")
+    return Run()
+
+class Run:
+    def log(self, metrics, step):
+        assert metrics and step > 0
+
+    def finish(self):
+        Path("finished").open("a").write("x")
+"""
+
+
+def test_every_seed_of_a_batch_is_tracked_as_itself(script, call, tmp_path, monkeypatch):
+    (tmp_path / "wandb.py").write_text(WANDB)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "wandb", raising=False)
+    flags = ("--total-timesteps", 32, "--seed", 4, "--num-seeds", 2, "--track", "--run-dir", "run")
+    assert call(*PENDULUM, *small(script), *flags)[0] == 0
+    monkeypatch.delitem(sys.modules, "wandb")
+    tracked = [json.loads(line) for line in (tmp_path / "tracked").read_text().splitlines()]
+    assert [(t["name"], t["config"]["seed"], t["config"]["num_seeds"]) for t in tracked] == [
+        ("seed4", 4, 1),
+        ("seed5", 5, 1),
+    ]
+    assert len({t["id"] for t in tracked}) == 2 and (tmp_path / "finished").read_text() == "xx"
 
 
 def test_compile_flag_is_refused_without_a_compiler(call, monkeypatch, tmp_path):

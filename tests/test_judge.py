@@ -274,14 +274,17 @@ def test_a_server_that_keeps_failing_loses_nothing(tmp_path, serve, capsys):
 
 
 def test_a_slow_answer_is_asked_for_again(tmp_path, serve):
+    done = threading.Event()
+
     def answer(prompt, number):
         if number == 1:
-            threading.Event().wait(0.5)
+            done.wait(60)
         return "B"
 
     server = serve(answer)
     run_dir = write_run(tmp_path / "run", num=1)
-    assert run(run_dir, server, "--timeout", "0.2") == 0 and len(server.requests) == 3 and server.waits == [1]
+    assert run(run_dir, server, "--timeout", "2") == 0 and len(server.requests) == 3 and server.waits == [1]
+    done.set()
     assert (result(run_dir)["samples"], result(run_dir)["win_rate_se"]) == (1, None)
 
 

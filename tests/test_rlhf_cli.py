@@ -10,7 +10,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import patch
@@ -22,6 +21,7 @@ import torch
 import two_processes
 from accelerate import Accelerator
 from conftest import import_scripts, wait_for_the_next_second
+from pausing import interrupt
 from peft import PeftModel
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -312,25 +312,14 @@ def killed(script, assets, tmp_path_factory):
     """A run in a process of its own, killed after a checkpoint: (working directory, stderr)."""
     cwd = tmp_path_factory.mktemp("killed")
     flags = tiny.command_line(tiny.flags(script.SCRIPT, assets) | RUN | {"eval_every": 2})
-    pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
-    process = subprocess.Popen([sys.executable, script.__file__, *flags], cwd=cwd, **pipes)
-    try:
-        deadline = time.monotonic() + 600
-        while ((script.load_checkpoint(cwd / "run") or {}).get("counters") or {"update": 0})["update"] < 1:
-            assert process.poll() is None, process.communicate()
-            assert time.monotonic() < deadline, "no checkpoint came"
-            time.sleep(0.01)
-        process.send_signal(signal.SIGKILL)
-        _, err = process.communicate(timeout=60)
-    finally:
-        process.kill()
-    assert process.returncode == -signal.SIGKILL and not (cwd / "run" / "result.json").exists()
+    code, err = interrupt(script, cwd, flags, "rollout", 2, signal.SIGKILL)
+    assert code == -signal.SIGKILL and not (cwd / "run" / "result.json").exists()
     return cwd, err
 
 
 def test_killed_run_resumes_to_exactly_the_run_that_was_never_killed(script, killed, unfinished, finished):
     assert killed[1] == ""  # its stderr
-    assert script.load_checkpoint(unfinished)["counters"]["update"] < 3
+    assert script.load_checkpoint(unfinished)["counters"]["update"] == 1
     wait_for_the_next_second()
     code, out, err = call(script, unfinished.parent, ["--resume", "run"])
     assert (code, err) == (0, "")
@@ -425,6 +414,7 @@ def test_nan_loss_stops_the_run_with_seed_update_and_advice(script, finished, as
     assert code == 1 and "Traceback" not in err and err.count("error:") == 1
     for word in ("seed 3", f"update {1 + first_bad_call // 8}", "--learning-rate", "--beta"):
         assert word in err.splitlines()[0], err
+    assert "--resume" not in err  # it would come to the same end
     assert not (tmp_path / "run" / "result.json").exists() and not (tmp_path / "run" / "policy").exists()
     if first_bad_call > 8:  # the checkpoint is from before the failure
         assert call(script, tmp_path, ["--resume", "run"])[0] == 0
@@ -461,6 +451,15 @@ def test_resume_takes_smaller_batches(script, unfinished):
     assert code == 0, err
     assert read_result(unfinished)["args"]["micro_batch_size"] == 1
     assert read_result(unfinished)["args"]["rollout_batch_size"] == 2
+
+
+def test_resume_takes_a_smaller_batch_that_is_the_default(script, unfinished):
+    saved = json.loads((unfinished / "args.json").read_text())
+    saved["args"]["micro_batch_size"] = 1000
+    (unfinished / "args.json").write_text(json.dumps(saved))
+    default = script.Args.micro_batch_size
+    assert call(script, unfinished.parent, ["--resume", "run", f"--micro_batch_size={default}"])[0] == 0
+    assert read_result(unfinished)["args"]["micro_batch_size"] == default
 
 
 def test_out_of_memory_while_loading_is_no_unknown_model(script, assets, tmp_path):
@@ -611,6 +610,7 @@ def test_tracking_without_wandb_names_the_package(script, assets, tmp_path, monk
         (["--resume", "run", "--seed", "5"], ("--seed", "--resume")),
         (["--resume", "run", "--policy", "x", "--beta", "5"], ("--policy", "--beta")),
         (["--resume", "run", "--run-dir", "new"], ("--run-dir",)),
+        (["--resume", "run", "--alpha", "0.5", "--no-norm-adv"], ("--alpha", "--norm-adv")),
         (["--resume", "missing"], ("missing",)),
         (["--evaluate", "run", "--seed", "5"], ("--seed", "--evaluate")),
         (["--evaluate", "run", "--resume", "run"], ("--resume", "--evaluate")),
@@ -693,6 +693,7 @@ def two(assets, tmp_path_factory):
     """What two processes under torchrun left: gradients per process, and a run of each script."""
     out = tmp_path_factory.mktemp("two")
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    command += ["--local-addr", "127.0.0.1"]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     process = subprocess.run(
         [*command, two_processes.__file__, assets, out], env=environment, capture_output=True, text=True, timeout=900

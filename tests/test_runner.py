@@ -80,7 +80,7 @@ if stopped.is_set():
 time.sleep(0.3)
 finish()""",
     "hang": """
-signal.signal(signal.SIGINT, signal.SIG_IGN)
+signal.signal(signal.SIGINT, lambda *_: (folders[0] / "asked").touch())
 (folders[0] / "ready").touch()
 while True: time.sleep(1)""",
 }
@@ -225,7 +225,7 @@ def test_a_second_ctrl_c_kills_what_hangs(fake):
     runner = launch(["hang"])
     wait_for(lambda: (run_dir / "ready").exists())
     runner.send_signal(signal.SIGINT)
-    time.sleep(0.5)
+    wait_for(lambda: (run_dir / "asked").exists())
     assert runner.poll() is None
     runner.send_signal(signal.SIGINT)
     assert finish(runner)[0] == 130
