@@ -7,6 +7,7 @@ Reward noise, evaluation and result.json are those of our scripts, whose environ
 
 import csv
 import json
+import os
 import platform
 import sys
 import time
@@ -153,8 +154,10 @@ def main() -> int:
     if run_dir.exists() and (not run_dir.is_dir() or any(run_dir.iterdir())):
         print(f"error: --run-dir {run_dir} is in use: name another, or remove it to start over", file=sys.stderr)
         return 2
-    run_dir.mkdir(parents=True, exist_ok=True)
-    write_json(run_dir / "args.json", {"script": SCRIPT, "args": asdict(args)})
+    temporary = run_dir.with_name(f".{run_dir.name}.{os.getpid()}")
+    temporary.mkdir(parents=True)
+    write_json(temporary / "args.json", {"script": SCRIPT, "args": asdict(args)})
+    os.replace(temporary, run_dir)
     try:
         write_json(run_dir / "result.json", train(args, run_dir))
     except KeyboardInterrupt:

@@ -52,9 +52,12 @@ else:
     seeds = range(args.seed, args.seed + args.num_seeds)
     folders = [run_dir / f"seed{s}" if args.num_seeds > 1 else run_dir for s in seeds]
     for seed, folder in zip(seeds, folders):
-        folder.mkdir(parents=True)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(f".{os.getpid()}")  # as in the scripts: another runner sees all or nothing
+        temporary.mkdir()
         own = vars(args) | {"seed": seed, "num_seeds": 1}
-        (folder / "args.json").write_text(json.dumps({"script": Path(__file__).stem, "args": own}))
+        (temporary / "args.json").write_text(json.dumps({"script": Path(__file__).stem, "args": own}))
+        os.replace(temporary, folder)
 with (folders[0] / "history").open("a") as history:
     history.write(f"{'resume' if args.resume else 'start'} {os.getpid()}\\n")
 stopped = threading.Event()
@@ -252,7 +255,7 @@ def test_a_run_outlives_its_killed_runner_and_its_own_death_frees_it(fake):
     first.kill()
     first.communicate()
     second = launch(["wait"])
-    time.sleep(1.5)
+    assert "running 0, waiting 1" in second.stdout.readline()
     assert second.poll() is None and history(run_dir) == ["start"]
     os.kill(pid(run_dir), signal.SIGKILL)
     wait_for(lambda: history(run_dir) == ["start", "resume"])
@@ -372,7 +375,7 @@ SA2C_NOISE_BETA_1 = "Alien Assault Gravitar MsPacman Qbert StarGunner TimePilot 
 def sweep(name, out, *flags, **environment):
     environment = {k: v for k, v in os.environ.items() if k not in NARROWING} | {"PYTHON": sys.executable} | environment
     command = [str(ROOT / "benchmark" / f"{name}.sh"), "--out", str(out), *flags]
-    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
+    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=900)
 
 
 def dry_run(name, out, **environment):
