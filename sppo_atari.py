@@ -404,7 +404,6 @@ def train(args: Args, run_dir: Path) -> None:
     def save_checkpoint() -> None:
         now = counters | {"wall_seconds": counters["wall_seconds"] + time.monotonic() - start_time}
         state = {"script": SCRIPT, "learner": learner.state(), "counters": now, "last_returns": list(last_returns)}
-        log.writer.flush()  # a resumed run writes only what comes after the checkpoint
         write_atomic(run_dir / "checkpoint.pt", partial(torch.save, state))
 
     stop_signals = []
@@ -704,6 +703,7 @@ class RunLog:
             self.writer.add_scalar(tag, value, global_step)
         self.csv.writerow({"global_step": global_step} | {tag: f"{value:.6g}" for tag, value in metrics.items()})
         self.file.flush()
+        self.writer.flush()  # a kill loses nothing that a later checkpoint counts as written
         if self.wandb:
             self.wandb.log(metrics, step=global_step)
 

@@ -481,7 +481,6 @@ def train(args: Args, run_dirs: dict[int, Path]) -> None:
                 "counters": now,
                 "last_returns": list(last_returns[i]),
             }
-            logs[i].writer.flush()  # a resumed run writes only what comes after the checkpoint
             write_atomic(run_dirs[seeds[i]] / "checkpoint.pt", partial(torch.save, state))
 
     def stop_without(failed: Sequence[int], reason: str) -> None:
@@ -828,6 +827,7 @@ class RunLog:
             self.writer.add_scalar(tag, value, global_step)
         self.csv.writerow({"global_step": global_step} | {tag: f"{value:.6g}" for tag, value in metrics.items()})
         self.file.flush()
+        self.writer.flush()  # a kill loses nothing that a later checkpoint counts as written
         if self.wandb:
             self.wandb.log(metrics, step=global_step)
 

@@ -658,7 +658,6 @@ def train(args: Args, run_dir: Path, learner: Learner) -> None:
         now = counters | {"wall_seconds": counters["wall_seconds"] + time.monotonic() - start_time}
         state = {"script": SCRIPT, "learner": learner.state(), "counters": now}
         if main_process:
-            log.writer.flush()  # a resumed run writes only what comes after the checkpoint
             write_atomic(run_dir / "checkpoint.pt", partial(torch.save, state))
 
     stop_signals = []
@@ -715,8 +714,8 @@ def train(args: Args, run_dir: Path, learner: Learner) -> None:
         if args.eval_every and counters["update"] % args.eval_every == 0 and counters["update"] < args.num_updates:
             metrics |= evaluate(learner, args)
         if main_process:
-            log.write(counters["update"], {tag: value for tag, value in metrics.items() if tag in METRICS})
             log.writer.add_text("samples", "\n\n".join(samples), counters["update"])
+            log.write(counters["update"], {tag: value for tag, value in metrics.items() if tag in METRICS})
             progress.show(counters["update"], metrics["objective/scores"], metrics["objective/kl"])
         stopped = learner.sum(torch.tensor(len(stop_signals), device=learner.device)).item() > 0  # in any process
         if counters["update"] % args.checkpoint_every == 0 or counters["update"] == args.num_updates or stopped:
@@ -928,6 +927,7 @@ class RunLog:
             self.writer.add_scalar(tag, value, global_step)
         self.csv.writerow({"global_step": global_step} | {tag: f"{value:.6g}" for tag, value in metrics.items()})
         self.file.flush()
+        self.writer.flush()  # a kill loses nothing that a later checkpoint counts as written
         if self.wandb:
             self.wandb.log(metrics, step=global_step)
 

@@ -427,6 +427,16 @@ def test_tensorboard_of_a_resumed_run_has_every_row_of_its_curves(survivor):
         assert [step for step, _ in events[tag]] == [step for step, _ in points], tag
 
 
+def test_a_row_is_in_the_files_when_write_returns(script, tmp_path):
+    log = script.RunLog(tmp_path / "run", script.Args(), 0)
+    for step in range(1, 21):
+        log.write(step, {tag: float(step) for tag in script.METRICS})
+        copy = Path(shutil.copytree(tmp_path / "run", tmp_path / f"copy{step}"))
+        for points in (event_points(copy), curve_points(copy)):
+            assert {tag: p[-1] for tag, p in points.items()} == {tag: (step, step) for tag in script.METRICS}
+    log.close()
+
+
 def test_ctrl_c_leaves_a_checkpoint_and_says_how_to_go_on(survivor):
     code, err = survivor["ctrl_c"]
     assert code == 130
