@@ -598,10 +598,17 @@ def evaluate_saved(path: Path, capture_video: bool) -> np.ndarray:
 
 
 def write_atomic(path: Path, write: Callable[[Path], object]) -> None:
-    """Call write(temporary path), then rename: a kill at any moment leaves the old file or the new one."""
+    """Call write(temporary path), then rename: a kill or a full disk leaves the old file or the new one.
+
+    Raises OSError.
+    """
     temporary = path.with_name(path.name + ".tmp")
-    write(temporary)
-    os.replace(temporary, path)
+    try:
+        write(temporary)
+        os.replace(temporary, path)
+    except Exception as error:  # torch and safetensors have exceptions of their own for a full disk
+        temporary.unlink(missing_ok=True)
+        raise OSError(f"{path} cannot be written, is the disk full? {error}") from error
 
 
 def write_json(path: Path, content: dict) -> None:
@@ -620,7 +627,7 @@ def create_run_dir(args: Args, run_dir: Path) -> None:
         os.replace(temporary, run_dir)
     except OSError as error:
         shutil.rmtree(temporary, ignore_errors=True)
-        raise InputError(f"--run-dir {run_dir} cannot be made: {error.strerror}") from None
+        raise InputError(f"--run-dir {run_dir} cannot be made: {error.strerror or error}") from None
 
 
 def open_run_dir(run_dir: Path) -> Args:
@@ -818,9 +825,10 @@ def main() -> int:
     except InputError as error:
         print("error:", " ".join(str(error).split()), file=sys.stderr)
         return 2
-    except RunError as error:
-        line = "\n" * sys.stdout.isatty()
-        print(f"{line}error: {error}\nto go on: python {SCRIPT}.py --resume {run_dir}", file=sys.stderr)
+    except (RunError, OSError) as error:
+        message = "\n" * sys.stdout.isatty() + f"error: {' '.join(str(error).split())}"
+        message += f"\nto go on: python {SCRIPT}.py --resume {run_dir}" * run_dir.exists()
+        print(message, file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print(f"\nstopped; to go on: python {SCRIPT}.py --resume {run_dir}", file=sys.stderr)

@@ -816,10 +816,17 @@ def peak_memory(device: torch.device) -> float:
 
 
 def write_atomic(path: Path, write: Callable[[Path], object]) -> None:
-    """Call write(temporary path), then rename: a kill at any moment leaves the old file or the new one."""
+    """Call write(temporary path), then rename: a kill or a full disk leaves the old file or the new one.
+
+    Raises OSError.
+    """
     temporary = path.with_name(path.name + ".tmp")
-    write(temporary)
-    os.replace(temporary, path)
+    try:
+        write(temporary)
+        os.replace(temporary, path)
+    except Exception as error:  # torch and safetensors have exceptions of their own for a full disk
+        temporary.unlink(missing_ok=True)
+        raise OSError(f"{path} cannot be written, is the disk full? {error}") from error
 
 
 def write_json(path: Path, content: dict) -> None:
@@ -842,7 +849,7 @@ def create_run_dir(args: Args, run_dir: Path) -> None:
         os.replace(temporary, run_dir)
     except OSError as error:
         shutil.rmtree(temporary, ignore_errors=True)
-        raise InputError(f"--run-dir {run_dir} cannot be made: {error.strerror}") from None
+        raise InputError(f"--run-dir {run_dir} cannot be made: {error.strerror or error}") from None
 
 
 def open_run_dir(path: Path) -> Args:
@@ -1095,6 +1102,8 @@ def main() -> int:
         message, code = f"error: {' '.join(str(error).split())}", 2
     except RunError as error:  # a resumed run would draw the same random numbers and come here again
         message = "\n" * sys.stdout.isatty() + f"error: {error}"
+    except OSError as error:
+        message, hint = f"error: {' '.join(str(error).split())}", f"\n{to_go_on}"
     except torch.OutOfMemoryError:
         message, hint = f"error: the GPU is out of memory: {SMALLER}", f"\n{to_go_on}"
     except KeyboardInterrupt:

@@ -1,8 +1,10 @@
 import importlib
 import os
+import resource
 import sys
 import tempfile
 import time
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -28,6 +30,17 @@ def wait_for_the_next_second():
     It reads event files in the order of their names: the second in which they were begun, then the process id.
     """
     time.sleep(1.01 - time.time() % 1)
+
+
+@contextmanager
+def largest_file(num_bytes: int):
+    """Stands for a full disk: what makes a file of this process larger fails."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 @pytest.fixture(scope="session")

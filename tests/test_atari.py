@@ -11,7 +11,7 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, import_scripts
+from conftest import ROOT, import_scripts, largest_file
 from pausing import interrupt
 from torch import nn
 
@@ -352,6 +352,17 @@ def test_killed_run_resumes_to_the_same_total(script, tmp_path):
     done = subprocess.run(command(script, "--resume", run_dir), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert json.loads((run_dir / "result.json").read_text())["total_timesteps"] == 2048
+
+
+@both
+def test_full_disk_stops_the_run_in_one_line(script, tmp_path, monkeypatch, capsys):
+    run_dir = tmp_path / "run"
+    monkeypatch.setattr(sys, "argv", command(script, "--run-dir", run_dir)[1:])
+    with largest_file(1_000_000):
+        assert script.main() == 1
+    error, hint = capsys.readouterr().err.splitlines()
+    assert error.startswith(f"error: {run_dir / 'checkpoint.pt'} cannot be written, is the disk full?")
+    assert f"--resume {run_dir}" in hint and not list(run_dir.glob("*.tmp"))
 
 
 @both

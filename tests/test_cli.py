@@ -17,7 +17,7 @@ import imageio.v2 as imageio
 import numpy as np
 import pytest
 import torch
-from conftest import import_scripts, wait_for_the_next_second
+from conftest import import_scripts, largest_file, wait_for_the_next_second
 from pausing import interrupt
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -784,6 +784,28 @@ def test_nan_stops_the_run_with_step_env_seed_and_advice(script, call, tmp_path)
         assert word in message, message
     assert not (tmp_path / "run" / "result.json").exists()
     assert not (tmp_path / "run" / "model.safetensors").exists()
+
+
+def test_full_disk_stops_the_run_in_one_line_and_keeps_the_last_checkpoint(script, call, tmp_path):
+    flags = (*small(script), "--total-timesteps", 96, "--checkpoint-every", 32, "--run-dir", "run")
+    save, sizes = script.torch.save, []
+
+    def save_until_full(state, path):
+        if sizes:
+            with largest_file(sizes[0] // 2):
+                return save(state, path)
+        save(state, path)
+        sizes.append(path.stat().st_size)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(script.torch, "save", save_until_full)
+        code, _, err = call(*PENDULUM, *flags)
+    assert code == 1 and "Traceback" not in err
+    error, hint = err.splitlines()
+    assert error.startswith("error: run/checkpoint.pt cannot be written, is the disk full?") and "--resume run" in hint
+    assert checkpoint_step(script, tmp_path / "run") == 32 and not list(tmp_path.rglob("*.tmp"))
+    assert call("--resume", "run")[0] == 0
+    assert read_result(tmp_path / "run")["total_timesteps"] == 96
 
 
 LEARN = {

@@ -20,7 +20,7 @@ import tiny
 import torch
 import two_processes
 from accelerate import Accelerator
-from conftest import import_scripts, wait_for_the_next_second
+from conftest import import_scripts, largest_file, wait_for_the_next_second
 from pausing import interrupt
 from peft import PeftModel
 from safetensors.torch import load_file
@@ -442,6 +442,17 @@ def test_running_out_of_gpu_memory_says_what_to_lower(script, assets, tmp_path, 
     assert "--micro-batch-size" in err and "--rollout-batch-size" in err and "out of memory" in err
     assert ("--base-precision" in err) == (script is TLDR)
     assert ("to go on: " in err) == (where != "Learner") == (tmp_path / "run").exists()
+
+
+def test_full_disk_stops_the_run_in_one_line(script, finished, assets, tmp_path):
+    with largest_file(20_000):
+        code, _, err = call(script, tmp_path, tiny.flags(script.SCRIPT, assets) | RUN | {"eval_every": 2})
+    error, hint = err.splitlines()
+    assert code == 1 and "--resume run" in hint
+    assert error.startswith("error: run/checkpoint.pt cannot be written, is the disk full?")
+    assert not list(tmp_path.rglob("*.tmp"))
+    assert call(script, tmp_path, ["--resume", "run"])[0] == 0
+    assert_same_run(tmp_path / "run", finished)
 
 
 def test_resume_takes_smaller_batches(script, unfinished):
