@@ -882,9 +882,13 @@ def save_policy(learner: Learner, run_dir: Path) -> None:
     folder, temporary = run_dir / "policy", run_dir / "policy.tmp"
     for old in (folder, temporary):
         shutil.rmtree(old, ignore_errors=True)  # of an attempt that was killed
-    learner.actor_critic.policy.save_pretrained(temporary)
-    learner.tokenizer.save_pretrained(temporary)
-    os.replace(temporary, folder)
+    try:
+        learner.actor_critic.policy.save_pretrained(temporary)
+        learner.tokenizer.save_pretrained(temporary)
+        os.replace(temporary, folder)
+    except Exception as error:  # safetensors has an exception of its own for a full disk
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise OSError(f"{folder} cannot be written, is the disk full? {error}") from error
 
 
 def git_commit() -> str | None:

@@ -1001,10 +1001,14 @@ def save_policy(learner: Learner, run_dir: Path) -> None:
     folder, temporary = run_dir / "policy", run_dir / "policy.tmp"
     for old in (folder, temporary):
         shutil.rmtree(old, ignore_errors=True)  # of an attempt that was killed
-    learner.actor_critic.adapters.save_pretrained(temporary, selected_adapters=["policy"])
-    learner.tokenizer.save_pretrained(temporary / "policy")
-    os.replace(temporary / "policy", folder)
-    shutil.rmtree(temporary)
+    try:
+        learner.actor_critic.adapters.save_pretrained(temporary, selected_adapters=["policy"])
+        learner.tokenizer.save_pretrained(temporary / "policy")
+        os.replace(temporary / "policy", folder)
+        shutil.rmtree(temporary)
+    except Exception as error:  # safetensors has an exception of its own for a full disk
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise OSError(f"{folder} cannot be written, is the disk full? {error}") from error
 
 
 def git_commit() -> str | None:

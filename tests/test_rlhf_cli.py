@@ -455,6 +455,23 @@ def test_full_disk_stops_the_run_in_one_line(script, finished, assets, tmp_path)
     assert_same_run(tmp_path / "run", finished)
 
 
+def test_full_disk_for_the_policy_loses_nothing(script, finished, assets, tmp_path):
+    save_policy = script.save_policy
+
+    def save_on_a_full_disk(*args):
+        with largest_file(5_000):
+            save_policy(*args)
+
+    with patch.object(script, "save_policy", save_on_a_full_disk):
+        code, _, err = call(script, tmp_path, tiny.flags(script.SCRIPT, assets) | RUN | {"eval_every": 2})
+    error, hint = err.splitlines()
+    assert code == 1 and "--resume run" in hint
+    assert error.startswith("error: run/policy cannot be written, is the disk full?")
+    assert not list((tmp_path / "run").glob("policy*"))
+    assert call(script, tmp_path, ["--resume", "run"])[0] == 0
+    assert_same_run(tmp_path / "run", finished)
+
+
 def test_resume_takes_smaller_batches(script, unfinished):
     code, _, err = call(
         script, unfinished.parent, ["--resume", "run", "--micro-batch-size", 1, "--rollout-batch-size", 2]
