@@ -342,6 +342,14 @@ def test_resume_of_a_finished_run_prints_its_result(finished, capsys, monkeypatc
     assert before == {path: path.stat().st_mtime_ns for path in run_dir.rglob("*")}
 
 
+@pytest.mark.parametrize("flag", [("--seed", "5"), ("--num-envs", "8"), ("--no-anneal-lr",)])
+def test_resume_takes_no_other_flag_not_even_with_its_default(finished, flag, capsys, monkeypatch):
+    script, run_dir, _ = finished
+    monkeypatch.setattr(sys, "argv", [script.SCRIPT, "--resume", str(run_dir), *flag])
+    assert script.main() == 2
+    assert capsys.readouterr().err.endswith(f"drop {flag[0].replace('no-', '')}\n")
+
+
 @both
 def test_killed_run_resumes_to_the_same_total(script, tmp_path):
     run_dir = tmp_path / "run"
