@@ -852,15 +852,16 @@ def create_run_dir(args: Args, run_dir: Path) -> None:
         raise InputError(f"--run-dir {run_dir} cannot be made: {error.strerror or error}") from None
 
 
-def open_run_dir(path: Path) -> Args:
-    """Arguments of an existing run. Raises InputError when path holds no run of this script."""
-    require((path / "args.json").exists(), f"{path} holds no run of {SCRIPT}.py: there is no args.json in it")
+def open_run_dir(run_dir: Path) -> Args:
+    """Arguments of an existing run. Raises InputError when run_dir holds no run of this script."""
+    if not (run_dir / "args.json").exists():
+        raise InputError(f"{run_dir} holds no run of {SCRIPT}.py: there is no args.json in it")
     try:
-        saved = json.loads((path / "args.json").read_text())
+        saved = json.loads((run_dir / "args.json").read_text())
         args = Args(**saved["args"]) if saved["script"] == SCRIPT else None
     except (ValueError, KeyError, TypeError):
-        raise InputError(f"{path / 'args.json'} cannot be read") from None
-    require(args is not None, f"{path} is a run of {saved['script']}.py, not of {SCRIPT}.py")
+        raise InputError(f"{run_dir / 'args.json'} cannot be read") from None
+    require(args is not None, f"{run_dir} is a run of {saved['script']}.py, not of {SCRIPT}.py")
     return args
 
 
