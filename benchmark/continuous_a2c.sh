@@ -5,10 +5,10 @@ cd "$(dirname "$0")/.." || exit
 
 while read -r env beta noisy_beta; do
     cell="--seeds 30 --env-id $env --total-timesteps 2000000"
-    echo "gaussian_sb3 $cell --algo a2c"
+    echo "sb3_baseline $cell --algo a2c"
     echo "sa2c_continuous_discretized $cell --alpha 1 --beta 0"
     echo "sa2c_continuous_discretized $cell --alpha 0.5 --beta $beta"
-    echo "gaussian_sb3 $cell --algo a2c --reward-noise-std 0.05"
+    echo "sb3_baseline $cell --algo a2c --reward-noise-std 0.05"
     echo "sa2c_continuous_discretized $cell --alpha 1 --beta 0 --reward-noise-std 0.05"
     echo "sa2c_continuous_discretized $cell --alpha 0.5 --beta $noisy_beta --reward-noise-std 0.05"
 done <<'TABLE' | "${PYTHON:-.venv/bin/python}" benchmark/runner.py "$@"

@@ -6,10 +6,10 @@ cd "$(dirname "$0")/.." || exit
 
 while read -r env steps beta noisy_beta; do
     cell="--seeds 30 --env-id $env --total-timesteps $steps"
-    echo "gaussian_sb3 $cell --algo ppo"
+    echo "sb3_baseline $cell --algo ppo"
     echo "sppo_continuous_discretized $cell --alpha 1 --beta 0"
     echo "sppo_continuous_discretized $cell --alpha 0.5 --beta $beta"
-    echo "gaussian_sb3 $cell --algo ppo --reward-noise-std 0.05"
+    echo "sb3_baseline $cell --algo ppo --reward-noise-std 0.05"
     echo "sppo_continuous_discretized $cell --alpha 1 --beta 0 --reward-noise-std 0.05"
     echo "sppo_continuous_discretized $cell --alpha 0.5 --beta $noisy_beta --reward-noise-std 0.05"
 done <<'TABLE' | "${PYTHON:-.venv/bin/python}" benchmark/runner.py "$@"

@@ -223,9 +223,11 @@ def script_settings(script: str) -> dict[str, object]:
 
 def paper_settings(script: str, environment: str, algorithm: str, noise: str) -> dict[str, object]:
     """What a run must have to be the paper's, for one cell; beta is None where Tables 5 and 6 have none."""
-    if script == "gaussian_sb3":
-        script = {"PPO": "sppo", "A2C": "sa2c"}[algorithm] + "_continuous_discretized"
-    settings = dict(script_settings(script))
+    own = {}
+    if script == "sb3_baseline":
+        own = {} if algorithm.startswith("D") else {"num_bins": None}
+        script = {"PPO": "sppo", "A2C": "sa2c"}[algorithm.removeprefix("D")] + "_continuous_discretized"
+    settings = script_settings(script) | own
     if algorithm in BASELINES:
         beta, exceptions = BETAS.get((algorithm, noise), (None, {}))
         name = short_name(environment).partition("-")[0]
@@ -241,8 +243,8 @@ def identify(result: dict, paper: dict) -> Group:
     if script in LANGUAGE:
         return identify_language(result)
     environment = result["env_id"]
-    if script == "gaussian_sb3":
-        algorithm = args["algo"].upper()
+    if script == "sb3_baseline":
+        algorithm = "D" * bool(args.get("num_bins")) + args["algo"].upper()
     elif script in SCRIPTS:
         prefix = "D" if script.endswith("_discretized") else ""
         symmetric = "SPPO" if script.startswith("sppo") else "SA2C"
@@ -260,6 +262,10 @@ def identify(result: dict, paper: dict) -> Group:
         paper_timesteps = ATARI_TIMESTEPS if atari else continuous
     expected = paper_settings(script, environment, algorithm, noise)
     differences = [(name, args[name]) for name, value in expected.items() if name in args and args[name] != value]
+    if algorithm.startswith("D") and script == "sb3_baseline":  # a check on our scripts, not their result
+        differences.append(("script", script))
+    if args.get("policy_coef", 1) != 1:
+        differences.append(("policy_coef", args["policy_coef"]))
     if paper_timesteps and paper_timesteps <= timesteps <= 1.01 * paper_timesteps:
         timesteps = paper_timesteps  # totals are rounded up to whole rollouts
     elif paper_timesteps and timesteps > paper_timesteps:

@@ -19,6 +19,8 @@ from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
 from torch import nn
 from torch.distributions import Categorical
 
+from benchmark.sb3_baseline import weighted
+
 for_each_script = pytest.mark.parametrize("script", import_scripts("*_continuous_discretized.py"))
 ppo_scripts = pytest.mark.parametrize("script", import_scripts("sppo_continuous_discretized.py"))
 
@@ -486,12 +488,24 @@ def test_logged_kl_clip_fraction_and_sign_flips_are_those_of_the_batch(script):
 @for_each_script
 @pytest.mark.parametrize("ent_coef", [0.0, 0.01])
 def test_plain_updates_equal_those_of_stable_baselines3(script, ent_coef):
-    learner, n = script.Learner(script.Args(), [1], 3, 2), 64
     args = script.Args(alpha=1.0, beta=0.0, ent_coef=ent_coef)
     if is_ppo(script):
-        model = PPO("MlpPolicy", MultiDiscreteEnv(), n_steps=n, batch_size=n, n_epochs=1, ent_coef=ent_coef)
+        model = PPO("MlpPolicy", MultiDiscreteEnv(), n_steps=64, batch_size=64, n_epochs=1, ent_coef=ent_coef)
     else:
-        model = A2C("MlpPolicy", MultiDiscreteEnv(), n_steps=n, ent_coef=ent_coef)
+        model = A2C("MlpPolicy", MultiDiscreteEnv(), n_steps=64, ent_coef=ent_coef)
+    compare_updates(script, args, model)
+
+
+@ppo_scripts
+@pytest.mark.parametrize(("alpha", "beta"), [(0.5, 20.0), (0.5, 0.2), (1.0, 0.0)])
+def test_symmetric_updates_equal_those_of_stable_baselines3_with_another_weight(script, alpha, beta):
+    model = PPO("MlpPolicy", MultiDiscreteEnv(), n_steps=64, batch_size=64, n_epochs=1, **weighted(alpha + beta))
+    compare_updates(script, script.Args(alpha=alpha, beta=beta), model)
+
+
+def compare_updates(script, args, model):
+    """Four updates of the script and of model.train(), which have the same parameters and data."""
+    learner, n = script.Learner(script.Args(), [1], 3, 2), 64
     policy, extractor = model.policy, model.policy.mlp_extractor
     actor = [extractor.policy_net[0], extractor.policy_net[2], policy.action_net]
     critic = [extractor.value_net[0], extractor.value_net[2], policy.value_net]

@@ -170,7 +170,7 @@ def test_a_table_beside_the_papers(tmp_path):
 def test_figures_are_written_and_small(tmp_path):
     write_run(tmp_path / "runs" / "dsppo", [9000.0, 9200.0], curves=True, **DSPPO)
     write_run(tmp_path / "runs" / "short", [9000.0, 9200.0], steps=20_480, curves=True, **DSPPO)
-    write_run(tmp_path / "runs" / "sb3", [9000.0], script="gaussian_sb3", algo="ppo")
+    write_run(tmp_path / "runs" / "sb3", [9000.0], script="sb3_baseline", algo="ppo")
     for noise in ({}, {"reward_flip_prob": 0.1}):
         for game in sorted({game for game, *_ in PAPER[11]}):
             args = {"alpha": 0.5, "beta": 10.0 if noise else 1.0} | noise
@@ -279,8 +279,8 @@ def test_table_4_and_its_rule(tmp_path):
         ("sa2c_continuous_discretized", "Ant-v4", {"alpha": 0.5, "beta": 0.2, "reward_noise_std": 0.05}, "DSA2C"),
         ("sa2c_continuous_discretized", LANDER, {"alpha": 0.5, "beta": 5.0}, "DSA2C"),
         ("sppo_continuous_discretized", "Swimmer-v4", {"alpha": 0.5, "beta": 50.0, "reward_noise_std": 0.05}, "DSPPO"),
-        ("gaussian_sb3", "Walker2d-v4", {"algo": "ppo", "reward_noise_std": 0.05}, "PPO"),
-        ("gaussian_sb3", "Walker2d-v4", {"algo": "a2c"}, "A2C"),
+        ("sb3_baseline", "Walker2d-v4", {"algo": "ppo", "reward_noise_std": 0.05}, "PPO"),
+        ("sb3_baseline", "Walker2d-v4", {"algo": "a2c"}, "A2C"),
     ],
 )
 def test_runs_find_their_cell(script, env_id, args, algorithm):
@@ -288,6 +288,16 @@ def test_runs_find_their_cell(script, env_id, args, algorithm):
     steps = report.identify(result, PAPER).paper_timesteps
     group = report.identify(result | {"total_timesteps": steps}, PAPER)
     assert (group.algorithm, group.kind, group.differences) == (algorithm, "paper", ())
+
+
+def test_discretized_runs_of_stable_baselines3_are_beside_no_cell():
+    result = {"script": "sb3_baseline", "env_id": LANDER, "total_timesteps": 2_000_000}
+    for change in ({}, {"policy_coef": 20.5}):
+        args = {"algo": "ppo", "num_bins": 11, "policy_coef": 1.0} | change
+        group = report.identify(result | {"args": args}, PAPER)
+        differences = (("script", "sb3_baseline"), *change.items())
+        assert (group.algorithm, group.kind, group.differences) == ("DPPO", "other", differences)
+    assert report.identify(result | {"args": {"algo": "ppo", "num_bins": None}}, PAPER).kind == "paper"
 
 
 @pytest.mark.parametrize("script", import_scripts("s*_[ac]*.py"))

@@ -10,13 +10,14 @@ import time
 from collections import Counter
 from pathlib import Path
 
+import gymnasium as gym
 import numpy as np
 import pytest
 from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
 
-from benchmark.gaussian_sb3 import NoisyReward
 from benchmark.runner import Script, batches
-from sppo_continuous_discretized import make_env
+from benchmark.sb3_baseline import Discretized, NoisyReward
+from sppo_continuous_discretized import action_bins, make_env
 
 ROOT = Path(__file__).resolve().parent.parent
 RUNNER = ROOT / "benchmark" / "runner.py"
@@ -401,7 +402,7 @@ def continuous(script, algo, env_id, steps, betas):
     """The cells of an environment: Gaussian, discretized baseline and ours, without and with noise."""
     cells = []
     for noise, beta in zip((0.0, 0.05), betas):
-        cells.append(("gaussian_sb3", algo, env_id, steps, 0.0, 0.0, noise))
+        cells.append(("sb3_baseline", algo, env_id, steps, 0.0, 0.0, noise))
         cells += [(script, "", env_id, steps, *weights, noise) for weights in ((1.0, 0.0), (0.5, beta))]
     return cells
 
@@ -565,7 +566,7 @@ def test_continuous_ppo_for_real(tmp_path):
     process = sweep("continuous_ppo", tmp_path, **narrow)
     assert process.returncode == 0, process.stdout + process.stderr
     results = [json.loads(path.read_text()) for path in tmp_path.rglob("result.json")]
-    assert Counter(r["script"] for r in results) == {"gaussian_sb3": 2, "sppo_continuous_discretized": 4}
+    assert Counter(r["script"] for r in results) == {"sb3_baseline": 2, "sppo_continuous_discretized": 4}
     assert len({tuple(r) for r in results}) == 1  # the same keys in the same order
     assert {r["total_timesteps"] for r in results} == {2048}
     assert all(len(r["eval_returns"]) == 10 for r in results)
@@ -589,6 +590,33 @@ def test_rlhf_imdb_for_real(tmp_path, assets):
     assert process.returncode == 0 and "finished 2 (2 before)" in process.stdout, process.stdout
     narrow["FLAGS"] += " --micro-batch-size 1"  # changes memory, not the result
     assert "finished 2 (2 before)" in sweep("rlhf_imdb", tmp_path / "runs", **narrow).stdout
+
+
+@pytest.mark.parametrize("flags", [("--policy-coef", "20.5"), ("--algo", "a2c")])
+def test_stable_baselines3_trains_with_discretized_actions(tmp_path, flags):
+    command = [sys.executable, "benchmark/sb3_baseline.py", "--run-dir", tmp_path / "run", "--num-bins", "3", *flags]
+    command += ["--env-id", "LunarLanderContinuous-v3", "--total-timesteps", "2048"]
+    process = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert process.returncode == 0, process.stderr
+    result = json.loads((tmp_path / "run/result.json").read_text())
+    assert result["args"]["num_bins"] == 3 and len(result["eval_returns"]) == 10
+
+
+@pytest.mark.parametrize("flags", [("--num-bins", "1"), ("--policy-coef", "0"), ("--policy-coef=2", "--algo", "a2c")])
+def test_stable_baselines3_refuses_what_it_cannot_do(tmp_path, flags):
+    command = [sys.executable, "benchmark/sb3_baseline.py", "--run-dir", tmp_path / "run", *flags]
+    process = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert process.returncode == 2 and process.stderr.startswith(f"error: {flags[0].partition('=')[0]} must be ")
+    assert process.stderr.count("\n") == 1 and not (tmp_path / "run").exists()
+
+
+def test_bins_of_the_baseline_are_those_of_the_scripts():
+    env = make_env("LunarLanderContinuous-v3")
+    discretized = Discretized(env, 11)
+    assert discretized.action_space == gym.spaces.MultiDiscrete([11, 11])
+    bins = action_bins(env.action_space, 11)
+    for action in ([0, 10], [3, 7], [5, 5]):
+        np.testing.assert_array_equal(discretized.action(np.array(action)), bins[action, [0, 1]])
 
 
 def test_gaussian_noise_comes_after_normalization_and_clipping():

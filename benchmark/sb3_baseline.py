@@ -1,12 +1,14 @@
 """Gaussian PPO and A2C of Tables 9, 10, 12 and 13: Stable-Baselines3 itself, at its default settings.
 
-    python benchmark/gaussian_sb3.py --algo ppo --env-id HalfCheetah-v4 --seed 1 --run-dir runs/halfcheetah-gaussian
+    python benchmark/sb3_baseline.py --algo ppo --env-id HalfCheetah-v4 --seed 1 --run-dir runs/halfcheetah-gaussian
 
-Reward noise, evaluation and result.json are those of our scripts, whose environments it uses.
+Reward noise, evaluation and result.json are those of our scripts, whose environments it uses. With --num-bins 11 it is
+DPPO and DA2C, and with --policy-coef 20.5 as well DSPPO (alpha 0.5, beta 20): a check on our scripts from outside.
 """
 
 import csv
 import json
+import math
 import os
 import platform
 import sys
@@ -17,6 +19,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Literal
 
+import gymnasium as gym
 import numpy as np
 import torch
 import tyro
@@ -48,8 +51,25 @@ class Args:
     """seed of everything random"""
     reward_noise_std: float = 0.0
     """standard deviation of the Gaussian noise on normalized training rewards (the paper's noise: 0.05)"""
+    num_bins: int | None = None
+    """bins of every action dimension; without, actions are Gaussian"""
+    policy_coef: float = 1.0
+    """weight of PPO's policy loss; alpha - beta Z makes it SPPO (docs/paper-notes.md)"""
     num_threads: int = 1
     """CPU threads of torch"""
+
+
+class Discretized(gym.ActionWrapper):
+    """Bins instead of values as actions: num_bins in every dimension, evenly spaced from low to high inclusive."""
+
+    def __init__(self, env: gym.Env, num_bins: int):
+        super().__init__(env)
+        box = env.action_space
+        self.values = np.linspace(box.low, box.high, num_bins, dtype=box.dtype)  # (num_bins, action_dim)
+        self.action_space = gym.spaces.MultiDiscrete([num_bins] * box.shape[0])
+
+    def action(self, action: np.ndarray) -> np.ndarray:
+        return np.array([self.values[bin, dimension] for dimension, bin in enumerate(action)])
 
 
 class NoisyReward(VecEnvWrapper):
@@ -98,12 +118,24 @@ class Curves(BaseCallback):
         self.file.flush()
 
 
+def make(args: Args) -> gym.Env:
+    env = make_env(args.env_id)
+    return Discretized(env, args.num_bins) if args.num_bins else env
+
+
+def weighted(policy_coef: float) -> dict:
+    """Settings with which PPO multiplies its policy loss, 1 / policy_coef times the rest: Adam's steps are the same."""
+    eps = {"optimizer_kwargs": {"eps": 1e-5 / policy_coef}}
+    return {"vf_coef": 0.5 / policy_coef, "max_grad_norm": 0.5 / policy_coef, "policy_kwargs": eps}
+
+
 def train(args: Args, run_dir: Path) -> dict:
     """Train, save the model with its statistics, and return the result."""
     start = time.monotonic()
     torch.set_num_threads(args.num_threads)
-    algorithm, num_envs, settings = {"ppo": (PPO, 1, {}), "a2c": (A2C, 4, {"n_steps": 8})}[args.algo]
-    normalize = VecNormalize(DummyVecEnv([lambda: Monitor(make_env(args.env_id))] * num_envs))
+    ppo, a2c = (PPO, 1, weighted(args.policy_coef)), (A2C, 4, {"n_steps": 8})
+    algorithm, num_envs, settings = ppo if args.algo == "ppo" else a2c
+    normalize = VecNormalize(DummyVecEnv([lambda: Monitor(make(args))] * num_envs))
     envs = NoisyReward(normalize, args.reward_noise_std, args.seed)
     model = algorithm("MlpPolicy", envs, seed=args.seed, device="cpu", **settings)
     curves = Curves(run_dir / "curves.csv")
@@ -135,7 +167,7 @@ def evaluate(model: PPO | A2C, normalize: VecNormalize, args: Args) -> np.ndarra
     """Raw returns (10,) of one episode in each of 10 environments of its own, as in our scripts."""
     returns = []
     for seed in env_seeds([args.seed], EVAL_EPISODES, EVALUATION):
-        env = make_env(args.env_id)
+        env = make(args)
         obs, _ = env.reset(seed=seed)
         total, done = 0.0, False
         while not done:
@@ -151,8 +183,15 @@ def evaluate(model: PPO | A2C, normalize: VecNormalize, args: Args) -> np.ndarra
 def main() -> int:
     args = tyro.cli(Args, description=__doc__)
     run_dir = Path(args.run_dir)
+    wrong = None
     if run_dir.exists() and (not run_dir.is_dir() or any(run_dir.iterdir())):
-        print(f"error: --run-dir {run_dir} is in use: name another, or remove it to start over", file=sys.stderr)
+        wrong = f"--run-dir {run_dir} is in use: name another, or remove it to start over"
+    elif args.num_bins is not None and args.num_bins < 2:
+        wrong = f"--num-bins must be at least 2, not {args.num_bins}"
+    elif not 0 < args.policy_coef < math.inf or (args.policy_coef != 1 and args.algo != "ppo"):
+        wrong = f"--policy-coef must be above 0, and 1 with --algo a2c, not {args.policy_coef}"
+    if wrong:
+        print(f"error: {wrong}", file=sys.stderr)
         return 2
     temporary = run_dir.with_name(f".{run_dir.name}.{os.getpid()}")
     temporary.mkdir(parents=True)
