@@ -570,7 +570,7 @@ def test_continuous_ppo_for_real(tmp_path):
     assert len({tuple(r) for r in results}) == 1  # the same keys in the same order
     assert {r["total_timesteps"] for r in results} == {2048}
     assert all(len(r["eval_returns"]) == 10 for r in results)
-    curves = next(tmp_path.glob("*gaussian*/seed1/curves.csv")).read_text().splitlines()
+    curves = next(tmp_path.glob("*sb3_baseline*/seed1/curves.csv")).read_text().splitlines()
     assert [row.split(",")[0] for row in curves] == ["global_step", "2048", "2048"]
     process = sweep("continuous_ppo", tmp_path, **narrow)
     assert process.returncode == 0 and "finished 6 (6 before)" in process.stdout
