@@ -33,7 +33,6 @@ import numpy as np
 import torch
 import tyro
 from ale_py.vector_env import AtariVectorEnv
-from gymnasium.utils.save_video import save_video
 from gymnasium.vector import AutoresetMode
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -567,6 +566,8 @@ def evaluate(agent: Agent, args: Args, video_dir: Path) -> np.ndarray:
         scores += reward * running
         running &= ~game_over
     if args.capture_video:
+        from gymnasium.utils.save_video import save_video  # needs moviepy
+
         save_video(video, str(video_dir), fps=15)
     return scores
 

@@ -43,7 +43,8 @@ def whole_number(variable: str, default: int | None = None) -> int | None:
     if not value:
         return default
     if not value.isdigit():
-        sys.exit(f"error: {variable} must be a whole number, not {value!r}")
+        print(f"error: {variable} must be a whole number, not {value!r}", file=sys.stderr)
+        sys.exit(2)
     return int(value)
 
 
@@ -98,7 +99,7 @@ class Script:
         path = next((p for p in (root / f"{name}.py", root / "benchmark" / f"{name}.py") if p.exists()), None)
         if path is None:
             raise CellError(f"there is no {name}.py in {root} or {root / 'benchmark'}")
-        self.name, self.path, self.defaults = name, path, {}
+        self.name, self.path, self.defaults, self.types = name, path, {}, {}
         tree = ast.parse(path.read_text())
         args = next(node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == "Args")
         for field in (node for node in args.body if isinstance(node, ast.AnnAssign)):
@@ -108,22 +109,23 @@ class Script:
                 self.defaults[field.target.id] = None
             if isinstance(self.defaults[field.target.id], tuple):  # result.json has lists
                 self.defaults[field.target.id] = list(self.defaults[field.target.id])
+            annotation = ast.unparse(field.annotation).removesuffix(" | None")
+            self.types[field.target.id] = {"int": int, "float": float}.get(annotation, str)
         self.length = "num_updates" if "num_updates" in self.defaults else "total_timesteps"
 
     def parse(self, flags: list[str]) -> dict:
-        """["--beta", "20", "--no-norm-adv"] -> {"beta": 20.0, "norm_adv": False}, in the types of the defaults."""
+        """["--beta", "20", "--no-norm-adv"] -> {"beta": 20.0, "norm_adv": False}, in the types of Args."""
         given, rest = {}, list(flags)
         while rest:
             flag = rest.pop(0)
             name = flag.removeprefix("--").replace("-", "_")
-            default = self.defaults.get(name)
             if isinstance(self.defaults.get(name.removeprefix("no_")), bool):
                 given[name.removeprefix("no_")] = not name.startswith("no_")
-            elif isinstance(default, list):
+            elif isinstance(self.defaults.get(name), list):
                 given[name] = list(takewhile(lambda value: not value.startswith("--"), rest))
                 del rest[: len(given[name])]
             elif flag.startswith("--") and name in self.defaults and rest:
-                given[name] = rest.pop(0) if default is None else type(default)(rest.pop(0))
+                given[name] = self.types[name](rest.pop(0))
             else:
                 raise CellError(f"{self.path} has no flag {flag}, or the flag has no value")
         return given

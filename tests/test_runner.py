@@ -352,7 +352,7 @@ def test_dry_run_prints_commands_that_run_as_they_are(fake):
 )
 def test_bad_input(fake, cells, environment, message):
     code, output = run(cells, *(["--slurm"] if "PATH" in environment else []), **environment)
-    assert code != 0 and message in output and len(output.splitlines()) == 1, output
+    assert code == 2 and message in output and len(output.splitlines()) == 1, output
 
 
 # The sweeps
@@ -600,6 +600,13 @@ def test_stable_baselines3_trains_with_discretized_actions(tmp_path, flags):
     assert process.returncode == 0, process.stderr
     result = json.loads((tmp_path / "run/result.json").read_text())
     assert result["args"]["num_bins"] == 3 and len(result["eval_returns"]) == 10
+
+
+def test_flags_have_the_types_that_result_files_have():
+    flags = "--num-bins 11 --policy-coef 2 --reward-noise-std 0 --seed 3 --algo ppo".split()
+    expected = {"num_bins": 11, "policy_coef": 2.0, "reward_noise_std": 0.0, "seed": 3, "algo": "ppo"}
+    given = Script("sb3_baseline", ROOT).parse(flags)
+    assert given == expected and [*map(type, given.values())] == [*map(type, expected.values())]
 
 
 @pytest.mark.parametrize("flags", [("--num-bins", "1"), ("--policy-coef", "0"), ("--policy-coef=2", "--algo", "a2c")])
