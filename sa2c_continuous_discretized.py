@@ -24,7 +24,7 @@ from collections.abc import Callable, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
-from importlib.metadata import version
+from importlib.metadata import distributions
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -332,7 +332,9 @@ def gae(
 
 
 @torch.enable_grad()
-def gradients(agent: Agent, batch: list[torch.Tensor], args: Args):
+def gradients(
+    agent: Agent, batch: Sequence[torch.Tensor], args: Args
+) -> tuple[list[torch.Tensor], dict[str, torch.Tensor]]:
     """Clipped gradients of every agent on a batch of its own, and its losses as {tag: (num_agents,)}.
 
     batch: observations (num_agents, batch, obs_dim), actions (num_agents, batch, action_dim), and (num_agents, batch)
@@ -341,7 +343,7 @@ def gradients(agent: Agent, batch: list[torch.Tensor], args: Args):
     obs, actions, advantages, returns = batch
     logprob, entropy = logprob_and_entropy(agent.logits(obs), actions)
     policy_loss = symmetric_a2c_loss(logprob, advantages, args.alpha, args.beta, args.Z)
-    value_loss = (agent.value(obs) - returns).square().mean(-1)
+    value_loss = (agent.value(obs) - returns).square().mean(-1)  # as in Stable-Baselines3: no 0.5, no clipping
     entropy = entropy.mean(-1)
     loss = policy_loss + args.vf_coef * value_loss
     if args.ent_coef:
@@ -513,7 +515,7 @@ def train(args: Args, run_dirs: dict[int, Path]) -> None:
 
     with naming_the_seed(E):
         raw_obs, _ = envs.reset(seed=env_seeds(seeds, E, TRAINING, global_step))
-    obs = normalizer.obs(raw_obs.reshape(N, E, obs_dim))
+    obs = normalizer.obs(raw_obs.reshape(N, E, obs_dim), update=global_step < total_timesteps)
     while global_step < total_timesteps and not stop_signals:
         iteration_start = time.perf_counter()
 
@@ -563,12 +565,12 @@ def train(args: Args, run_dirs: dict[int, Path]) -> None:
         stats.append(losses)
 
         counters["global_step"] = global_step
+        failed = (~stats[-1]["losses/grad_norm"].isfinite()).nonzero().flatten().tolist()  # waits for the GPU
         if timed:
             counters["train_steps"] += rollout_size
             counters["train_seconds"] += time.perf_counter() - iteration_start
         timed = True
-        if not stats[-1]["losses/grad_norm"].isfinite().all():
-            failed = (~stats[-1]["losses/grad_norm"].isfinite()).nonzero().flatten().tolist()
+        if failed:
             stop_without(failed, "the loss is not finite. Try a lower --learning-rate or a lower --beta")
 
         # Evaluate, log, save
@@ -604,6 +606,8 @@ def train(args: Args, run_dirs: dict[int, Path]) -> None:
 
     with naming_the_seed(EVAL_EPISODES):
         evaluated = evaluate(agent, normalizer, args, seeds, video_dirs(global_step))
+    versions = {d.name: d.version for d in distributions() if d.name in PACKAGES}
+    versions["python"] = platform.python_version()
     for i, eval_returns in enumerate(evaluated):
         run_dir = run_dirs[seeds[i]]
         own_args = json.loads((run_dir / "args.json").read_text())["args"]
@@ -619,7 +623,7 @@ def train(args: Args, run_dirs: dict[int, Path]) -> None:
             "train_last10_mean": np.mean(last_returns[i]) if last_returns[i] else None,
             "sps": counters["train_steps"] / counters["train_seconds"] if counters["train_steps"] else None,
             "wall_seconds": counters["wall_seconds"] + time.monotonic() - start_time,
-            "versions": {"python": platform.python_version()} | {name: version(name) for name in PACKAGES},
+            "versions": versions,
             "commit": commit,
         }
         write_json(run_dir / "result.json", result)
@@ -628,7 +632,9 @@ def train(args: Args, run_dirs: dict[int, Path]) -> None:
 
 
 @torch.no_grad()
-def evaluate(agent: Agent, normalizer: Normalizer, args: Args, seeds: list[int], video_dirs: Sequence[Path] = ()):
+def evaluate(
+    agent: Agent, normalizer: Normalizer, args: Args, seeds: list[int], video_dirs: Sequence[Path] = ()
+) -> np.ndarray:
     """Raw returns (num_agents, 10) of the first episode in each of 10 environments of its own per agent.
 
     The most likely bin of every action dimension is taken, and the normalization statistics are frozen.
@@ -655,6 +661,8 @@ def evaluate_saved(path: Path, capture_video: bool) -> np.ndarray:
 
     Raises InputError when path is neither a model.safetensors of this script nor a run directory that holds one.
     """
+    if runs := sorted(path.glob("seed*/args.json")):
+        raise InputError(f"{path} holds the runs of several seeds: name one, such as {runs[0].parent}")
     path = path / "model.safetensors" if path.is_dir() else path
     if not path.exists():
         raise InputError(f"{path} does not exist: a model is written when its run has finished")
@@ -862,13 +870,12 @@ def validate(args: Args) -> None:
         args.total_timesteps >= rollout_size,
         f"--total-timesteps must be at least one rollout, {rollout_size} steps, got {args.total_timesteps}",
     )
-    require(not args.cuda or torch.cuda.is_available(), "--cuda: torch sees no CUDA device; drop --cuda")
+    require(not args.cuda or torch.cuda.is_available(), "--cuda needs a CUDA device, and torch sees none")
     require(
         not args.compile or any(map(shutil.which, (os.environ.get("CXX", "c++"), "g++", "clang++"))),
         "--compile needs a C++ compiler (on Debian: apt install g++)",
     )
     require(not args.track or find_spec("wandb"), "--track needs Weights & Biases: pip install wandb")
-    require(not args.capture_video or find_spec("moviepy"), "--capture-video needs moviepy: pip install moviepy")
     check_env(args.env_id, args.capture_video)
 
 
@@ -887,14 +894,16 @@ def check_env(env_id: str, capture_video: bool) -> None:
     flat = isinstance(obs_space, gym.spaces.Box) and len(obs_space.shape) == 1
     require(flat, f"--env-id {env_id} has observations that cannot be flattened")
     if capture_video:
+        require(find_spec("moviepy"), "--capture-video needs moviepy: pip install moviepy")
         try:
             env = gym.make(env_id, render_mode="rgb_array", disable_env_checker=True)
             env.reset()
-            require(env.render() is not None, f"--env-id {env_id} cannot render: drop --capture-video")
+            frame = env.render()
             env.close()
         except Exception as error:
             hint = "MuJoCo without a display needs MUJOCO_GL=egl"
             raise InputError(f"--capture-video: {env_id} cannot render here ({error!r}; {hint})") from None
+        require(frame is not None, f"--env-id {env_id} cannot render: drop --capture-video")
 
 
 def given() -> list[str]:
@@ -960,7 +969,8 @@ def main() -> int:
         print(message, file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print(f"\nstopped; to go on: python {SCRIPT}.py --resume {run_dir}", file=sys.stderr)
+        how = f"; to go on: python {SCRIPT}.py --resume {run_dir}" * run_dir.exists()
+        print(f"\nstopped{how}", file=sys.stderr)
         return 130
 
 

@@ -21,10 +21,10 @@ import subprocess
 import sys
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields
 from functools import partial
-from importlib.metadata import version
+from importlib.metadata import distributions
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -171,8 +171,8 @@ def env_seeds(seed: int, num_envs: int, *stream: int) -> list[int]:
 
 
 class Games:
-    """Several copies of one game, as in the published results: no-ops, frame skip 4 with max-pooling, 84x84 gray
-    frames in stacks of 4, minimal action set, 108,000 frames at most. Rewards are raw.
+    """Several copies of one game: no-ops, frame skip 4 with max-pooling, 84x84 gray frames in stacks of 4, minimal
+    action set, 108,000 frames at most. Rewards are raw. docs/paper-notes.md says where the published results differ.
 
     A lost life ends the episode for learning, but the game plays on. FIRE starts the next life in games that have it:
     where must_fire is set, the caller has to take the action fire.
@@ -255,7 +255,10 @@ def logprob_and_entropy(logits: torch.Tensor, actions: torch.Tensor) -> tuple[to
 
 
 def flip_rewards(rewards: np.ndarray, uniform: np.ndarray, flip_prob: float) -> np.ndarray:
-    """Clipped rewards through a binary symmetric channel: r becomes 1 - r where uniform < flip_prob (Section 5.1)."""
+    """Clipped rewards through a binary symmetric channel: r becomes 1 - r where uniform < flip_prob (Section 5.1).
+
+    rewards and uniform, numbers in [0, 1), have the same shape, which is also the result's.
+    """
     return np.where(uniform < flip_prob, 1 - rewards, rewards)
 
 
@@ -308,7 +311,10 @@ def gae(
     return advantages, advantages + values
 
 
-def gradients(agent: Agent, batch: list[torch.Tensor], clip_coef: torch.Tensor, args: Args):
+@torch.enable_grad()
+def gradients(
+    agent: Agent, batch: Sequence[torch.Tensor], clip_coef: torch.Tensor, args: Args
+) -> tuple[list[torch.Tensor], dict[str, torch.Tensor]]:
     """Clipped gradients on a minibatch, and its losses as {tag: ()}.
 
     batch: frames (batch, 4, 84, 84) and (batch,) of actions, old log-probabilities, advantages and returns.
@@ -320,7 +326,7 @@ def gradients(agent: Agent, batch: list[torch.Tensor], clip_coef: torch.Tensor, 
     if args.norm_adv:
         normalized = (advantages - advantages.mean(-1, keepdim=True)) / (advantages.std(-1, keepdim=True) + 1e-8)
     policy_loss = symmetric_ppo_loss(logprob, old_logprob, normalized, clip_coef, args.alpha, args.beta, args.Z)
-    value_loss = (values - returns).square().mean(-1)
+    value_loss = (values - returns).square().mean(-1)  # as in Stable-Baselines3: no 0.5, no clipping
     entropy = entropy.mean(-1)
     loss = policy_loss + args.vf_coef * value_loss
     if args.ent_coef:
@@ -369,6 +375,7 @@ def keep_memory() -> None:
         libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: the heap does not shrink
 
 
+@torch.no_grad()
 def train(args: Args, run_dir: Path) -> None:
     """Train in run_dir, from its checkpoint if it has one, and leave its result.json.
 
@@ -437,12 +444,11 @@ def train(args: Args, run_dir: Path) -> None:
         uniform = torch.empty(T, E).uniform_(generator=generator).numpy()
         for t in range(T):
             obs_buf[t] = torch.from_numpy(obs).to(device, non_blocking=True)
-            with torch.no_grad():
-                logits, value_buf[t] = agent(obs_buf[t])
-                action_buf[t] = (logits + gumbel[t]).argmax(-1)
-                if games.must_fire.any():
-                    action_buf[t][torch.from_numpy(games.must_fire)] = games.fire
-                logprob_buf[t], _ = logprob_and_entropy(logits, action_buf[t])
+            logits, value_buf[t] = agent(obs_buf[t])
+            action_buf[t] = (logits + gumbel[t]).argmax(-1)
+            if games.must_fire.any():
+                action_buf[t][torch.from_numpy(games.must_fire)] = games.fire
+            logprob_buf[t], _ = logprob_and_entropy(logits, action_buf[t])
             obs, raw_reward, terminated, truncated, game_over, infos = games.step(action_buf[t].cpu().numpy())
             reward_buf[t] = flip_rewards(np.sign(raw_reward), uniform[t], args.reward_flip_prob)
             done_buf[t] = terminated | truncated
@@ -450,8 +456,7 @@ def train(args: Args, run_dir: Path) -> None:
             length += 1
             time_limit = truncated & ~terminated
             if time_limit.any():  # the game was cut, not over: add gamma * V(final observation)
-                with torch.no_grad():
-                    _, final_value = agent(torch.from_numpy(infos["final_obs"]).to(device))
+                _, final_value = agent(torch.from_numpy(infos["final_obs"]).to(device))
                 reward_buf[t] += args.gamma * final_value.cpu().numpy() * time_limit
             for e in np.flatnonzero(game_over):
                 episodes.append((score[e], length[e]))
@@ -460,8 +465,7 @@ def train(args: Args, run_dir: Path) -> None:
 
         # Advantages
         values = value_buf.cpu().numpy()
-        with torch.no_grad():
-            last_value = agent(torch.from_numpy(obs).to(device))[1].cpu().numpy()
+        last_value = agent(torch.from_numpy(obs).to(device))[1].cpu().numpy()
         advantages, returns = gae(reward_buf, values, done_buf, last_value, args.gamma, args.gae_lambda)
         b_advantages, b_returns = (torch.from_numpy(x).to(device).flatten() for x in (advantages, returns))
         batch = (obs_buf.flatten(0, 1), action_buf.flatten(), logprob_buf.flatten(), b_advantages, b_returns)
@@ -484,7 +488,7 @@ def train(args: Args, run_dir: Path) -> None:
                 stats.append(losses)
 
         counters["global_step"] = global_step
-        finite = bool(stats[-1]["losses/grad_norm"].isfinite())  # waits for the GPU, so that the time below is true
+        finite = bool(stats[-1]["losses/grad_norm"].isfinite())  # waits for the GPU
         if timed:
             counters["train_steps"] += rollout_size
             counters["train_seconds"] += time.perf_counter() - iteration_start
@@ -520,6 +524,8 @@ def train(args: Args, run_dir: Path) -> None:
 
     eval_returns = evaluate(agent, args, run_dir / f"videos/step{global_step}")
     save_model(run_dir, learner, args)
+    versions = {d.name: d.version for d in distributions() if d.name in PACKAGES}
+    versions["python"] = platform.python_version()
     result = {
         "script": SCRIPT,
         "env_id": args.env_id,
@@ -531,7 +537,7 @@ def train(args: Args, run_dir: Path) -> None:
         "train_last10_mean": np.mean(last_returns) if last_returns else None,
         "sps": counters["train_steps"] / counters["train_seconds"] if counters["train_steps"] else None,
         "wall_seconds": counters["wall_seconds"] + time.monotonic() - start_time,
-        "versions": {"python": platform.python_version()} | {name: version(name) for name in PACKAGES},
+        "versions": versions,
         "commit": commit,
     }
     write_json(run_dir / "result.json", result)
@@ -539,6 +545,7 @@ def train(args: Args, run_dir: Path) -> None:
     log.close()
 
 
+@torch.no_grad()
 def evaluate(agent: Agent, args: Args, video_dir: Path) -> np.ndarray:
     """Raw scores (10,) of the first whole game in each of 10 environments of its own; actions are sampled.
 
@@ -556,8 +563,7 @@ def evaluate(agent: Agent, args: Args, video_dir: Path) -> np.ndarray:
     running = np.ones(EVAL_EPISODES, dtype=bool)
     while running.any():
         gumbel = -torch.empty(EVAL_EPISODES, games.num_actions).exponential_(generator=generator).log().to(device)
-        with torch.no_grad():
-            actions = (agent(torch.from_numpy(obs).to(device))[0] + gumbel).argmax(-1).cpu().numpy()
+        actions = (agent(torch.from_numpy(obs).to(device))[0] + gumbel).argmax(-1).cpu().numpy()
         if games.must_fire.any():
             actions[games.must_fire] = games.fire
         if args.capture_video and running[0]:
@@ -594,6 +600,7 @@ def evaluate_saved(path: Path, capture_video: bool) -> np.ndarray:
         agent.to("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
     except (KeyError, ValueError, TypeError, RuntimeError):
         raise InputError(f"{path} is damaged: arguments or tensors are missing") from None
+    check_game(args.env_id, capture_video)
     torch.set_num_threads(args.num_threads)
     return evaluate(agent, args, path.parent / "videos")
 
@@ -775,8 +782,13 @@ def validate(args: Args) -> None:
         "--compile needs a C++ compiler (on Debian: apt install g++)",
     )
     require(not args.track or find_spec("wandb"), "--track needs Weights & Biases: pip install wandb")
-    require(not args.capture_video or find_spec("moviepy"), "--capture-video needs moviepy: pip install moviepy")
-    find_game(args.env_id)
+    check_game(args.env_id, args.capture_video)
+
+
+def check_game(env_id: str, capture_video: bool) -> None:
+    """Raise InputError unless env_id is a game, and can be recorded if it has to be."""
+    find_game(env_id)
+    require(not capture_video or find_spec("moviepy"), "--capture-video needs moviepy: pip install moviepy")
 
 
 def given() -> list[str]:
@@ -832,7 +844,8 @@ def main() -> int:
         print(message, file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print(f"\nstopped; to go on: python {SCRIPT}.py --resume {run_dir}", file=sys.stderr)
+        how = f"; to go on: python {SCRIPT}.py --resume {run_dir}" * run_dir.exists()
+        print(f"\nstopped{how}", file=sys.stderr)
         return 130
 
 

@@ -26,7 +26,7 @@ from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
-from importlib.metadata import version
+from importlib.metadata import distributions
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal
@@ -844,7 +844,8 @@ def train(args: Args, run_dir: Path, learner: Learner) -> None:
     samples = metrics.pop("samples")
     lines = "".join(json.dumps(sample) + "\n" for sample in samples)
     write_atomic(run_dir / "eval_samples.jsonl", lambda temporary: temporary.write_text(lines))
-    versions = {"python": platform.python_version()} | {name: version(name) for name in PACKAGES}
+    versions = {d.name: d.version for d in distributions() if d.name in PACKAGES}
+    versions["python"] = platform.python_version()
     result = {"script": SCRIPT, "policy": args.policy, "dataset": args.dataset, "reward_model": args.reward_model}
     result |= {"seed": args.seed, "args": asdict(args), "num_updates": counters["update"]}
     result |= {tag.replace("/", "_"): value for tag, value in metrics.items()}

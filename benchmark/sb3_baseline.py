@@ -15,7 +15,7 @@ import sys
 import time
 from collections import deque
 from dataclasses import asdict, dataclass
-from importlib.metadata import version
+from importlib.metadata import distributions
 from pathlib import Path
 from typing import Literal
 
@@ -131,7 +131,7 @@ def weighted(policy_coef: float) -> dict:
 
 def train(args: Args, run_dir: Path) -> dict:
     """Train, save the model with its statistics, and return the result."""
-    start = time.monotonic()
+    start, commit = time.monotonic(), git_commit()
     torch.set_num_threads(args.num_threads)
     ppo, a2c = (PPO, 1, weighted(args.policy_coef)), (A2C, 4, {"n_steps": 8})
     algorithm, num_envs, settings = ppo if args.algo == "ppo" else a2c
@@ -147,6 +147,8 @@ def train(args: Args, run_dir: Path) -> dict:
     curves.write({"eval/episodic_return": eval_returns.mean()})
     model.save(run_dir / "model.zip")
     normalize.save(str(run_dir / "vecnormalize.pkl"))
+    versions = {d.name: d.version for d in distributions() if d.name in PACKAGES}
+    versions["python"] = platform.python_version()
     return {
         "script": SCRIPT,
         "env_id": args.env_id,
@@ -158,8 +160,8 @@ def train(args: Args, run_dir: Path) -> dict:
         "train_last10_mean": np.mean(curves.last_returns) if curves.last_returns else None,
         "sps": sps,
         "wall_seconds": time.monotonic() - start,
-        "versions": {"python": platform.python_version()} | {name: version(name) for name in PACKAGES},
-        "commit": git_commit(),
+        "versions": versions,
+        "commit": commit,
     }
 
 
@@ -184,6 +186,10 @@ def main() -> int:
     args = tyro.cli(Args, description=__doc__)
     run_dir = Path(args.run_dir)
     wrong = None
+    try:
+        make(args).close()
+    except Exception as error:  # whatever gymnasium or the environment raises
+        wrong = f"--env-id {args.env_id}: {(str(error) or repr(error)).splitlines()[0]}"
     if run_dir.exists() and (not run_dir.is_dir() or any(run_dir.iterdir())):
         wrong = f"--run-dir {run_dir} is in use: name another, or remove it to start over"
     elif args.num_bins is not None and args.num_bins < 2:

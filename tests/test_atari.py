@@ -333,6 +333,14 @@ def test_saved_model_repeats_the_final_evaluation(finished):
     assert script.evaluate_saved(run_dir, False).tolist() == result["eval_returns"]
 
 
+def test_videos_of_a_saved_model_need_moviepy(finished, capsys, monkeypatch):
+    script, run_dir, _ = finished
+    monkeypatch.setattr(script, "find_spec", lambda name: None)
+    monkeypatch.setattr(sys, "argv", [script.SCRIPT, "--evaluate", str(run_dir), "--capture-video"])
+    assert script.main() == 2
+    assert capsys.readouterr().err == "error: --capture-video needs moviepy: pip install moviepy\n"
+
+
 def test_resume_of_a_finished_run_prints_its_result(finished, capsys, monkeypatch):
     script, run_dir, _ = finished
     before = {path: path.stat().st_mtime_ns for path in run_dir.rglob("*")}

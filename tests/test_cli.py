@@ -5,10 +5,12 @@ import csv
 import importlib
 import json
 import os
+import platform
 import shutil
 import signal
 import subprocess
 import sys
+from importlib.metadata import version
 from itertools import combinations, pairwise
 from pathlib import Path
 
@@ -444,7 +446,15 @@ def test_ctrl_c_leaves_a_checkpoint_and_says_how_to_go_on(survivor):
     assert survivor["killed_at"] < step_of(survivor["stopped_rows"][-1]) <= survivor["stopped_at"] < 12_288
 
 
-def test_kill_between_the_final_evaluation_and_the_result_leaves_one_evaluation_row(
+def test_ctrl_c_during_an_evaluation_has_nothing_to_go_on_with(script, finished, call, monkeypatch):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(script, "evaluate_saved", interrupted)
+    assert call("--evaluate", finished[0] / "run") == (130, "", "\nstopped\n")
+
+
+def test_kill_between_the_final_evaluation_and_the_result_leaves_one_evaluation_row_and_the_same_model(
     script, call, monkeypatch, tmp_path
 ):
     class Killed(BaseException):
@@ -460,11 +470,14 @@ def test_kill_between_the_final_evaluation_and_the_result_leaves_one_evaluation_
     with pytest.raises(Killed):
         call(*PENDULUM, *small(script), "--total-timesteps", "64", "--run-dir", run_dir)
     monkeypatch.setattr(script, "write_json", write_json)
+    model = load_file(run_dir / "model.safetensors")
     wait_for_the_next_second()
     assert call("--resume", run_dir)[0] == 0
     evaluations = [row for row in rows_of(run_dir) if not row.endswith(",\n")]
     assert [step_of(row) for row in evaluations] == [64]
     assert [step for step, _ in event_points(run_dir)["eval/episodic_return"]] == [64]
+    resumed = load_file(run_dir / "model.safetensors")
+    assert all(torch.equal(model[name], resumed[name]) for name in model)
 
 
 def random_batch(script, num_agents, seed):
@@ -628,7 +641,14 @@ def model_of_a_missing_environment(path, good):
     save_file(load_file(good), path, metadata | {"args": args})
 
 
+def several_seeds(path, good):
+    for seed in (2, 1):
+        (path / f"seed{seed}").mkdir(parents=True)
+        (path / f"seed{seed}" / "args.json").write_text("{}")
+
+
 MODELS = {
+    "parent of several runs": several_seeds,
     "missing directory": lambda path, good: path,
     "run without a model": lambda path, good: path.mkdir(),
     "text": lambda path, good: path.write_text("hello"),
@@ -645,7 +665,8 @@ def test_evaluate_refuses_what_is_no_model_of_this_script(finished, call, tmp_pa
     MODELS[kind](tmp_path / "model", finished[0] / "run" / "model.safetensors")
     before = snapshot(tmp_path)
     code, out, err = call("--evaluate", tmp_path / "model")
-    assert_refused(code, err, "NotInstalled-v0" if "installed" in kind else str(tmp_path / "model"))
+    word = "model/seed1" if "several" in kind else "NotInstalled-v0" if "installed" in kind else tmp_path / "model"
+    assert_refused(code, err, str(word))
     assert out == ""
     assert snapshot(tmp_path) == before
 
@@ -728,6 +749,22 @@ def test_flag_whose_package_is_missing_names_the_package(script, call, monkeypat
     assert list(tmp_path.iterdir()) == []
 
 
+def test_videos_of_a_saved_model_need_moviepy_too(script, finished, call, monkeypatch):
+    monkeypatch.setattr(script, "find_spec", lambda name: None)
+    before = snapshot(finished[0])
+    code, _, err = call("--evaluate", finished[0] / "run", "--capture-video")
+    assert_refused(code, err, "--capture-video", "pip install moviepy")
+    assert snapshot(finished[0]) == before
+
+
+def test_result_names_the_versions_of_what_is_installed(script, call, monkeypatch, tmp_path):
+    monkeypatch.setattr(script, "PACKAGES", ("torch", "no-such-package"))
+    flags = (*PENDULUM, *small(script), "--total-timesteps", 32, "--run-dir", "run")
+    assert call(*flags)[0] == 0
+    versions = {"torch": version("torch"), "python": platform.python_version()}
+    assert read_result(tmp_path / "run")["versions"] == versions
+
+
 WANDB = """
 import json
 from pathlib import Path
@@ -768,9 +805,12 @@ def test_compile_flag_is_refused_without_a_compiler(call, monkeypatch, tmp_path)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_video_of_an_environment_without_frames_is_refused(call, tmp_path):
+def test_video_of_an_environment_without_frames_is_refused(call, monkeypatch, tmp_path):
     code, _, err = call("--env-id", "Toy-v0", "--capture-video", "--total-timesteps", 2048)
-    assert_refused(code, err, "--capture-video")
+    assert_refused(code, err, "Toy-v0 cannot render here (NotImplementedError")
+    monkeypatch.setattr(ToyEnv, "render", lambda self: None)
+    code, _, err = call("--env-id", "Toy-v0", "--capture-video", "--total-timesteps", 2048)
+    assert_refused(code, err, "error: --env-id Toy-v0 cannot render: drop --capture-video")
     assert list(tmp_path.iterdir()) == []
 
 

@@ -609,11 +609,19 @@ def test_flags_have_the_types_that_result_files_have():
     assert given == expected and [*map(type, given.values())] == [*map(type, expected.values())]
 
 
-@pytest.mark.parametrize("flags", [("--num-bins", "1"), ("--policy-coef", "0"), ("--policy-coef=2", "--algo", "a2c")])
-def test_stable_baselines3_refuses_what_it_cannot_do(tmp_path, flags):
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        (["--num-bins", "1"], "--num-bins must be "),
+        (["--policy-coef", "0"], "--policy-coef must be "),
+        (["--policy-coef", "2", "--algo", "a2c"], "--policy-coef must be "),
+        (["--env-id", "NoSuchEnv-v4"], "--env-id NoSuchEnv-v4: "),
+    ],
+)
+def test_stable_baselines3_refuses_what_it_cannot_do(tmp_path, flags, words):
     command = [sys.executable, "benchmark/sb3_baseline.py", "--run-dir", tmp_path / "run", *flags]
     process = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert process.returncode == 2 and process.stderr.startswith(f"error: {flags[0].partition('=')[0]} must be ")
+    assert process.returncode == 2 and process.stderr.startswith(f"error: {words}")
     assert process.stderr.count("\n") == 1 and not (tmp_path / "run").exists()
 
 
