@@ -524,8 +524,8 @@ def train(args: Args, run_dir: Path) -> None:
 
     eval_returns = evaluate(agent, args, run_dir / f"videos/step{global_step}")
     save_model(run_dir, learner, args)
-    versions = {d.name: d.version for d in distributions() if d.name in PACKAGES}
-    versions["python"] = platform.python_version()
+    installed = {d.name: d.version for d in distributions()}
+    versions = {"python": platform.python_version()} | {p: installed[p] for p in PACKAGES if p in installed}
     result = {
         "script": SCRIPT,
         "env_id": args.env_id,

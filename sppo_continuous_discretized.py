@@ -629,8 +629,8 @@ def train(args: Args, run_dirs: dict[int, Path]) -> None:
 
     with naming_the_seed(EVAL_EPISODES):
         evaluated = evaluate(agent, normalizer, args, seeds, video_dirs(global_step))
-    versions = {d.name: d.version for d in distributions() if d.name in PACKAGES}
-    versions["python"] = platform.python_version()
+    installed = {d.name: d.version for d in distributions()}
+    versions = {"python": platform.python_version()} | {p: installed[p] for p in PACKAGES if p in installed}
     for i, eval_returns in enumerate(evaluated):
         run_dir = run_dirs[seeds[i]]
         own_args = json.loads((run_dir / "args.json").read_text())["args"]

@@ -844,8 +844,8 @@ def train(args: Args, run_dir: Path, learner: Learner) -> None:
     samples = metrics.pop("samples")
     lines = "".join(json.dumps(sample) + "\n" for sample in samples)
     write_atomic(run_dir / "eval_samples.jsonl", lambda temporary: temporary.write_text(lines))
-    versions = {d.name: d.version for d in distributions() if d.name in PACKAGES}
-    versions["python"] = platform.python_version()
+    installed = {d.name: d.version for d in distributions()}
+    versions = {"python": platform.python_version()} | {p: installed[p] for p in PACKAGES if p in installed}
     result = {"script": SCRIPT, "policy": args.policy, "dataset": args.dataset, "reward_model": args.reward_model}
     result |= {"seed": args.seed, "args": asdict(args), "num_updates": counters["update"]}
     result |= {tag.replace("/", "_"): value for tag, value in metrics.items()}

@@ -147,8 +147,8 @@ def train(args: Args, run_dir: Path) -> dict:
     curves.write({"eval/episodic_return": eval_returns.mean()})
     model.save(run_dir / "model.zip")
     normalize.save(str(run_dir / "vecnormalize.pkl"))
-    versions = {d.name: d.version for d in distributions() if d.name in PACKAGES}
-    versions["python"] = platform.python_version()
+    installed = {d.name: d.version for d in distributions()}
+    versions = {"python": platform.python_version()} | {p: installed[p] for p in PACKAGES if p in installed}
     return {
         "script": SCRIPT,
         "env_id": args.env_id,
