@@ -54,8 +54,8 @@ from transformers.utils.peft_utils import find_adapter_config_file
 
 SCRIPT = Path(__file__).stem
 TRAINING, EVALUATION = 0, 1  # streams of random numbers
-MEMORY = ("micro_batch_size", "rollout_batch_size")  # may change on resume
-SMALLER = "lower --micro-batch-size and --rollout-batch-size, which --resume takes as well"
+MAY_CHANGE = ("micro_batch_size", "rollout_batch_size")  # on resume and for an evaluation
+OOM_HINT = "lower --micro-batch-size and --rollout-batch-size, which --resume takes as well"
 TOKENIZERS = {"rajkumarrrk/gpt2-fine-tuned-on-imdb-positive-reviews": "lvwerra/gpt2-imdb"}  # where the authors took it
 PACKAGES = ("torch", "transformers", "datasets", "accelerate", "numpy")  # their versions go into result.json
 METRICS = (
@@ -149,7 +149,7 @@ class Args:
     run_dir: str | None = None
     """where everything goes; default runs/<dataset>__<script>__<seed>__<time>"""
     resume: str | None = None
-    """run directory to continue; all other arguments come from the run"""
+    """run directory to continue; all other arguments but the two batch sizes that fit memory come from the run"""
     evaluate: str | None = None
     """run directory to evaluate instead of training"""
     eval_every: int = 0
@@ -203,7 +203,7 @@ def load_auto(flag: str, name: str, auto_class: type, **options):
 def load_texts(name: str, columns: Sequence[str]) -> tuple[list[dict], list[dict]]:
     """Rows of the training and the validation split; without one, a random fifth of the training split.
 
-    Raises InputError when there is no such data set, column or row.
+    Raises InputError when there is no such data set or column, no row, or something else than text in a row.
     """
     path = Path(name)
     if path.is_file():
@@ -214,14 +214,17 @@ def load_texts(name: str, columns: Sequence[str]) -> tuple[list[dict], list[dict
         data = load("dataset", name, datasets.load_dataset)
     data = data if isinstance(data, datasets.DatasetDict) else {"train": data}
     require("train" in data, f"--dataset {name} has no split train, only {', '.join(data)}")
-    missing = [column for column in columns if column not in data["train"].column_names]
-    require(not missing, f"--dataset {name} has no column {', '.join(missing)}, only {data['train'].column_names}")
     train = data["train"]
     if names := [name for name in ("validation", "valid") if name in data]:
         validation = data[names[0]]
     else:
         require(len(train) > 1, f"--dataset {name} has {len(train)} rows: too few for training and validation")
         train, validation = train.train_test_split(test_size=0.2, seed=0).values()
+    for split in (train, validation):
+        missing = [column for column in columns if column not in split.column_names]
+        require(not missing, f"--dataset {name} has no column {', '.join(missing)}, only {split.column_names}")
+        texts = all(isinstance(cell, str) for column in columns for cell in split[column])
+        require(texts, f"--dataset {name} has rows in which {' or '.join(columns)} is no text")
     return train.select_columns(columns).to_list(), validation.select_columns(columns).to_list()
 
 
@@ -367,13 +370,16 @@ def symmetric_ppo_loss(
 def clipped_value_loss(
     values: torch.Tensor, old_values: torch.Tensor, returns: torch.Tensor, clip_coef: float, mask: torch.Tensor
 ) -> torch.Tensor:
-    """Half the mean, over real tokens, of the larger of the plain and the clipped squared error: scalar."""
+    """Half the mean, over real tokens, of the larger of the plain and the clipped squared error.
+
+    (sequence, token) -> scalar
+    """
     clipped = old_values + (values - old_values).clamp(-clip_coef, clip_coef)
     return 0.5 * masked_mean(torch.max((values - returns).square(), (clipped - returns).square()), mask)
 
 
 def masked_mean(x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """Mean of x over the elements where mask is True."""
+    """Mean of x over the elements where mask, of the same shape, is True: scalar."""
     return torch.where(mask, x, 0.0).sum() / mask.sum()
 
 
@@ -444,6 +450,7 @@ def prompt_indices(num_prompts: int, update: int, num_trajectories: int, seed: i
 
 
 def seed_everything(*entropy: int) -> None:
+    """Seed torch from several numbers, such as seed, update and process."""
     torch.manual_seed(int(np.random.SeedSequence(entropy).generate_state(1)[0]))
 
 
@@ -490,8 +497,8 @@ class Learner:
             self.tokenizer = load_auto("policy" if tokenizer == args.policy else "tokenizer", tokenizer, AutoTokenizer)
             policy = load_auto("policy", args.policy, AutoModelForCausalLM, dtype=torch.float32)
             value_model = load_auto("policy", args.policy, AutoModel, dtype=torch.float32)
+            check_vocabulary("policy", args.policy, self.tokenizer, policy)
             self.reward = Reward(args, self.device)
-        check_vocabulary("policy", args.policy, self.tokenizer, policy)
         room = getattr(policy.config, "max_position_embeddings", None) or sys.maxsize
         length = args.prompt_length + args.response_length
         require(
@@ -522,11 +529,14 @@ class Learner:
         return rows[self.accelerator.process_index :: self.accelerator.num_processes]
 
     def state(self) -> dict:
-        parameters = {name: p.detach() for name, p in self.actor_critic.named_parameters() if p.requires_grad}
+        """What is trained, by name, and the optimizer's state."""
+        trained = {id(p) for group in self.optimizer.param_groups for p in group["params"]}
+        parameters = {name: p.detach() for name, p in self.actor_critic.named_parameters() if id(p) in trained}
         return {"model": parameters, "optimizer": self.optimizer.state_dict()}
 
     @torch.no_grad()
     def load(self, state: dict) -> None:
+        """Take over what state() returned."""
         parameters = dict(self.actor_critic.named_parameters())
         for name, value in state["model"].items():
             parameters[name].copy_(value)
@@ -806,6 +816,7 @@ def perplexity(learner: Learner, texts: list[str]) -> float:
 
 
 def summary(metrics: dict) -> str:
+    """An evaluation in one line."""
     return f"score {metrics['eval/score']:.4f}, perplexity {metrics['eval/perplexity']:.2f}"
 
 
@@ -1045,7 +1056,7 @@ def run(args: Args, run_dir: Path) -> int:
     empty = "" in (args.run_dir, args.resume, args.evaluate)
     require(not empty, "--run-dir, --resume and --evaluate need a path, got an empty one")
     if args.evaluate or args.resume:
-        only("evaluate" if args.evaluate else "resume", *MEMORY)
+        only("evaluate" if args.evaluate else "resume", *MAY_CHANGE)
         run_dir = Path(args.evaluate or args.resume)
         saved = open_run_dir(run_dir)
         if args.evaluate:
@@ -1053,7 +1064,7 @@ def run(args: Args, run_dir: Path) -> int:
                 (run_dir / "policy").exists(), f"{run_dir} holds no policy: it is written when the run has finished"
             )
             saved = replace(saved, policy=str(run_dir / "policy"), tokenizer=None, evaluate=args.evaluate)
-        smaller = {name: getattr(args, name) for name in MEMORY if name in given()}
+        smaller = {name: getattr(args, name) for name in MAY_CHANGE if name in given()}
         args = replace(saved, **smaller)
     else:
         check_unused(run_dir)
@@ -1082,8 +1093,8 @@ def run(args: Args, run_dir: Path) -> int:
             accelerator.wait_for_everyone()
             args = open_run_dir(run_dir)
         train(args, run_dir, learner)
-        if not accelerator.is_main_process:
-            return 0
+    if os.environ.get("RANK", "0") != "0":
+        return 0
     result = json.loads((run_dir / "result.json").read_text())
     metrics = {"eval/" + key.removeprefix("eval_"): value for key, value in result.items() if key.startswith("eval_")}
     print(f"seed {args.seed}: {result['num_updates']} updates, {summary(metrics)}")
@@ -1111,13 +1122,14 @@ def main() -> int:
     except OSError as error:
         message, hint = f"error: {' '.join(str(error).split())}", f"\n{to_go_on}"
     except torch.OutOfMemoryError:
-        message, hint = f"error: the GPU is out of memory: {SMALLER}", f"\n{to_go_on}"
+        message, hint = f"error: the GPU is out of memory: {OOM_HINT}", f"\n{to_go_on}"
     except KeyboardInterrupt:
         message, code, hint = "\nstopped", 130, f"; {to_go_on}"
-    if (run_dir / "args.json").exists():
-        message += hint
-    if os.environ.get("RANK", "0") == "0":
-        print(message, file=sys.stderr)
+    rank = os.environ.get("RANK", "0")
+    if rank == "0":
+        print(message + hint * (run_dir / "args.json").exists(), file=sys.stderr)
+    elif code == 1 and hint:  # a disk or a GPU may be full for one process alone
+        print(f"process {rank}: {message}", file=sys.stderr)
     return code
 
 

@@ -58,8 +58,8 @@ from transformers.utils.peft_utils import find_adapter_config_file
 
 SCRIPT = Path(__file__).stem
 TRAINING, EVALUATION = 0, 1  # streams of random numbers
-MEMORY = ("micro_batch_size", "rollout_batch_size")  # may change on resume
-SMALLER = (
+MAY_CHANGE = ("micro_batch_size", "rollout_batch_size")  # on resume and for an evaluation
+OOM_HINT = (
     "lower --micro-batch-size and --rollout-batch-size, which --resume takes as well, "
     "or begin anew with a smaller --base-precision"
 )
@@ -169,7 +169,7 @@ class Args:
     run_dir: str | None = None
     """where everything goes; default runs/<dataset>__<script>__<seed>__<time>"""
     resume: str | None = None
-    """run directory to continue; all other arguments come from the run"""
+    """run directory to continue; all other arguments but the two batch sizes that fit memory come from the run"""
     evaluate: str | None = None
     """run directory to evaluate instead of training"""
     eval_every: int = 0
@@ -223,7 +223,7 @@ def load_auto(flag: str, name: str, auto_class: type, **options):
 def load_texts(name: str, columns: Sequence[str]) -> tuple[list[dict], list[dict]]:
     """Rows of the training and the validation split; without one, a random fifth of the training split.
 
-    Raises InputError when there is no such data set, column or row.
+    Raises InputError when there is no such data set or column, no row, or something else than text in a row.
     """
     path = Path(name)
     if path.is_file():
@@ -234,14 +234,17 @@ def load_texts(name: str, columns: Sequence[str]) -> tuple[list[dict], list[dict
         data = load("dataset", name, datasets.load_dataset)
     data = data if isinstance(data, datasets.DatasetDict) else {"train": data}
     require("train" in data, f"--dataset {name} has no split train, only {', '.join(data)}")
-    missing = [column for column in columns if column not in data["train"].column_names]
-    require(not missing, f"--dataset {name} has no column {', '.join(missing)}, only {data['train'].column_names}")
     train = data["train"]
     if names := [name for name in ("validation", "valid") if name in data]:
         validation = data[names[0]]
     else:
         require(len(train) > 1, f"--dataset {name} has {len(train)} rows: too few for training and validation")
         train, validation = train.train_test_split(test_size=0.2, seed=0).values()
+    for split in (train, validation):
+        missing = [column for column in columns if column not in split.column_names]
+        require(not missing, f"--dataset {name} has no column {', '.join(missing)}, only {split.column_names}")
+        texts = all(isinstance(cell, str) for column in columns for cell in split[column])
+        require(texts, f"--dataset {name} has rows in which {' or '.join(columns)} is no text")
     return train.select_columns(columns).to_list(), validation.select_columns(columns).to_list()
 
 
@@ -334,6 +337,7 @@ class ActorCritic(nn.Module):
         return out.last_hidden_state.float()
 
     def reference_logprobs(self, tokens: torch.Tensor, mask: torch.Tensor, num_actions: int) -> torch.Tensor:
+        """Log-probabilities (batch, num_actions) of the last num_actions tokens by the model without its adapters."""
         with self.adapters.disable_adapter():
             return response_logprobs(self.lm, tokens, mask, num_actions)
 
@@ -352,6 +356,7 @@ class ActorCritic(nn.Module):
 
 
 def reward_text(prompt: str, summary: str) -> str:
+    """What a reward model reads."""
     return f"{prompt} {summary.strip()}"
 
 
@@ -386,7 +391,10 @@ class ClassifierReward:
 
 
 class AdapterReward:
-    """Scalar head on the final end token of <|startoftext|> + prompt + summary + <|endoftext|>, by a reward adapter."""
+    """Scalar head on the final end token of <|startoftext|> + prompt + summary + <|endoftext|>, by a reward adapter.
+
+    Of a text that is too long, the end counts.
+    """
 
     def __init__(self, args: Args, actor_critic: ActorCritic, tokenizer: PreTrainedTokenizerBase):
         config = load("reward-model", args.reward_model, PeftConfig.from_pretrained)
@@ -412,15 +420,17 @@ class AdapterReward:
         require(fits, f"--reward-model {args.reward_model} is an adapter for another model than --policy {args.policy}")
         actor_critic.use("policy")
         self.actor_critic, self.tokenizer, self.batch_size = actor_critic, tokenizer, args.rollout_batch_size
+        self.room = getattr(actor_critic.lm.config, "max_position_embeddings", None) or sys.maxsize
 
     @torch.no_grad()
     def __call__(self, texts: list[str]) -> list[float]:
         device, end = self.actor_critic.value_head.weight.device, self.tokenizer.eos_token_id
         tokens = self.tokenizer([f"<|startoftext|>{text}" for text in texts]).input_ids
+        tokens = [[*text, end][-self.room :] for text in tokens]  # the beginning goes, the summary stays
         scores, order = [0.0] * len(texts), sorted(range(len(texts)), key=lambda i: len(tokens[i]))
         for start in range(0, len(texts), self.batch_size):
             rows = order[start : start + self.batch_size]
-            batch, mask, _ = pad([[*tokens[i], end] for i in rows], [[]] * len(rows), device)
+            batch, mask, _ = pad([tokens[i] for i in rows], [[]] * len(rows), device)
             last = self.actor_critic.hidden("reward", batch, mask)[:, -1]
             for i, score in zip(rows, (last @ self.head.to(device).T + self.bias).squeeze(-1).tolist()):
                 scores[i] = score
@@ -456,13 +466,16 @@ def symmetric_ppo_loss(
 def clipped_value_loss(
     values: torch.Tensor, old_values: torch.Tensor, returns: torch.Tensor, clip_coef: float, mask: torch.Tensor
 ) -> torch.Tensor:
-    """Half the mean, over real tokens, of the larger of the plain and the clipped squared error: scalar."""
+    """Half the mean, over real tokens, of the larger of the plain and the clipped squared error.
+
+    (sequence, token) -> scalar
+    """
     clipped = old_values + (values - old_values).clamp(-clip_coef, clip_coef)
     return 0.5 * masked_mean(torch.max((values - returns).square(), (clipped - returns).square()), mask)
 
 
 def masked_mean(x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """Mean of x over the elements where mask is True."""
+    """Mean of x over the elements where mask, of the same shape, is True: scalar."""
     return torch.where(mask, x, 0.0).sum() / mask.sum()
 
 
@@ -533,6 +546,7 @@ def prompt_indices(num_prompts: int, update: int, num_trajectories: int, seed: i
 
 
 def seed_everything(*entropy: int) -> None:
+    """Seed torch from several numbers, such as seed, update and process."""
     torch.manual_seed(int(np.random.SeedSequence(entropy).generate_state(1)[0]))
 
 
@@ -630,11 +644,14 @@ class Learner:
         return rows[self.accelerator.process_index :: self.accelerator.num_processes]
 
     def state(self) -> dict:
-        parameters = {name: p.detach() for name, p in self.actor_critic.named_parameters() if p.requires_grad}
+        """What is trained, by name, and the optimizer's state."""
+        trained = {id(p) for group in self.optimizer.param_groups for p in group["params"]}
+        parameters = {name: p.detach() for name, p in self.actor_critic.named_parameters() if id(p) in trained}
         return {"model": parameters, "optimizer": self.optimizer.state_dict()}
 
     @torch.no_grad()
     def load(self, state: dict) -> None:
+        """Take over what state() returned."""
         parameters = dict(self.actor_critic.named_parameters())
         for name, value in state["model"].items():
             parameters[name].copy_(value)
@@ -924,6 +941,7 @@ def perplexity(learner: Learner, texts: list[str]) -> float:
 
 
 def summary(metrics: dict) -> str:
+    """An evaluation in one line."""
     rouge = " / ".join(f"{100 * metrics[f'eval/{name}']:.1f}" for name in ("rouge1", "rouge2", "rougeL"))
     return f"score {metrics['eval/score']:.4f}, perplexity {metrics['eval/perplexity']:.2f}, ROUGE-1/2/L {rouge}"
 
@@ -1170,7 +1188,7 @@ def run(args: Args, run_dir: Path) -> int:
     empty = "" in (args.run_dir, args.resume, args.evaluate)
     require(not empty, "--run-dir, --resume and --evaluate need a path, got an empty one")
     if args.evaluate or args.resume:
-        only("evaluate" if args.evaluate else "resume", *MEMORY)
+        only("evaluate" if args.evaluate else "resume", *MAY_CHANGE)
         run_dir = Path(args.evaluate or args.resume)
         saved = open_run_dir(run_dir)
         if args.evaluate:
@@ -1178,7 +1196,7 @@ def run(args: Args, run_dir: Path) -> int:
                 (run_dir / "policy").exists(), f"{run_dir} holds no policy: it is written when the run has finished"
             )
             saved = replace(saved, evaluate=args.evaluate)
-        smaller = {name: getattr(args, name) for name in MEMORY if name in given()}
+        smaller = {name: getattr(args, name) for name in MAY_CHANGE if name in given()}
         args = replace(saved, **smaller)
     else:
         check_unused(run_dir)
@@ -1209,8 +1227,8 @@ def run(args: Args, run_dir: Path) -> int:
             accelerator.wait_for_everyone()
             args = open_run_dir(run_dir)
         train(args, run_dir, learner)
-        if not accelerator.is_main_process:
-            return 0
+    if os.environ.get("RANK", "0") != "0":
+        return 0
     result = json.loads((run_dir / "result.json").read_text())
     metrics = {"eval/" + key.removeprefix("eval_"): value for key, value in result.items() if key.startswith("eval_")}
     print(f"seed {args.seed}: {result['num_updates']} updates, {summary(metrics)}")
@@ -1238,13 +1256,14 @@ def main() -> int:
     except OSError as error:
         message, hint = f"error: {' '.join(str(error).split())}", f"\n{to_go_on}"
     except torch.OutOfMemoryError:
-        message, hint = f"error: the GPU is out of memory: {SMALLER}", f"\n{to_go_on}"
+        message, hint = f"error: the GPU is out of memory: {OOM_HINT}", f"\n{to_go_on}"
     except KeyboardInterrupt:
         message, code, hint = "\nstopped", 130, f"; {to_go_on}"
-    if (run_dir / "args.json").exists():
-        message += hint
-    if os.environ.get("RANK", "0") == "0":
-        print(message, file=sys.stderr)
+    rank = os.environ.get("RANK", "0")
+    if rank == "0":
+        print(message + hint * (run_dir / "args.json").exists(), file=sys.stderr)
+    elif code == 1 and hint:  # a disk or a GPU may be full for one process alone
+        print(f"process {rank}: {message}", file=sys.stderr)
     return code
 
 

@@ -6,8 +6,8 @@
 Reads every result.json below the folders and the curves.csv beside it; models, environments and the machine that made
 them are not needed. A score is the mean of the 10 evaluation episodes of one seed, of a language run the mean reward of
 its evaluation samples; means and standard errors are over seeds. A run is compared with a cell of the paper only if its
-settings, its models and its length are those of the paper (the defaults of the scripts, and Tables 5 to 7); all others
-have tables of their own. Win rates are those of benchmark/judge.py.
+settings, its models and its length are those of the paper (the defaults of the scripts with --target-coef 0.1, and
+Tables 5 to 7); all others have tables of their own. Win rates are those of benchmark/judge.py.
 """
 
 import ast
@@ -342,7 +342,9 @@ def load(folders: list[Path], paper: dict) -> Results:
     for path in sorted({path for folder in folders for path in folder.rglob("args.json")}):
         if not (path.parent / "result.json").exists():
             steps, _ = read_curve(path.parent, "global_step")
-            results.left_out.append((path.parent, f"not finished, {steps[-1] if len(steps) else 0:,.0f} steps so far"))
+            unit = "updates" if len(read_curve(path.parent, "objective/kl")[0]) else "steps"
+            so_far = f"{steps[-1] if len(steps) else 0:,.0f} {unit} so far"
+            results.left_out.append((path.parent, f"not finished, {so_far}"))
     return results
 
 

@@ -582,6 +582,7 @@ def main() -> int:
     args = tyro.cli(Args, description=__doc__)
     if args.threads:
         torch.set_num_threads(args.threads)
+    had_packages = (args.out / "packages").exists()  # from --keep-packages, or from a run that did not end
     try:
         if importlib.util.find_spec("transformers") is None:
             raise AssetError("transformers is needed: pip install transformers gguf")
@@ -593,7 +594,7 @@ def main() -> int:
     except (AssetError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    if not args.keep_packages:
+    if not (args.keep_packages or args.packages or had_packages):
         shutil.rmtree(args.out / "packages", ignore_errors=True)
     return 0
 

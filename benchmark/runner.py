@@ -77,6 +77,8 @@ class Args:
     """Slurm partition"""
     time: str | None = None
     """Slurm time limit of a task, some minutes at least; a run that comes near it is requeued and resumed"""
+    notice: int = 120
+    """seconds before that limit at which a task has to save; longer than one update takes"""
     cpus_per_task: int = 1
     """Slurm CPUs, and threads, of a task"""
     gpus_per_task: int = 0
@@ -382,7 +384,7 @@ def job_array(jobs: list[Job], args: Args) -> str:
         "gpus-per-task": args.gpus_per_task or None,
         "output": args.out / "slurm-%A_%a.out",
         "open-mode": "append",
-        "signal": "B:USR1@120",
+        "signal": f"B:USR1@{args.notice}",
     }
     header = ["#!/bin/bash", "#SBATCH --requeue"]
     header += [f"#SBATCH --{name}={value}" for name, value in options.items() if value is not None]
@@ -397,7 +399,8 @@ def main() -> int:
     args = tyro.cli(Args, description=__doc__)
     lines = [line for line in map(str.strip, sys.stdin) if line]
     wanted, known = set(args.envs.split()), set().union(*map(env_names, lines))
-    counts = (args.workers, args.batch, args.threads, args.cpus_per_task, args.array_limit, args.seeds, args.steps)
+    counts = [args.workers, args.batch, args.threads, args.cpus_per_task]
+    counts += [args.array_limit, args.notice, args.seeds, args.steps]
     for wrong, message in (
         (not lines, "no cells on standard input; start a sweep such as benchmark/continuous_ppo.sh"),
         (wanted - known and not args.task, f"ENVS: this sweep has no {' '.join(sorted(wanted - known))}"),

@@ -913,7 +913,7 @@ DIFFERENT_TASK = {  # what the language scripts write differently from each othe
     "module docstring",
     "ImportFrom",
     "PACKAGES",
-    "SMALLER",  # what to lower when memory is short
+    "OOM_HINT",  # what to lower when memory is short
     "TOKENIZERS",
     "METRICS",
     "ActorCritic",

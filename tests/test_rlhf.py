@@ -8,6 +8,7 @@ import math
 import shutil
 from dataclasses import replace
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -681,6 +682,36 @@ def test_adapter_reward_is_its_head_on_the_end_token_with_only_that_adapter(scra
     assert learner.reward(texts) == pytest.approx(expected, abs=1e-4)
 
 
+def test_adapter_reward_of_a_long_text_is_that_of_its_end(make_learner):
+    learner, _ = make_learner(TLDR)
+    reward, read = learner.reward, []
+    room = learner.actor_critic.lm.config.max_position_embeddings
+    hidden = learner.actor_critic.hidden
+
+    def spy(adapter, tokens, mask):
+        read.append(tokens[mask.bool()].tolist())
+        return hidden(adapter, tokens, mask)
+
+    learner.actor_critic.hidden = spy
+    short, long = "a summary", "the movie was good " * room + "a summary"
+    scores = reward([short, long])
+    tokens = [
+        [*learner.tokenizer(f"<|startoftext|>{x}").input_ids, learner.tokenizer.eos_token_id] for x in (short, long)
+    ]
+    assert len(tokens[0]) < room < len(tokens[1])
+    assert [*chain(*read)] == tokens[0] + tokens[1][-room:]
+    assert len(scores) == 2 and scores[0] == pytest.approx(reward([short])[0], abs=1e-5)
+
+
+def test_checkpoint_of_tldr_holds_both_adapters_whichever_was_used_last(scrambled):
+    learner, _ = scrambled(TLDR)
+    expected = {name: p.detach().clone() for name, p in trained(learner).items()}
+    for use in ("policy", "value", "reward"):
+        learner.actor_critic.adapters.set_adapter(use)
+        state = learner.state()["model"]
+        assert state.keys() == expected.keys() and all(torch.equal(state[name], expected[name]) for name in expected)
+
+
 def test_adapter_reward_adds_the_bias_of_its_head(make_learner, assets, tmp_path):
     weights = load_file(assets / "adapter" / "adapter_model.safetensors")
     save_file(weights | {"base_model.model.score.bias": torch.tensor([3.5])}, tmp_path / "adapter_model.safetensors")
@@ -913,7 +944,7 @@ def test_continuation_is_what_the_response_adds_to_the_text(script, assets):
     assert script.continuation(tokenizer, prompt, [0]) == ""
 
 
-ROWS = [{"text": f"review {i}", "label": i % 2} for i in range(10)]
+ROWS = [{"text": f"review {i}", "label": str(i % 2)} for i in range(10)]
 
 
 def save_split_files(folder):
@@ -975,6 +1006,14 @@ BAD_DATASETS = {
         ),
         "data",
     ),
+    "missing column in a validation split of its own": (
+        lambda path: datasets.DatasetDict(
+            {"train": datasets.Dataset.from_list(ROWS), "validation": datasets.Dataset.from_list([{"words": "a"}])}
+        ).save_to_disk(path),
+        "no column text",
+    ),
+    "row without a text": (lambda path: tiny.write_jsonl(path, [*ROWS, {"label": "c"}]), "text is no text"),
+    "numbers": (lambda path: tiny.write_jsonl(path, [{"text": 1}, {"text": 2}]), "text is no text"),
     "empty file": (lambda path: path.write_text(""), "data"),
     "one row": (lambda path: tiny.write_jsonl(path, ROWS[:1]), "too few"),
     "no JSON": (lambda path: path.write_text("hello\n"), "data"),

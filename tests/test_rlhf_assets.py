@@ -385,6 +385,24 @@ def test_smollm2_needs_gguf(command, tmp_path, monkeypatch):
     assert (code, err) == (2, "error: smollm2-135m needs gguf: pip install gguf\n")
 
 
+@pytest.mark.parametrize("kept", [True, False])
+def test_what_was_fetched_goes_and_what_was_there_stays(command, tmp_path, monkeypatch, kept):
+    packages = tmp_path / "assets" / "packages"
+    if kept:
+        packages.mkdir(parents=True)
+
+    def make(folder, args):
+        packages.mkdir(exist_ok=True)
+        (packages / "fetched.whl").write_text("x")
+
+    monkeypatch.setitem(assets.PARTS, "reviews", (make, ()))
+    code, _, err = command("--only", "reviews")
+    assert (code, err) == (0, "") and packages.exists() == kept
+    packages.mkdir(exist_ok=True)
+    (tmp_path / "assets" / "reviews").rmdir()
+    assert command("--only", "reviews", "--packages", packages)[0] == 0 and packages.exists()
+
+
 def test_nothing_is_made_twice(command, tmp_path):
     (tmp_path / "assets" / "reviews").mkdir(parents=True)
     assert command("--only", "reviews", "--packages", tmp_path) == (0, "", "")

@@ -271,6 +271,11 @@ def test_resume_of_a_finished_run_prints_its_result_and_changes_nothing(script, 
     assert snapshot(finished.cwd) == before
 
 
+def test_other_processes_print_no_result(script, finished, monkeypatch):
+    monkeypatch.setenv("RANK", "1")
+    assert call(script, finished.cwd, ["--resume", "run"]) == (0, "", "")
+
+
 def test_same_seed_gives_the_same_run_whatever_is_evaluated_and_checkpointed(script, finished, assets, tmp_path):
     flags = tiny.flags(script.SCRIPT, assets) | RUN | {"checkpoint_every": 3, "rollout_batch_size": 3}
     assert call(script, tmp_path, flags)[0] == 0
@@ -442,6 +447,27 @@ def test_running_out_of_gpu_memory_says_what_to_lower(script, assets, tmp_path, 
     assert "--micro-batch-size" in err and "--rollout-batch-size" in err and "out of memory" in err
     assert ("--base-precision" in err) == (script is TLDR)
     assert ("to go on: " in err) == (where != "Learner") == (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    "error, code, err",
+    [
+        (OSError("no space"), 1, "process 1: error: no space\n"),
+        (torch.OutOfMemoryError("CUDA out of memory"), 1, "process 1: error: the GPU is out of memory: "),
+        ("InputError", 2, ""),  # the same in all processes
+        ("RunError", 1, ""),
+        (KeyboardInterrupt(), 130, ""),
+    ],
+)
+def test_another_process_says_what_may_have_happened_to_it_alone(script, finished, monkeypatch, error, code, err):
+    def fail(*_):
+        raise getattr(script, error)("wrong") if isinstance(error, str) else error
+
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setattr(script, "run", fail)
+    actual = call(script, finished.cwd, [])
+    assert actual[:2] == (code, "")
+    assert actual[2].startswith(err) and bool(actual[2]) == bool(err) and actual[2].count("\n") <= 1
 
 
 def test_full_disk_stops_the_run_in_one_line(script, finished, assets, tmp_path):

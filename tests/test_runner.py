@@ -654,11 +654,14 @@ def test_gaussian_noise_comes_after_normalization_and_clipping():
 
 def test_a_job_array_lists_its_jobs(fake):
     options = "--slurm --dry-run --partition cpu --time 1:00:00 --cpus-per-task 4 --gpus-per-task 1 --array-limit 8"
+    options += " --notice 600"
     code, output = run(["single --seeds 3"], *options.split())
     lines = output.splitlines()
     assert code == 0 and lines[0] == "#!/bin/bash" and lines[-1] == "JOBS"
     assert lines[-4] == "single --seed 1 --run-dir runs/Toy-v0__single/seed1"
-    for option in "requeue array=1-3%8 partition=cpu time=1:00:00 cpus-per-task=4 gpus-per-task=1".split():
+    for (
+        option
+    ) in "requeue array=1-3%8 partition=cpu time=1:00:00 cpus-per-task=4 gpus-per-task=1 signal=B:USR1@600".split():
         assert f"#SBATCH --{option}" in lines
     jobs = lines[-4:-1]
     assert run(jobs, "--task", "1/2")[0] == 0
