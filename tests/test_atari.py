@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 from copy import deepcopy
+from itertools import pairwise
 
 import ale_py
 import gymnasium as gym
@@ -13,6 +14,7 @@ import pytest
 import torch
 from conftest import ROOT, import_scripts, largest_file
 from pausing import interrupt
+from safetensors.torch import load_file
 from torch import nn
 
 SCRIPTS = import_scripts("s*_atari.py")
@@ -121,19 +123,23 @@ def test_flip_noise_is_a_binary_symmetric_channel(script):
 
 
 def captured_training(script, tmp_path, monkeypatch, **options):
-    """Train for one rollout of Breakout; returns what gae() was given and the first call of gradients()."""
-    captured = {}
+    """Train on Breakout for one rollout; what gae() was given and gave first, and the calls of gradients()."""
+    captured = {"minibatches": [], "clip_coefs": []}
     gae, gradients, evaluate = script.gae, script.gradients, script.evaluate
 
-    def spy_gae(rewards, *rest):
-        captured.setdefault("rewards", rewards.copy())
-        captured.setdefault("dones", rest[1].copy())
-        return gae(rewards, *rest)
+    def spy_gae(*inputs):
+        names = ("rewards", "values", "dones", "last_value", "gamma", "gae_lambda")
+        if "rewards" not in captured:
+            captured.update({name: deepcopy(x) for name, x in zip(names, inputs)})
+            captured["advantages"] = gae(*inputs)[0]
+        return gae(*inputs)
 
     def spy_gradients(agent, batch, *rest):
+        captured.setdefault("agent", deepcopy(agent))
         grads, losses = gradients(agent, batch, *rest)
         captured.setdefault("losses", losses)
-        captured.setdefault("batch", [x.clone() for x in batch])
+        captured["minibatches"].append([x.clone() for x in batch])
+        captured["clip_coefs"].append(rest[0].item() if len(rest) > 1 else None)
         return grads, losses
 
     monkeypatch.setattr(script, "gae", spy_gae)
@@ -147,19 +153,25 @@ def captured_training(script, tmp_path, monkeypatch, **options):
     return captured
 
 
-def test_fire_after_a_lost_life_is_stored_with_its_own_logprob(tmp_path, monkeypatch):
+@both
+def test_fire_after_a_lost_life_is_stored_with_its_own_logprob(script, tmp_path, monkeypatch):
     steps = []
-    step = sppo_atari.Games.step
+    step = script.Games.step
 
     def spy_step(games, actions):
         steps.append((games.must_fire.copy(), actions.copy()))
         return step(games, actions)
 
-    monkeypatch.setattr(sppo_atari.Games, "step", spy_step)
-    captured = captured_training(sppo_atari, tmp_path, monkeypatch, num_minibatches=1, anneal_clip=False)
+    monkeypatch.setattr(script.Games, "step", spy_step)
+    options = {"num_minibatches": 1, "anneal_clip": False} if script is sppo_atari else {}
+    captured = captured_training(script, tmp_path, monkeypatch, **options)
     forced = np.concatenate([actions[must_fire] for must_fire, actions in steps])
     assert len(forced) > 0 and (forced == 1).all()
-    assert captured["batch"][1].bincount().tolist() == np.bincount(np.concatenate([a for _, a in steps])).tolist()
+    assert (
+        captured["minibatches"][0][1].bincount().tolist() == np.bincount(np.concatenate([a for _, a in steps])).tolist()
+    )
+    if script is sa2c_atari:
+        return
     # Before the first step the policy is that of the rollout: the ratio is 1 for every stored action, forced or not,
     # but for rounding, since batches differ in size. (The annealed clip range would be 0 here and count it as clipped.)
     assert captured["losses"]["losses/approx_kl"] == pytest.approx(0, abs=1e-8)
@@ -208,7 +220,136 @@ def test_the_frame_limit_adds_the_value_of_the_final_observation(script, tmp_pat
 
 
 @both
-def test_network_and_gradient_step_equal_plain_torch(script):
+def test_every_epoch_has_each_sample_once_with_its_own_advantage_and_rollout_logprob(script, tmp_path, monkeypatch):
+    last_obs, step = [], script.Games.step
+
+    def spy_step(games, actions):
+        result = step(games, actions)
+        last_obs[:] = [result[0].copy()]
+        return result
+
+    monkeypatch.setattr(script.Games, "step", spy_step)
+    captured = captured_training(script, tmp_path, monkeypatch, gamma=0.97, gae_lambda=0.9)
+    agent, epochs = captured["agent"], 4 if script is sppo_atari else 1
+    assert len(captured["minibatches"]) == (16 if epochs > 1 else 1)
+    assert (captured["gamma"], captured["gae_lambda"]) == (0.97, 0.9)
+    with torch.no_grad():
+        expected = agent(torch.from_numpy(last_obs[0]))[1].numpy()
+    np.testing.assert_allclose(captured["last_value"], expected, rtol=1e-4, atol=1e-6)
+    orders = []
+    for epoch in np.array_split(np.arange(len(captured["minibatches"])), epochs):
+        batches = zip(*(captured["minibatches"][k] for k in epoch))
+        obs, actions, *old_logprob, advantages, returns = (torch.cat(x) for x in batches)
+        with torch.no_grad():
+            logits, values = agent(obs)
+        torch.testing.assert_close(returns - advantages, values, rtol=1e-4, atol=1e-5)
+        if old_logprob:
+            expected, _ = script.logprob_and_entropy(logits, actions)
+            torch.testing.assert_close(old_logprob[0], expected, rtol=1e-4, atol=1e-5)
+        np.testing.assert_array_equal(np.sort(advantages), np.sort(captured["advantages"].flatten()))
+        orders.append(advantages)
+    assert all(not torch.equal(one, other) for one, other in pairwise(orders))
+
+
+@both
+def test_training_scores_are_raw_and_over_whole_games(script, tmp_path, monkeypatch):
+    steps = []
+
+    class ShortGames(script.Games):
+        def __init__(self, *inputs, **options):
+            super().__init__(*inputs, **options | {"max_num_frames_per_episode": 340, "noop_max": 0})
+
+        def step(self, actions):
+            result = super().step(actions)
+            steps.append((result[1].copy(), result[4].copy()))
+            return result
+
+    monkeypatch.setattr(script, "Games", ShortGames)
+    captured_training(script, tmp_path / "run", monkeypatch, env_id="MsPacman")
+    scores = []
+    for rewards, game_over in zip(*(np.array(x).T for x in zip(*steps))):
+        scores += [rewards[: np.flatnonzero(game_over)[0] + 1].sum()]
+    result = json.loads((tmp_path / "run/result.json").read_text())
+    assert result["train_last10_mean"] == pytest.approx(np.mean(scores)) and np.mean(scores) > 20
+
+
+@both
+def test_schedules_start_below_the_start_value_and_end_at_zero(script, tmp_path, monkeypatch):
+    """Stable-Baselines3 evaluates them after the rollout was counted. In A2C they are off by default."""
+    learning_rates, clip_coefs = [], []
+
+    class Learner(script.Learner):
+        def __init__(self, *inputs):
+            super().__init__(*inputs)
+            step = self.optimizer.step
+
+            def spy():
+                learning_rates.append(self.optimizer.param_groups[0]["lr"])
+                step()
+
+            self.optimizer.step = spy
+
+    monkeypatch.setattr(script, "Learner", Learner)
+    start = script.Args.learning_rate
+    for anneal in (True, False):
+        learning_rates.clear()
+        options = {"anneal_lr": anneal} | ({"anneal_clip": anneal} if script is sppo_atari else {})
+        folder = tmp_path / str(anneal)
+        captured = captured_training(script, folder, monkeypatch, total_timesteps=256, num_steps=32, **options)
+        clip_coefs = [c for c in captured["clip_coefs"] if c is not None]
+        first, last = (0.5, 0.0) if anneal else (1.0, 1.0)
+        assert learning_rates[0] == pytest.approx(first * start) and learning_rates[-1] == pytest.approx(last * start)
+        if script is sppo_atari:
+            assert clip_coefs[0] == pytest.approx(first * 0.1) and clip_coefs[-1] == pytest.approx(last * 0.1)
+    assert script.Args.anneal_lr == (script is sppo_atari)
+    assert getattr(script.Args, "anneal_clip", True)
+
+
+@both
+def test_runs_differ_by_seed_and_by_nothing_else(script, tmp_path, monkeypatch):
+    runs = []
+    for i, seed in enumerate((1, 1, 2)):
+        captured = captured_training(
+            script, tmp_path / str(i), monkeypatch, seed=seed, num_steps=16, total_timesteps=64
+        )
+        start = torch.cat([p.flatten() for p in captured["agent"].parameters()])
+        runs.append((start, *captured["minibatches"][-1]))
+    assert all(torch.equal(x, y) for x, y in zip(runs[0], runs[1]))
+    start, obs, actions = zip(runs[0][:3], runs[2][:3])
+    assert not torch.equal(*start) and not torch.equal(*obs) and not torch.equal(*actions)
+
+
+@both
+def test_games_start_after_their_own_number_of_no_ops(script):
+    games = script.Games(script.Args(env_id="MsPacman", num_threads=1), 40)
+    games.reset(list(range(40)))
+    assert set(games.frame_number) <= set(range(30)) and len(set(games.frame_number)) > 10
+
+
+@both
+def test_optimizer_is_that_of_the_published_runs(script):
+    from stable_baselines3.common.sb2_compat.rmsprop_tf_like import RMSpropTFLike
+
+    learner = script.Learner(script.Args(cuda=False), 4)
+    twins = [nn.Parameter(p.detach().clone()) for p in learner.agent.parameters()]
+    if script is sppo_atari:
+        reference = torch.optim.Adam(twins, 2.5e-4, eps=1e-5)
+    else:
+        reference = RMSpropTFLike(twins, 7e-4, alpha=0.99, eps=1e-5)
+    for _ in range(3):
+        for p, twin in zip(learner.agent.parameters(), twins):
+            p.grad = 1e-5 * torch.randn_like(p)  # as small as eps, so that eps matters
+            twin.grad = p.grad.clone()
+        learner.optimizer.step()
+        reference.step()
+    for p, twin in zip(learner.agent.parameters(), twins):
+        torch.testing.assert_close(p, twin, atol=1e-6, rtol=1e-5)
+
+
+@both
+@pytest.mark.parametrize("norm_adv", [True, False])
+@pytest.mark.parametrize("beta", [0.0, 1.0, 10.0])
+def test_network_and_gradient_step_equal_plain_torch(script, beta, norm_adv):
     torch.manual_seed(0)
     agent = script.Agent(6, torch.Generator().manual_seed(1))
     for name, gain in (("trunk.0", 2**0.5), ("trunk.7", 2**0.5), ("actor", 0.01), ("critic", 1.0)):
@@ -227,15 +368,24 @@ def test_network_and_gradient_step_equal_plain_torch(script):
     policy = torch.distributions.Categorical(logits=reference["actor"](features))
     value_loss = nn.functional.mse_loss(reference["critic"](features).flatten(), returns)
     logprob, entropy = policy.log_prob(actions), policy.entropy().mean()
-    args = script.Args(alpha=1.0, beta=0.0)
-    if "sppo" in script.SCRIPT:
+    alpha, Z = (1.0, -1.0) if beta == 0 else (0.5, -2.0)
+    if script is sppo_atari:
+        args = script.Args(alpha=alpha, beta=beta, Z=Z, norm_adv=norm_adv)
+        advantages = 1 + advantages  # so that normalization changes signs
         old_logprob = (logprob + 0.2 * torch.randn(32)).detach()
-        normalized = (advantages - advantages.mean()) / (advantages.std() + 1e-8)
-        ratio = (logprob - old_logprob).exp()
-        policy_loss = -torch.min(ratio * normalized, ratio.clamp(0.9, 1.1) * normalized).mean()
-        grads, _ = script.gradients(agent, [obs, actions, old_logprob, advantages, returns], torch.tensor(0.1), args)
+        used = (advantages - advantages.mean()) / (advantages.std() + 1e-8) if norm_adv else advantages
+        pi, pi_old = logprob.exp(), old_logprob.exp()
+        L_ppo = -torch.min(pi / pi_old * used, (pi / pi_old).clamp(0.9, 1.1) * used)
+        active = torch.where(used > 0, pi / pi_old < 1.1, pi / pi_old > 0.9)
+        assert 0 < active.sum() < 32
+        policy_loss = (alpha * L_ppo + beta * -used * Z * (1 - pi) / pi_old * active).mean()
+        batch = [obs, actions, old_logprob, advantages, returns]
+        grads, losses = script.gradients(agent, batch, torch.tensor(0.1), args)
+        flips = ((advantages > 0) != (used > 0)).float().mean().item()
+        assert losses["losses/sign_flips"].item() == pytest.approx(flips) and (flips > 0) == norm_adv
     else:
-        policy_loss = -(advantages * logprob).mean()
+        args = script.Args(alpha=alpha, beta=beta, Z=Z)
+        policy_loss = (alpha * -advantages * logprob + beta * -advantages * Z * (1 - logprob.exp())).mean()
         grads, _ = script.gradients(agent, [obs, actions, advantages, returns], args)
     (policy_loss + args.vf_coef * value_loss - 0.01 * entropy).backward()
     nn.utils.clip_grad_norm_(reference.parameters(), 0.5)
@@ -267,6 +417,37 @@ def test_rmsprop_tf_equals_stable_baselines3s():
         a.step()
         b.step()
     torch.testing.assert_close(ours, theirs)
+
+
+@both
+def test_evaluation_counts_the_first_game_alone_and_fires_where_it_must(script, monkeypatch, tmp_path):
+    lengths, sent = np.arange(3, 13), []
+
+    class FakeGames:
+        num_actions, fire = 4, 1
+
+        def __init__(self, *inputs):
+            self.t = 0
+
+        def reset(self, seeds):
+            self.must_fire = np.zeros(10, bool)
+            return np.zeros((10, 4, 84, 84), np.uint8)
+
+        def step(self, actions):
+            sent.append((self.must_fire, actions.copy()))
+            self.t += 1
+            self.must_fire = np.arange(10) % 4 == self.t % 4
+            rewards = np.full(10, 10.0) * np.where(np.arange(10) % 2, 1, -3)
+            done = np.zeros(10, bool)
+            return np.zeros((10, 4, 84, 84), np.uint8), rewards, done, done, self.t % lengths == 0, {}
+
+    monkeypatch.setattr(script, "Games", FakeGames)
+    scores = script.evaluate(script.Agent(4, torch.Generator().manual_seed(0)), script.Args(), tmp_path)
+    assert scores.tolist() == [10.0 * length * (1 if i % 2 else -3) for i, length in enumerate(lengths)]
+    assert len(sent) == 12
+    forced = np.concatenate([actions[must] for must, actions in sent])
+    free = np.concatenate([actions[~must] for must, actions in sent])
+    assert len(forced) > 20 and (forced == 1).all() and set(free) == {0, 1, 2, 3}
 
 
 @both
@@ -368,6 +549,31 @@ def test_killed_run_resumes_to_the_same_total(script, tmp_path):
     done = subprocess.run(command(script, "--resume", run_dir), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert json.loads((run_dir / "result.json").read_text())["total_timesteps"] == 2048
+
+
+@both
+def test_run_killed_before_its_result_resumes_to_the_same_model(script, tmp_path, monkeypatch):
+    class Killed(BaseException):
+        """Stands for kill -9: nothing in the scripts may catch it."""
+
+    def die_at_the_result(path, content):
+        if path.name == "result.json":
+            raise Killed
+        write_json(path, content)
+
+    write_json, run_dir = script.write_json, tmp_path / "run"
+    monkeypatch.setattr(script, "evaluate", lambda *_: np.zeros(10))
+    monkeypatch.setattr(script, "write_json", die_at_the_result)
+    monkeypatch.setattr(sys, "argv", command(script, "--run-dir", run_dir)[1:])
+    with pytest.raises(Killed):
+        script.main()
+    model = load_file(run_dir / "model.safetensors")
+    (run_dir / "model.safetensors").unlink()
+    monkeypatch.setattr(script, "write_json", write_json)
+    monkeypatch.setattr(sys, "argv", [script.SCRIPT, "--resume", str(run_dir)])
+    assert script.main() == 0
+    resumed = load_file(run_dir / "model.safetensors")
+    assert all(torch.equal(model[name], resumed[name]) for name in model)
 
 
 @both
