@@ -446,6 +446,32 @@ def test_ctrl_c_leaves_a_checkpoint_and_says_how_to_go_on(survivor):
     assert survivor["killed_at"] < step_of(survivor["stopped_rows"][-1]) <= survivor["stopped_at"] < 12_288
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("control", import_scripts("s*_[ac]*.py"))
+def test_either_signal_stops_after_the_rollout_with_a_checkpoint(control, number, monkeypatch, capsys, tmp_path):
+    def unhandled(*_):
+        pytest.fail("the script does not handle this signal")
+
+    def gae_with_signal(*inputs):
+        os.kill(os.getpid(), number)
+        return gae(*inputs)
+
+    gae = control.gae
+    monkeypatch.setattr(control, "gae", gae_with_signal)
+    game = "Breakout" if "atari" in control.SCRIPT else PENDULUM[1]
+    flags = ("--env-id", game, *small(control), "--checkpoint-every", 10**6, "--run-dir", tmp_path / "run")
+    monkeypatch.setattr(sys, "argv", [control.__file__, *map(str, flags)])
+    handlers = {n: signal.signal(n, unhandled) for n in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        assert control.main() == 130
+    finally:
+        for n, handler in handlers.items():
+            signal.signal(n, handler)
+    assert capsys.readouterr().err == f"\nstopped; to go on: python {control.SCRIPT}.py --resume {tmp_path / 'run'}\n"
+    assert control.load_checkpoint(tmp_path / "run")["counters"]["global_step"] == 32
+    assert not (tmp_path / "run/result.json").exists()
+
+
 def test_ctrl_c_during_an_evaluation_has_nothing_to_go_on_with(script, finished, call, monkeypatch):
     def interrupted(*_):
         raise KeyboardInterrupt

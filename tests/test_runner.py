@@ -13,11 +13,13 @@ from pathlib import Path
 import gymnasium as gym
 import numpy as np
 import pytest
+from stable_baselines3 import A2C, PPO
 from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
 
+from benchmark import sb3_baseline
 from benchmark.runner import Script, batches
 from benchmark.sb3_baseline import Discretized, NoisyReward
-from sppo_continuous_discretized import action_bins, make_env
+from sppo_continuous_discretized import EVALUATION, action_bins, env_seeds, make_env
 
 ROOT = Path(__file__).resolve().parent.parent
 RUNNER = ROOT / "benchmark" / "runner.py"
@@ -592,6 +594,42 @@ def test_rlhf_imdb_for_real(tmp_path, assets):
     assert "finished 2 (2 before)" in sweep("rlhf_imdb", tmp_path / "runs", **narrow).stdout
 
 
+@pytest.fixture
+def baseline(tmp_path):
+    """Trains the baseline in this process on 4,096 steps of LunarLander: its run directory and arguments."""
+
+    def train(name, **options):
+        (tmp_path / name).mkdir()
+        settings = {"env_id": "LunarLanderContinuous-v3", "total_timesteps": 4096} | options
+        args = sb3_baseline.Args(str(tmp_path / name), **settings)
+        return tmp_path / name, args, sb3_baseline.train(args, tmp_path / name)
+
+    return train
+
+
+@pytest.mark.parametrize("algo, settings", [("ppo", (1, 2048, 0.5, 3e-4)), ("a2c", (4, 8, 0.5, 7e-4))])
+def test_the_gaussian_baseline_is_stable_baselines3_with_the_papers_rollout(baseline, algo, settings):
+    run_dir, args, result = baseline("run", algo=algo)
+    model = {"ppo": PPO, "a2c": A2C}[algo].load(run_dir / "model.zip")
+    assert (model.n_envs, model.n_steps, model.vf_coef, model.learning_rate) == settings
+    assert isinstance(model.action_space, gym.spaces.Box)
+    # What was saved, evaluated as Stable-Baselines3 does it: normalized observations, most likely actions.
+    envs = VecNormalize.load(run_dir / "vecnormalize.pkl", DummyVecEnv([lambda: make_env(args.env_id)]))
+    envs.training = envs.norm_reward = False
+    for seed, expected in zip(env_seeds([args.seed], 10, EVALUATION), result["eval_returns"]):
+        envs.seed(seed)
+        obs, total, done = envs.reset(), 0.0, [False]
+        while not done[0]:
+            obs, reward, done, _ = envs.step(model.predict(obs, deterministic=True)[0])
+            total += float(reward[0])
+        assert total == pytest.approx(expected, rel=1e-4, abs=1e-2)
+
+
+def test_noise_reaches_the_baselines_learning(baseline):
+    runs = [baseline(f"run{i}", reward_noise_std=std)[2] for i, std in enumerate((0.0, 0.0, 5.0))]
+    assert runs[0]["eval_returns"] == runs[1]["eval_returns"] != runs[2]["eval_returns"]
+
+
 @pytest.mark.parametrize("flags", [("--policy-coef", "20.5"), ("--algo", "a2c")])
 def test_stable_baselines3_trains_with_discretized_actions(tmp_path, flags):
     command = [sys.executable, "benchmark/sb3_baseline.py", "--run-dir", tmp_path / "run", "--num-bins", "3", *flags]
@@ -666,6 +704,22 @@ def test_a_job_array_lists_its_jobs(fake):
     jobs = lines[-4:-1]
     assert run(jobs, "--task", "1/2")[0] == 0
     assert {path.parent.name for path in fake.rglob("result.json")} == {"seed1", "seed3"}
+
+
+def test_a_task_near_its_time_limit_saves_and_is_requeued(fake):
+    """With a scontrol that only writes down how it was called."""
+    (fake / "scontrol").write_text('#!/bin/sh\necho "$@" > requeued\n')
+    (fake / "scontrol").chmod(0o755)
+    path, run_dir = f"{fake}:{os.environ['PATH']}", fake / "runs/Toy-v0__wait/seed1"
+    jobs = [f"wait --seed 1 --run-dir {run_dir}"]
+    task = launch(jobs, "--task", "1/1", PATH=path, SLURM_JOB_ID="17")
+    wait_for(lambda: (run_dir / "ready").exists())
+    task.send_signal(signal.SIGUSR1)
+    assert "the same command goes on" in task.communicate(timeout=60)[0] and task.returncode == 130
+    assert (run_dir / "checkpoint.pt").exists() and not (run_dir / "result.json").exists()
+    assert (fake / "requeued").read_text() == "requeue 17\n"
+    (fake / "go").touch()
+    assert run(jobs, "--task", "1/1")[0] == 0 and (run_dir / "result.json").exists()
 
 
 def slurm_runs():
