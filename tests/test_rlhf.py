@@ -598,7 +598,51 @@ def test_networks_of_imdb_start_from_the_policy_and_share_nothing(make_learner, 
 
 
 @both
-def test_gradients_are_clipped_together_and_the_optimizer_has_the_papers_settings(script, make_learner):
+def test_rollout_scores_what_the_policy_saw_and_discounts_as_told(script, make_learner, monkeypatch):
+    learner, args = make_learner(script, prompt_length=4, gamma=0.9, gae_lambda=0.5)
+    gae, reward, decode = script.gae, learner.reward, partial(learner.tokenizer.decode, skip_special_tokens=True)
+    told, texts = [], []
+    monkeypatch.setattr(script, "gae", lambda *inputs: told.append(inputs[-2:]) or gae(*inputs))
+    learner.reward = lambda rows: texts.extend(rows) or reward(rows)
+    rows = (learner.reviews if script is IMDB else learner.rows)[:8]
+    trajectories, _, _ = script.rollout(learner, rows, args)
+    assert told == [(0.9, 0.5)] and len(texts) == 8
+    for text, row, prompt, response in zip(texts, rows, trajectories.prompts, trajectories.responses):
+        if script is IMDB:
+            assert text == decode(prompt + response)
+            assert len(prompt) == 4 and script.first_half(row).endswith(decode(prompt)) and row not in text
+        else:
+            assert text == f"{decode(prompt)} {decode(response).strip()}"
+            assert row["prompt"].startswith(decode(prompt[:4])) and row["prompt"].split("TL;DR:")[0] not in text
+
+
+@both
+def test_updates_have_prompts_of_their_own_and_gradients_that_are_clipped_together(
+    script, make_learner, monkeypatch, tmp_path
+):
+    learner, args = make_learner(script, max_grad_norm=1e-3, num_updates=2)
+    rollout, step = script.rollout, learner.optimizer.optimizer.step
+    seen, norms = [], []
+
+    def spy(*inputs, **options):
+        grads = [p.grad for group in learner.optimizer.param_groups for p in group["params"]]
+        norms.append(torch.stack([g.norm() for g in grads if g is not None]).norm().item())
+        return step(*inputs, **options)
+
+    monkeypatch.setattr(
+        script, "rollout", lambda learner, rows, args: seen.append(rows) or rollout(learner, rows, args)
+    )
+    learner.optimizer.optimizer.step = spy
+    script.create_run_dir(args, tmp_path / "run")
+    script.train(args, tmp_path / "run", learner)
+    rows = learner.reviews if script is IMDB else learner.rows
+    assert seen == [[rows[i] for i in script.prompt_indices(len(rows), update, 8, args.seed)] for update in (0, 1)]
+    assert seen[0] != seen[1]
+    assert norms == pytest.approx([1e-3] * 8, rel=0.01)
+
+
+@both
+def test_the_optimizer_has_the_papers_settings(script, make_learner):
     learner, args = make_learner(script, weight_decay=0.25)
     (group,) = learner.optimizer.param_groups
     assert (group["lr"], group["eps"], group["weight_decay"]) == (args.learning_rate, 1e-5, 0.25)

@@ -772,6 +772,20 @@ def test_two_processes_have_the_gradients_and_losses_of_one(script, assets, two,
             assert all(torch.equal(rank_grads[name], ranks[0][1][name]) for name in grads)
 
 
+def test_two_processes_share_the_prompts_of_an_update_and_draw_differently(script, assets, two):
+    ranks = [torch.load(two.out / f"{script.SCRIPT}-rank{rank}.pt") for rank in (0, 1)]
+    args = script.Args(**tiny.flags(script.SCRIPT, assets))
+    rows = getattr(script.Learner(args, Accelerator(cpu=True)), "reviews" if script is IMDB else "rows")
+    seeds = set()
+    for update in (0, 1):
+        indices = script.prompt_indices(len(rows), update, 8, args.seed)
+        for rank in (0, 1):
+            mine, seed, responses = ranks[rank][update]
+            assert mine == [rows[i] for i in indices[rank::2]] and len(responses) == 4
+            seeds.add(seed)
+    assert len(seeds) == 4
+
+
 def test_run_of_two_processes_leaves_one_result_over_all_samples(script, assets, two):
     run_dir, flags = two.out / script.SCRIPT, tiny.flags(script.SCRIPT, assets)
     result = read_result(run_dir)

@@ -40,10 +40,21 @@ def gradients(script, assets, accelerator, changes):
     return result
 
 
-def run(script, assets, run_dir):
+def run(script, assets, run_dir, rank):
+    """A run; which rows, seed and responses this process had in its updates goes into a file."""
+    rollout, seen = script.rollout, []
+
+    def spy(learner, rows, args):
+        seed = torch.initial_seed()
+        trajectories, *rest = rollout(learner, rows, args)
+        seen.append((rows, seed, trajectories.responses))
+        return trajectories, *rest
+
     flags = tiny.flags(script.SCRIPT, assets) | {"num_updates": 2, "target_coef": 0.1, "run_dir": run_dir}
-    with patch.object(sys, "argv", [script.__file__, *tiny.command_line(flags)]):
-        return script.main()
+    with patch.object(sys, "argv", [script.__file__, *tiny.command_line(flags)]), patch.object(script, "rollout", spy):
+        code = script.main()
+    torch.save(seen, f"{run_dir}-rank{rank}.pt")
+    return code
 
 
 def main():
@@ -56,7 +67,7 @@ def main():
         for i, changes in enumerate(CHANGES)
     }
     torch.save(results, out / f"rank{accelerator.process_index}.pt")
-    codes = [run(script, assets, out / script.SCRIPT) for script in SCRIPTS]
+    codes = [run(script, assets, out / script.SCRIPT, accelerator.process_index) for script in SCRIPTS]
     assert codes == [0, 0], codes
 
 
