@@ -658,6 +658,7 @@ def test_flags_have_the_types_that_result_files_have():
 )
 def test_stable_baselines3_refuses_what_it_cannot_do(tmp_path, flags, words):
     command = [sys.executable, "benchmark/sb3_baseline.py", "--run-dir", tmp_path / "run", *flags]
+    command += ["--total-timesteps", "2048"]
     process = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert process.returncode == 2 and process.stderr.startswith(f"error: {words}")
     assert process.stderr.count("\n") == 1 and not (tmp_path / "run").exists()
