@@ -638,6 +638,8 @@ def test_stable_baselines3_trains_with_discretized_actions(tmp_path, flags):
     assert process.returncode == 0, process.stderr
     result = json.loads((tmp_path / "run/result.json").read_text())
     assert result["args"]["num_bins"] == 3 and len(result["eval_returns"]) == 10
+    model = (A2C if "a2c" in flags else PPO).load(tmp_path / "run/model.zip")
+    assert model.action_space == gym.spaces.MultiDiscrete([3, 3])
 
 
 def test_flags_have_the_types_that_result_files_have():
