@@ -594,7 +594,7 @@ def main() -> int:
     except (AssetError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    if not (args.keep_packages or args.packages or had_packages):
+    if not (args.keep_packages or had_packages):
         shutil.rmtree(args.out / "packages", ignore_errors=True)
     return 0
 
