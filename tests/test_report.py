@@ -238,8 +238,11 @@ def test_what_cannot_be_counted_is_listed(tmp_path):
         (runs / f"unfinished/seed{seed}").mkdir(parents=True)
         (runs / f"unfinished/seed{seed}/args.json").write_text("{}")
         (runs / f"unfinished/seed{seed}/curves.csv").write_text("global_step,charts/episodic_return\n2048,5\n4096,\n")
+    (runs / "updates").mkdir()
+    (runs / "updates/args.json").write_text("{}")
+    (runs / "updates/curves.csv").write_text("global_step,objective/kl\n7,0.5\n")
     text = make_report(runs)
-    assert "2 runs in" in text and "9 left out" in text
+    assert "2 runs in" in text and "10 left out" in text
     left_out = section(text, "Left out")
     assert f"- `{runs}/unfinished`, seed1, seed2: not finished, 4,096 steps so far" in left_out
     assert f"- `{runs}/copy`, seed1: seed 1 again, as in {runs / 'a/seed1'}" in left_out
@@ -248,6 +251,7 @@ def test_what_cannot_be_counted_is_listed(tmp_path):
         "language`, seed1: result.json: eval_score is nan",
         "empty: result.json: lacks 'script'",
         "no comparison for the script sppo_other",
+        "updates: not finished, 7 updates so far",
     ):
         assert line in left_out
     assert rows(section(text, "Table 12"))[0][2:4] == ["9050 ± 50", "2"]
