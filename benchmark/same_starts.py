@@ -11,6 +11,7 @@ import csv
 import json
 import sys
 import time
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -35,12 +36,18 @@ class Args:
 
 
 def load(path: Path) -> tuple[dict, dict[str, np.ndarray]] | None:
-    """Arguments and tensors of a model.safetensors, or None when it is not of a continuous script."""
-    with safe_open(path, "np") as file:
-        metadata = file.metadata() or {}
-        if metadata.get("script") not in SCRIPTS:
-            return None
-        return json.loads(metadata["args"]), {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    """Arguments and tensors of a model.safetensors, or None when it is not of a continuous script.
+
+    Raises ValueError when the file cannot be read.
+    """
+    try:
+        with safe_open(path, "np") as file:
+            metadata = file.metadata() or {}
+            if metadata.get("script") not in SCRIPTS:
+                return None
+            return json.loads(metadata["args"]), {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError, KeyError, ValueError) as error:
+        raise ValueError(f"{path} is damaged ({error})") from None
 
 
 def play(env: gym.Env, args: dict, tensors: dict[str, np.ndarray], episodes: int) -> np.ndarray:
@@ -72,6 +79,9 @@ def main() -> int:
             raise ValueError(f"--episodes must be at least 2, got {args.episodes}")
         if args.out and not args.out.absolute().parent.is_dir():
             raise ValueError(f"--out {args.out}: there is no folder {args.out.parent}")
+        if args.out and args.out.is_dir():
+            raise ValueError(f"--out {args.out} is a folder: name a file")
+        warnings.filterwarnings("ignore", message=".*is out of date")  # the paper's MuJoCo ids are v4
         env = gym.make(args.env_id)
         task = args.env_id.rpartition("-v")[0]
         agents = {}
@@ -80,7 +90,7 @@ def main() -> int:
                 agents[str(path.parent.relative_to(args.runs))] = model
         if not agents:
             raise ValueError(f"no model.safetensors of an agent trained on {task} below {args.runs}")
-    except (ValueError, OSError, SafetensorError, gym.error.Error) as error:
+    except (ValueError, gym.error.Error) as error:
         print("error:", " ".join(str(error).split()), file=sys.stderr)
         return 2
 
@@ -94,12 +104,20 @@ def main() -> int:
     print(f"mean of {len(agents)} agents, {args.episodes} episodes each: {table.mean():.1f}")
     print(f"best agent: {table.mean(1).max():.1f}; best agent of each start, in hindsight: {table.max(0).mean():.1f}")
     if args.out:
-        with args.out.open("w", newline="") as file:
-            writer = csv.writer(file, lineterminator="\n")
-            writer.writerow(["start", *returns])
-            writer.writerows([i, *(f"{r:.1f}" for r in row)] for i, row in enumerate(table.T))
+        try:
+            with args.out.open("w", newline="") as file:
+                writer = csv.writer(file, lineterminator="\n")
+                writer.writerow(["start", *returns])
+                writer.writerows([i, *(f"{r:.1f}" for r in row)] for i, row in enumerate(table.T))
+        except OSError as error:
+            print(f"error: --out {args.out} cannot be written: {error.strerror}", file=sys.stderr)
+            return 1
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:
+        print("\nstopped: nothing was written", file=sys.stderr)
+        sys.exit(130)

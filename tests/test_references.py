@@ -626,9 +626,19 @@ def test_same_starts_plays_saved_agents_as_their_scripts_do(monkeypatch, tmp_pat
         (("--env-id", "NoSuchTask-v1"), "NoSuchTask"),
         (("--env-id", "LunarLanderContinuous-v3", "--episodes", "1"), "--episodes must be at least 2, got 1"),
         (("--env-id", "LunarLanderContinuous-v3", "--out", "missing/returns.csv"), "there is no folder missing"),
+        (("--env-id", "LunarLanderContinuous-v3", "--out", "."), "--out . is a folder"),
     ],
 )
 def test_same_starts_refuses_in_one_line(lunar_runs, arguments, message):
     done = same_starts(lunar_runs, *arguments)
     assert done.returncode == 2 and done.stdout == ""
     assert done.stderr.count("\n") == 1 and done.stderr.startswith("error: ") and message in done.stderr
+
+
+def test_same_starts_names_a_damaged_model_and_a_full_disk(tmp_path, lunar_runs):
+    (tmp_path / "model.safetensors").write_text("junk")
+    done = same_starts(tmp_path, "--env-id", "LunarLanderContinuous-v3")
+    assert done.returncode == 2 and done.stderr.startswith(f"error: {tmp_path / 'model.safetensors'} is damaged")
+    done = same_starts(lunar_runs, "--env-id", "LunarLanderContinuous-v3", "--episodes", 2, "--out", "/dev/full")
+    assert done.returncode == 1 and done.stderr == "error: --out /dev/full cannot be written: No space left on device\n"
+    assert "best agent" in done.stdout
