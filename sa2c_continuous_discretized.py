@@ -338,9 +338,7 @@ class Learner:
         for name, x in self.agent.state_dict().items():
             if len(seeds) > 1 and x.shape[:1] != (len(seeds),):
                 raise ValueError(f"{name} of shape {tuple(x.shape)} has no dimension for {len(seeds)} agents")
-        self.optimizer = torch.optim.RMSprop(
-            self.agent.parameters(), args.learning_rate, alpha=0.99, eps=1e-5, foreach=True
-        )
+        self.optimizer = torch.optim.RMSprop(self.agent.parameters(), args.learning_rate, alpha=0.99, eps=1e-5)
         self.normalizer = Normalizer(len(seeds), args.num_envs, obs_dim, args.gamma)
 
     def draw(self, *shape: int, kind: str) -> torch.Tensor:
@@ -404,7 +402,7 @@ def train(args: Args, run_dir: Path) -> None:
         learner.load_state(checkpoint["learner"], run_dir / "checkpoint.pt")
         counters = checkpoint["counters"]
     global_step, wall_seconds = counters["global_step"], counters["wall_seconds"]
-    logs = [RunLog(seed_dir(args, run_dir, seed), replace(args, seed=seed), global_step) for seed in seeds]
+    logs = [RunLog(seed_dir(args, run_dir, seed), replace(args, seed=seed, num_seeds=1), global_step) for seed in seeds]
     progress = Progress(total_timesteps, "step")
     stop_signals = collect_signals()
     was_finite = [True] * N
@@ -479,8 +477,7 @@ def train(args: Args, run_dir: Path) -> None:
             counters["train_seconds"] += time.perf_counter() - iteration_start
         timed = True
         if finite != was_finite:
-            env_finite = np.isfinite(obs_buf).all((0, 2, 3)) & np.isfinite(reward_buf).all((0, 2))
-            report_failures(args, global_step, was_finite, finite, env_finite)
+            report_failures(args, global_step, was_finite, finite, normalizer)
         was_finite = finite
 
         # Evaluate, log, save
@@ -553,11 +550,8 @@ def evaluate(learner: Learner, args: Args, run_dir: Path, name: str = "final") -
     return returns.reshape(len(seeds), EVAL_EPISODES)
 
 
-def evaluate_saved(path: Path) -> np.ndarray:
-    """Returns (10,) of a saved model, a file or in a run directory, in the episodes of its run's final evaluation.
-
-    Raises Stop when path is no model of this script.
-    """
+def load_model(path: Path) -> tuple[Args, dict[str, torch.Tensor]]:
+    """Arguments and tensors of a saved model, a file or in a run directory. Raises Stop when it is none of ours."""
     if runs := sorted(path.glob("seed*/model.safetensors")):
         raise Stop(f"{path} holds the runs of several seeds: name one, such as {runs[0].parent}")
     path = path / "model.safetensors" if path.is_dir() else path
@@ -567,16 +561,25 @@ def evaluate_saved(path: Path) -> np.ndarray:
             metadata, tensors = file.metadata() or {}, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (safetensors.SafetensorError, OSError) as error:
         raise Stop(f"{path} is not a safetensors file ({error})") from None
-    saved = saved_args(path, metadata.get("script"), json.loads(metadata.get("args", "{}")))
-    require({"obs_mean", "obs_var"} <= tensors.keys(), f"{path} holds no normalization statistics")
+    args = saved_args(path, metadata.get("script"), json.loads(metadata.get("args", "{}")))
     require(all(x.isfinite().all() for x in tensors.values()), f"{path} holds values that are not finite")
-    args = changed_args(saved, "evaluate", "capture_video")
+    return args, tensors
+
+
+def evaluate_saved(args: Args, tensors: dict[str, torch.Tensor], path: Path) -> np.ndarray:
+    """Returns (10,) of the model that load_model(path) gave in the episodes of its run's final evaluation.
+
+    Raises Stop when it does not fit the environment or this script.
+    """
     torch.set_num_threads(args.num_threads)
-    learner = Learner(args, [args.seed], *check_env(args))
-    rms = learner.normalizer.obs_rms
-    rms.mean, rms.var = (tensors.pop(name).numpy()[None] for name in ("obs_mean", "obs_var"))
+    obs_dim, action_dim = check_env(args)
+    learner = Learner(args, [args.seed], obs_dim, action_dim)
+    statistics = [tensors.pop(name, torch.empty(0)).numpy() for name in ("obs_mean", "obs_var")]
+    fits = all(x.shape == (obs_dim,) for x in statistics)
+    require(fits, f"{path} holds no statistics of the {obs_dim} observations of {args.env_id}")
+    learner.normalizer.obs_rms.mean, learner.normalizer.obs_rms.var = (x[None] for x in statistics)
     learner.load_networks(tensors, path)
-    return evaluate(learner, args, path.parent)[0]
+    return evaluate(learner, args, path if path.is_dir() else path.parent)[0]
 
 
 def collect_signals() -> list[int]:
@@ -597,12 +600,13 @@ def release_signals() -> None:
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
-def report_failures(args: Args, step: int, was_finite: list[bool], finite: list[bool], env_finite: np.ndarray) -> None:
+def report_failures(args: Args, step: int, was_finite: list[bool], finite: list[bool], normalizer: Normalizer) -> None:
     """Name the seeds whose loss is not finite any more, and the cause. Raises Stop when no agent is left."""
     messages = []
     for i in [i for i in range(args.num_seeds) if was_finite[i] and not finite[i]]:
         reason = "the loss is not finite. Try a lower --learning-rate or a lower --beta"
-        if not env_finite[i]:
+        statistics = [normalizer.return_rms.var[i], *normalizer.obs_rms.var[i]]
+        if not np.isfinite(statistics).all():  # they have seen every observation and reward
             reason = "the environment's observations or rewards are not finite"
         messages.append(f"seed {args.seed + i} of {args.env_id} failed at step {step:,}: {reason}")
     if not any(finite):
@@ -702,7 +706,7 @@ def load_checkpoint(run_dir: Path) -> dict | None:
         return None
     try:
         checkpoint = dict(torch.load(path, map_location="cpu", weights_only=True))
-    except (RuntimeError, EOFError, ValueError, TypeError, pickle.UnpicklingError):
+    except (RuntimeError, EOFError, ValueError, TypeError, LookupError, pickle.UnpicklingError):
         raise Stop(f"{path} is damaged") from None
     version = checkpoint.get("version", 1)
     require(version == VERSION, f"{path} was written by version {version} of {SCRIPT}.py: continue it with that one")
@@ -826,7 +830,7 @@ def validate(args: Args) -> None:
             require(is_allowed(value), f"--{name.replace('_', '-')} must be {allowed}, got {value}")
     rollout = args.num_envs * args.num_steps
     message = f"a rollout of {rollout} steps, --num-envs times --num-steps, must be "
-    require(args.total_timesteps >= rollout, message + f"at most --total-timesteps, {args.total_timesteps}")
+    require(args.total_timesteps >= rollout, message)
     require(not args.cuda or torch.cuda.is_available(), "--cuda needs a CUDA device, and torch sees none")
     compiler = any(map(shutil.which, (os.environ.get("CXX", "c++"), "g++", "clang++")))
     require(compiler or not args.compile, "--compile needs a C++ compiler (on Debian: apt install g++)")
@@ -896,7 +900,9 @@ def main() -> int:
         empty = "" in (args.run_dir, args.resume, args.evaluate)
         require(not empty, "--run-dir, --resume and --evaluate need a path, got an empty one")
         if args.evaluate:
-            returns = evaluate_saved(Path(args.evaluate))
+            path = Path(args.evaluate)
+            saved, tensors = load_model(path)
+            returns = evaluate_saved(changed_args(saved, "evaluate", "capture_video"), tensors, path)
             print(f"evaluation {returns.mean():.1f} ({' '.join(f'{r:.1f}' for r in returns)})")
         elif args.resume:
             args = replace(changed_args(open_run_dir(run_dir), "resume"), resume=None)

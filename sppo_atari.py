@@ -519,11 +519,8 @@ def evaluate(learner: Learner, args: Args, run_dir: Path, name: str = "final") -
     return returns
 
 
-def evaluate_saved(path: Path) -> np.ndarray:
-    """Returns (10,) of a saved model, a file or in a run directory, in the episodes of its run's final evaluation.
-
-    Raises Stop when path is no model of this script.
-    """
+def load_model(path: Path) -> tuple[Args, dict[str, torch.Tensor]]:
+    """Arguments and tensors of a saved model, a file or in a run directory. Raises Stop when it is none of ours."""
     path = path / "model.safetensors" if path.is_dir() else path
     require(path.exists(), f"{path} does not exist: a model is written when its run has finished")
     try:
@@ -531,14 +528,21 @@ def evaluate_saved(path: Path) -> np.ndarray:
             metadata, tensors = file.metadata() or {}, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (safetensors.SafetensorError, OSError) as error:
         raise Stop(f"{path} is not a safetensors file ({error})") from None
-    saved = saved_args(path, metadata.get("script"), json.loads(metadata.get("args", "{}")))
+    args = saved_args(path, metadata.get("script"), json.loads(metadata.get("args", "{}")))
     require(all(x.isfinite().all() for x in tensors.values()), f"{path} holds values that are not finite")
-    args = changed_args(saved, "evaluate", "capture_video")
-    check_game(args)
+    return args, tensors
+
+
+def evaluate_saved(args: Args, tensors: dict[str, torch.Tensor], path: Path) -> np.ndarray:
+    """Scores (10,) of the model that load_model(path) gave in the games of its run's final evaluation.
+
+    Raises Stop when it does not fit this script.
+    """
     torch.set_num_threads(args.num_threads)
+    check_game(args)
     learner = Learner(args, Games(args, 1).num_actions)
     learner.load_networks(tensors, path)
-    return evaluate(learner, args, path.parent)
+    return evaluate(learner, args, path if path.is_dir() else path.parent)
 
 
 def collect_signals() -> list[int]:
@@ -642,7 +646,7 @@ def load_checkpoint(run_dir: Path) -> dict | None:
         return None
     try:
         checkpoint = dict(torch.load(path, map_location="cpu", weights_only=True))
-    except (RuntimeError, EOFError, ValueError, TypeError, pickle.UnpicklingError):
+    except (RuntimeError, EOFError, ValueError, TypeError, LookupError, pickle.UnpicklingError):
         raise Stop(f"{path} is damaged") from None
     version = checkpoint.get("version", 1)
     require(version == VERSION, f"{path} was written by version {version} of {SCRIPT}.py: continue it with that one")
@@ -763,7 +767,8 @@ def validate(args: Args) -> None:
     message = f"a rollout of {rollout} steps, --num-envs times --num-steps, must be "
     require(rollout % minibatches == 0, message + f"a multiple of --num-minibatches, {minibatches}")
     require(rollout > minibatches or not args.norm_adv, message + "more than --num-minibatches, or add --no-norm-adv")
-    require(args.total_timesteps >= rollout, message + f"at most --total-timesteps, {args.total_timesteps}")
+    message = f"--total-timesteps must be at least one rollout, {rollout} steps, got {args.total_timesteps}"
+    require(args.total_timesteps >= rollout, message)
     compiler = any(map(shutil.which, (os.environ.get("CXX", "c++"), "g++", "clang++")))
     require(compiler or not args.compile, "--compile needs a C++ compiler (on Debian: apt install g++)")
     require(not args.track or find_spec("wandb"), "--track needs Weights & Biases: pip install wandb")
@@ -804,7 +809,9 @@ def main() -> int:
         empty = "" in (args.run_dir, args.resume, args.evaluate)
         require(not empty, "--run-dir, --resume and --evaluate need a path, got an empty one")
         if args.evaluate:
-            returns = evaluate_saved(Path(args.evaluate))
+            path = Path(args.evaluate)
+            saved, tensors = load_model(path)
+            returns = evaluate_saved(changed_args(saved, "evaluate", "capture_video"), tensors, path)
             print(f"evaluation {returns.mean():.1f} ({' '.join(f'{r:.1f}' for r in returns)})")
         elif args.resume:
             args = replace(changed_args(open_run_dir(run_dir), "resume"), resume=None)

@@ -10,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from contextlib import nullcontext
 from importlib.metadata import version
 from itertools import combinations, pairwise
 from pathlib import Path
@@ -19,14 +20,34 @@ import imageio.v2 as imageio
 import numpy as np
 import pytest
 import torch
-from conftest import import_scripts, largest_file, wait_for_the_next_second
+from conftest import (
+    CONTINUOUS,
+    CONTROL,
+    LANGUAGE,
+    ROOT,
+    SCRIPTS,
+    import_scripts,
+    largest_file,
+    wait_for_the_next_second,
+)
 from pausing import interrupt
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-ROOT = Path(__file__).resolve().parent.parent
-CONTINUOUS = ("sppo_continuous_discretized", "sa2c_continuous_discretized")
+TAGS = {
+    "charts/episodic_return",
+    "charts/episodic_length",
+    "charts/learning_rate",
+    "charts/SPS",
+    "losses/policy_loss",
+    "losses/value_loss",
+    "losses/entropy",
+    "losses/grad_norm",
+    "losses/explained_variance",
+    "eval/episodic_return",
+}
+SPPO_TAGS = TAGS | {"losses/approx_kl", "losses/clipfrac", "losses/sign_flips"}
 PENDULUM = ("--env-id", "InvertedDoublePendulum-v4")
 SPPO_UPDATE = ("--num-minibatches", "4", "--update-epochs", "2")
 sppo_only = pytest.mark.parametrize("script", CONTINUOUS[:1], indirect=True)
@@ -85,6 +106,25 @@ class ToyEnv(gym.Env):
         return self.observation(), reward, self.steps == 10, False, {}
 
 
+class BrokenEnv(ToyEnv):
+    """An environment with a bug, in its constructor or, later, in a step."""
+
+    def __init__(self, broken_after, render_mode=None):
+        super().__init__(render_mode)
+        self.parts = {"left": 1} if broken_after else {}["missing_key"]
+        self.broken_after = broken_after
+
+    def step(self, action):
+        if self.lifetime == self.broken_after // 2:
+            self.parts["missing_key"]
+        return super().step(action)
+
+
+class EndlessEnv(ToyEnv):
+    def step(self, action):
+        return *super().step(action)[:2], False, False, {}
+
+
 class PlainEnv(ToyEnv):
     """An environment that knows no render_mode, which gymnasium does not demand."""
 
@@ -103,6 +143,9 @@ def toy_envs():
     gym.register("ToyPlain-v0", PlainEnv)
     gym.register("ToyInfinite-v0", ToyEnv, kwargs={"infinite": True})
     gym.register("ToyNaN-v0", ToyEnv, kwargs={"nan_after": 40})
+    gym.register("ToyBroken-v0", BrokenEnv, kwargs={"broken_after": 40})
+    gym.register("ToyUnborn-v0", BrokenEnv, kwargs={"broken_after": 0})
+    gym.register("ToyEndless-v0", EndlessEnv)
 
 
 @pytest.fixture
@@ -222,10 +265,11 @@ def test_result_has_the_agreed_keys_and_total_rounds_up_to_whole_rollouts(script
 
 def test_curves_hold_the_same_values_as_tensorboard(script, finished):
     run_dir = finished[0] / "run"
-    assert tuple(read_curves(run_dir)[0]) == ("global_step", *script.METRICS)
+    tags = SPPO_TAGS if script.SCRIPT.startswith("sppo") else TAGS
+    assert set(read_curves(run_dir)[0]) == {"global_step"} | tags
     assert [int(row["global_step"]) for row in read_curves(run_dir)] == [2048, 4096, 5120, 5120]
     curves, events = curve_points(run_dir), event_points(run_dir)
-    assert set(curves) == set(events) == set(script.METRICS)
+    assert set(curves) == set(events) == tags
     for tag, points in curves.items():
         assert [step for step, _ in points] == [step for step, _ in events[tag]], tag
         np.testing.assert_allclose([v for _, v in points], [v for _, v in events[tag]], rtol=1e-5, err_msg=tag)
@@ -244,7 +288,7 @@ def test_evaluate_prints_the_returns_of_the_final_evaluation(script, finished, c
     before = snapshot(finished[0])
     assert run_script(script, finished[0], "--evaluate", "run") == (0, line, "")
     assert call("--evaluate", run_dir / "model.safetensors") == (0, line, "")
-    assert script.evaluate_saved(run_dir, False).tolist() == result["eval_returns"]
+    assert script.evaluate_saved(*script.load_model(run_dir), run_dir).tolist() == result["eval_returns"]
     assert snapshot(finished[0]) == before
 
 
@@ -340,7 +384,8 @@ def test_dict_observations_and_matrices_of_actions_work(script, call, tmp_path):
     assert (code, err) == (0, "")
     model = load_file(tmp_path / "run" / "model.safetensors")
     assert model["obs_mean"].shape == (3 + 4,) and model["actor.4.bias"].shape == (1, 2 * 3 * 11)
-    assert script.evaluate_saved(tmp_path / "run", False).tolist() == read_result(tmp_path / "run")["eval_returns"]
+    run_dir = tmp_path / "run"
+    assert script.evaluate_saved(*script.load_model(run_dir), run_dir).tolist() == read_result(run_dir)["eval_returns"]
 
 
 def test_environment_that_knows_no_render_mode_works(script, call, tmp_path):
@@ -409,8 +454,8 @@ def test_resumed_run_continues_from_its_checkpoint(survivor):
     rows = rows_of(survivor["run_dir"])
     for moment in ("killed", "stopped"):
         step = survivor[f"{moment}_at"]
-        kept = [row for row in survivor[f"{moment}_rows"] if step_of(row) <= step]
-        assert kept and rows[: len(kept)] == kept
+        kept = [row.rstrip(",\n") for row in survivor[f"{moment}_rows"] if step_of(row) <= step]
+        assert kept and [row.rstrip(",\n") for row in rows[: len(kept)]] == kept  # a later tag adds a column
         assert step < step_of(rows[len(kept)]) <= step + 2048 + 256
     assert survivor["stopped_at"] > survivor["killed_at"] >= 4096
 
@@ -429,14 +474,16 @@ def test_tensorboard_of_a_resumed_run_has_every_row_of_its_curves(survivor):
         assert [step for step, _ in events[tag]] == [step for step, _ in points], tag
 
 
-def test_a_row_is_in_the_files_when_write_returns(script, tmp_path):
+def test_a_row_is_in_the_files_when_write_returns_and_a_new_tag_gets_a_column(script, tmp_path):
     log = script.RunLog(tmp_path / "run", script.Args(), 0)
-    for step in range(1, 21):
-        log.write(step, {tag: float(step) for tag in script.METRICS})
+    for step in range(1, 6):
+        tags = ["charts/a", "charts/b"] if step > 3 else ["charts/a"]
+        log.write(step, {tag: float(step) for tag in tags})
         copy = Path(shutil.copytree(tmp_path / "run", tmp_path / f"copy{step}"))
         for points in (event_points(copy), curve_points(copy)):
-            assert {tag: p[-1] for tag, p in points.items()} == {tag: (step, step) for tag in script.METRICS}
+            assert {tag: p[-1] for tag, p in points.items()} == {tag: (step, step) for tag in tags}
     log.close()
+    assert (tmp_path / "run/curves.csv").read_text().splitlines()[:2] == ["global_step,charts/a,charts/b", "1,1,"]
 
 
 def test_ctrl_c_leaves_a_checkpoint_and_says_how_to_go_on(survivor):
@@ -467,7 +514,7 @@ def test_either_signal_stops_after_the_rollout_with_a_checkpoint(control, number
     finally:
         for n, handler in handlers.items():
             signal.signal(n, handler)
-    assert capsys.readouterr().err == f"\nstopped; to go on: python {control.SCRIPT}.py --resume {tmp_path / 'run'}\n"
+    assert capsys.readouterr().err == f"stopped\nto go on: python {control.SCRIPT}.py --resume {tmp_path / 'run'}\n"
     assert control.load_checkpoint(tmp_path / "run")["counters"]["global_step"] == 32
     assert not (tmp_path / "run/result.json").exists()
 
@@ -477,7 +524,7 @@ def test_ctrl_c_during_an_evaluation_has_nothing_to_go_on_with(script, finished,
         raise KeyboardInterrupt
 
     monkeypatch.setattr(script, "evaluate_saved", interrupted)
-    assert call("--evaluate", finished[0] / "run") == (130, "", "\nstopped\n")
+    assert call("--evaluate", finished[0] / "run") == (130, "", "stopped\n")
 
 
 def test_kill_between_the_final_evaluation_and_the_result_leaves_one_evaluation_row_and_the_same_model(
@@ -541,20 +588,21 @@ def test_learner_state_round_trip_is_exact_and_training_goes_on_as_before(script
     learner = script.Learner(args, [7, 8], 4, 2)
     for seed in range(3):
         update(script, learner, args, random_batch(script, 2, seed))
-    torch.save([learner.state(i) for i in range(2)], tmp_path / "states")
-    states = torch.load(tmp_path / "states", weights_only=True)
+    torch.save(learner.state(), tmp_path / "state")
+    state = torch.load(tmp_path / "state", weights_only=True)
 
     other = script.Learner(args, [1, 2], 4, 2)
-    other.load(states)
+    other.load_state(state, tmp_path / "state")
     other.normalizer.returns = learner.normalizer.returns.copy()
+    before = flat(torch.load(tmp_path / "state", weights_only=True))
     for seed in range(3, 6):
         batch = random_batch(script, 2, seed)
         assert torch.equal(update(script, other, args, batch), update(script, learner, args, batch))
-    for i in range(2):
-        ours, theirs = flat(learner.state(i)), flat(other.state(i))
-        assert ours.keys() == theirs.keys()
-        assert all(torch.equal(ours[path], theirs[path]) for path in ours)
-        assert not all(torch.equal(ours[path], leaf) for path, leaf in flat(states[i]).items())
+    ours, theirs = flat(learner.state()), flat(other.state())
+    assert ours.keys() == theirs.keys()
+    tensors = [path for path in ours if isinstance(ours[path], torch.Tensor)]
+    assert all(torch.equal(ours[path], theirs[path]) for path in tensors)
+    assert not any(torch.equal(ours[path], before[path]) for path in tensors if path.startswith("agent/"))
 
 
 def test_checkpoint_holds_parameters_statistics_and_counters_of_the_run(script, finished):
@@ -564,12 +612,12 @@ def test_checkpoint_holds_parameters_statistics_and_counters_of_the_run(script, 
     assert checkpoint["counters"]["global_step"] == checkpoint["counters"]["train_steps"] == 5120
     assert result["sps"] == pytest.approx(5120 / checkpoint["counters"]["train_seconds"])
     assert 0 < checkpoint["counters"]["wall_seconds"] < result["wall_seconds"]
-    assert np.mean(checkpoint["last_returns"]) == pytest.approx(result["train_last10_mean"])
+    assert np.mean(checkpoint["counters"]["last_returns"][0]) == pytest.approx(result["train_last10_mean"])
     state = checkpoint["learner"]
     assert state["agent"].keys() == model.keys() - {"obs_mean", "obs_var"}
-    assert all(torch.equal(state["agent"][key], model[key]) for key in state["agent"])
-    assert torch.equal(state["normalizer"]["obs_rms"]["mean"], model["obs_mean"])
-    assert torch.equal(state["normalizer"]["obs_rms"]["var"], model["obs_var"])
+    assert all(torch.equal(state["agent"][key][0], model[key]) for key in state["agent"])
+    assert torch.equal(state["normalizer"]["obs_rms"]["mean"][0], model["obs_mean"])
+    assert torch.equal(state["normalizer"]["obs_rms"]["var"][0], model["obs_var"])
 
 
 def test_resume_of_a_finished_run_prints_its_result_and_changes_nothing(finished, call):
@@ -590,33 +638,37 @@ def truncate(path):
     os.truncate(path, path.stat().st_size // 2)
 
 
-def checkpoint_of_another_script(path):
-    torch.save(torch.load(path, weights_only=True) | {"script": "sppo_atari"}, path)
+def change_checkpoint(path, **changes):
+    torch.save(torch.load(path, weights_only=True) | changes, path)
 
 
 def checkpoint_of_another_network(path):
-    content = torch.load(path, weights_only=True)
-    agent = content["learner"]["agent"]
-    agent["actor.0.weight"] = torch.zeros(3, 64)
-    torch.save(content, path)
+    learner = torch.load(path, weights_only=True)["learner"]
+    learner["agent"]["actor.0.weight"] = torch.zeros(1, 3, 64)
+    change_checkpoint(path, learner=learner)
+
+
+def run_of_version_1(path):
+    """A batch of seeds as version 1 left it: everything in the directories of the seeds."""
+    (path / "seed3").mkdir()
+    for name in ("args.json", "checkpoint.pt"):
+        (path / name).rename(path / "seed3" / name)
 
 
 DAMAGE = {
     "args of another script": lambda d: change_script(d / "args.json", "sppo_atari"),
     "truncated args": lambda d: truncate(d / "args.json"),
     "args that are a list": lambda d: (d / "args.json").write_text("[1]"),
-    "unknown argument": lambda d: (d / "args.json").write_text('{"script": "x", "args": {"colour": 1}}'),
     "no args": lambda d: (d / "args.json").unlink(),
+    "batch of version 1": run_of_version_1,
     "truncated checkpoint": lambda d: truncate(d / "checkpoint.pt"),
-    "truncated checkpoint of a failed run": lambda d: (
-        truncate(d / "checkpoint.pt"),
-        (d / "failed.txt").write_text("seed 3 stopped\n"),
-    ),
     "empty checkpoint": lambda d: (d / "checkpoint.pt").write_bytes(b""),
-    "checkpoint of something else": lambda d: torch.save({"weights": torch.zeros(3)}, d / "checkpoint.pt"),
     "checkpoint that is a list": lambda d: torch.save([1, 2], d / "checkpoint.pt"),
-    "checkpoint of another script": lambda d: checkpoint_of_another_script(d / "checkpoint.pt"),
+    "checkpoint of version 1": lambda d: torch.save({"learner": {}}, d / "checkpoint.pt"),
     "checkpoint of another network": lambda d: checkpoint_of_another_network(d / "checkpoint.pt"),
+    "damaged curves": lambda d: (d / "curves.csv").write_text("global_step,losses/entropy\nx,1\n"),
+    "binary curves": lambda d: (d / "curves.csv").write_bytes(b"\xff\xfe\x00"),
+    "damaged result": lambda d: (d / "result.json").write_text("{"),
 }
 
 
@@ -636,7 +688,7 @@ def test_resume_refuses_a_damaged_or_foreign_run(unfinished, call, damage):
         (("--resume", "run", "--seed", "5"), ("--seed", "--resume")),
         (("--resume", "run", "--beta", "5.5", "--num-envs", "3"), ("--beta", "--num-envs")),
         (
-            ("--resume", "run", "--num-bins", "11", "--gae_lambda=0.95", "--no-compile"),
+            ("--resume", "run", "--num-bins", "12", "--gae_lambda=0.9", "--compile"),
             ("--num-bins, --gae-lambda, --compile",),
         ),
         (("--resume", "run", "--run-dir", "new"), ("--run-dir",)),
@@ -644,8 +696,7 @@ def test_resume_refuses_a_damaged_or_foreign_run(unfinished, call, damage):
         (("--run-dir", "run"), ("--run-dir", "--resume")),
         (("--run-dir", "run/args.json"), ("--run-dir",)),
         (("--run-dir", "run/args.json/new"), ("--run-dir",)),
-        (("--evaluate", "run", "--seed", "5"), ("--seed", "--evaluate")),
-        (("--evaluate", "run", "--resume", "run"), ("--resume", "--evaluate")),
+        (("--evaluate", "run"), ("run/model.safetensors does not exist",)),
         (("--resume", ""), ("--resume", "empty")),
         (("--evaluate", ""), ("--evaluate", "empty")),
         (("--run-dir", ""), ("--run-dir", "empty")),
@@ -660,6 +711,14 @@ def test_resume_run_dir_and_evaluate_refuse_what_they_cannot_honour(unfinished, 
     assert snapshot(unfinished.parent) == before
 
 
+@pytest.mark.parametrize("flag", ["--seed 5", "--resume run", "--compile", "--reward-noise-std 0.05"])
+def test_evaluate_takes_its_arguments_from_the_model(finished, call, flag):
+    before = snapshot(finished[0])
+    code, out, err = call("--evaluate", finished[0] / "run", *flag.split())
+    assert_refused(code, err, "--evaluate takes its arguments from the run: drop " + flag.split()[0])
+    assert out == "" and snapshot(finished[0]) == before
+
+
 def model_of_a_missing_environment(path, good):
     with safe_open(good, "pt") as file:
         metadata = file.metadata()
@@ -670,10 +729,18 @@ def model_of_a_missing_environment(path, good):
 def several_seeds(path, good):
     for seed in (2, 1):
         (path / f"seed{seed}").mkdir(parents=True)
-        (path / f"seed{seed}" / "args.json").write_text("{}")
+        (path / f"seed{seed}" / "model.safetensors").write_text("")
+
+
+def model_with(path, good, **tensors):
+    with safe_open(good, "pt") as file:
+        save_file(load_file(good) | tensors, path, file.metadata())
 
 
 MODELS = {
+    "not a number": lambda path, good: model_with(path, good, obs_mean=torch.full((9,), torch.nan)),
+    "another observation size": lambda path, good: model_with(path, good, obs_mean=torch.zeros(4)),
+    "another network": lambda path, good: model_with(path, good, **{"actor.0.bias": torch.zeros(1, 32)}),
     "parent of several runs": several_seeds,
     "missing directory": lambda path, good: path,
     "run without a model": lambda path, good: path.mkdir(),
@@ -704,6 +771,8 @@ BAD_INPUT = [
     ("--env-id CartPole-v1", "--env-id", "Discrete", "Box"),
     ("--env-id ToyInfinite-v0", "--env-id", "infinite", "finite"),
     ("--num-bins 1", "--num-bins", "at least 2"),
+    ("--num-bins 999999999", "--num-bins", "GiB"),
+    ("--num-seeds 1000000000", "--num-seeds", "GiB"),
     ("--beta -1", "--beta", "0 or above"),
     ("--beta nan", "--beta", "0 or above"),
     ("--beta inf", "--beta", "0 or above"),
@@ -832,21 +901,47 @@ def test_compile_flag_is_refused_without_a_compiler(call, monkeypatch, tmp_path)
 
 
 def test_video_of_an_environment_without_frames_is_refused(call, monkeypatch, tmp_path):
-    code, _, err = call("--env-id", "Toy-v0", "--capture-video", "--total-timesteps", 2048)
-    assert_refused(code, err, "Toy-v0 cannot render here (NotImplementedError")
     monkeypatch.setattr(ToyEnv, "render", lambda self: None)
     code, _, err = call("--env-id", "Toy-v0", "--capture-video", "--total-timesteps", 2048)
     assert_refused(code, err, "error: --env-id Toy-v0 cannot render: drop --capture-video")
     assert list(tmp_path.iterdir()) == []
 
 
-def test_nan_stops_the_run_with_step_env_seed_and_advice(script, call, tmp_path):
+@pytest.mark.parametrize("env_id", ["ToyBroken-v0", "ToyUnborn-v0"])
+def test_a_bug_of_the_environment_keeps_its_traceback_and_the_run_its_checkpoint(script, call, tmp_path, env_id):
+    flags = ("--env-id", env_id, *small(script), "--total-timesteps", 640, "--checkpoint-every", 32)
+    with pytest.raises(KeyError, match="missing_key") as error:
+        call(*flags, "--run-dir", "run")
+    assert error.traceback[-1].name == ("step" if "Broken" in env_id else "__init__")
+    if "Broken" in env_id:
+        assert error.value.__notes__ == [f"to go on: python {script.SCRIPT}.py --resume run"]
+        assert checkpoint_step(script, tmp_path / "run") == 32
+    else:
+        assert list(tmp_path.iterdir()) == []
+
+
+def test_an_environment_without_an_episode_limit_is_cut_off_and_said_so(script, call, monkeypatch):
+    monkeypatch.setattr(script, "EVAL_MAX_STEPS", 30)
+    code, out, _ = call("--env-id", "ToyEndless-v0", *small(script), "--total-timesteps", 32, "--run-dir", "run")
+    assert code == 0 and "evaluation: 10 episodes of ToyEndless-v0 were cut off after 30 steps\n" in out
+
+
+def test_loss_that_is_not_finite_stops_the_run_with_advice(script, call, tmp_path):
+    flags = ("--env-id", "Toy-v0", *small(script), "--total-timesteps", 640, "--seed", 6, "--run-dir", "run")
+    code, _, err = call(*flags, "--learning-rate", 1e38)
+    assert code == 1 and err.count("\n") == 1
+    for word in ("step ", "Toy-v0", "seed 6", "the loss is not finite", "--learning-rate", "--beta"):
+        assert word in err
+    assert not (tmp_path / "run" / "result.json").exists()
+
+
+def test_numbers_of_the_environment_that_are_not_finite_stop_the_run_and_are_blamed_on_it(script, call, tmp_path):
     flags = ("--env-id", "ToyNaN-v0", *small(script), "--total-timesteps", 640, "--seed", 6, "--run-dir", "run")
     code, _, err = call(*flags)
     assert code == 1
     assert "Traceback" not in err and err.count("error:") == 1
     message = err.splitlines()[0]
-    for word in ("step 96", "ToyNaN-v0", "seed 6", "--learning-rate", "--beta"):
+    for word in ("step 96", "ToyNaN-v0", "seed 6", "the environment's observations or rewards are not finite"):
         assert word in message, message
     assert not (tmp_path / "run" / "result.json").exists()
     assert not (tmp_path / "run" / "model.safetensors").exists()
@@ -854,21 +949,19 @@ def test_nan_stops_the_run_with_step_env_seed_and_advice(script, call, tmp_path)
 
 def test_full_disk_stops_the_run_in_one_line_and_keeps_the_last_checkpoint(script, call, tmp_path):
     flags = (*small(script), "--total-timesteps", 96, "--checkpoint-every", 32, "--run-dir", "run")
-    save, sizes = script.torch.save, []
+    save_checkpoint, saved = script.save_checkpoint, []
 
-    def save_until_full(state, path):
-        if sizes:
-            with largest_file(sizes[0] // 2):
-                return save(state, path)
-        save(state, path)
-        sizes.append(path.stat().st_size)
+    def save_until_full(*args):
+        saved.append(args)
+        with largest_file(1000) if len(saved) > 1 else nullcontext():
+            save_checkpoint(*args)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(script.torch, "save", save_until_full)
+        patch.setattr(script, "save_checkpoint", save_until_full)
         code, _, err = call(*PENDULUM, *flags)
     assert code == 1 and "Traceback" not in err
     error, hint = err.splitlines()
-    assert error.startswith("error: run/checkpoint.pt cannot be written, is the disk full?") and "--resume run" in hint
+    assert error == "error: [Errno 27] File too large" and hint.endswith("--resume run")
     assert checkpoint_step(script, tmp_path / "run") == 32 and not list(tmp_path.rglob("*.tmp"))
     assert call("--resume", "run")[0] == 0
     assert read_result(tmp_path / "run")["total_timesteps"] == 96
@@ -889,7 +982,6 @@ def test_short_run_learns_to_balance_the_pendulum(script, call, tmp_path):
 
 DIFFERENT_ALGORITHM = {  # what the SPPO and the SA2C script of a domain call the same and write differently
     "module docstring",
-    "METRICS",
     "Args.alpha",
     "Args.beta",
     "Args.learning_rate",
@@ -913,7 +1005,7 @@ SPPO_ONLY = {
     "Args.clip_coef",
     "Args.anneal_clip",
 }
-SA2C_ONLY = {"continuous_discretized": {"symmetric_a2c_loss", "RMSprop"}, "atari": {"symmetric_a2c_loss", "RMSpropTF"}}
+SA2C_ONLY = {"continuous_discretized": {"symmetric_a2c_loss"}, "atari": {"symmetric_a2c_loss", "RMSpropTF"}}
 DIFFERENT_DOMAIN = {  # what scripts of different domains write differently besides Args and Learner
     "Import",
     "ImportFrom",
@@ -923,7 +1015,8 @@ DIFFERENT_DOMAIN = {  # what scripts of different domains write differently besi
     "logprob_and_entropy",
     "evaluate",
     "evaluate_saved",
-    "save_model",
+    "load_model",
+    "save_results",
     "run",
     "main",
 }
@@ -941,7 +1034,6 @@ DIFFERENT_TASK = {  # what the language scripts write differently from each othe
     "PACKAGES",
     "OOM_HINT",  # what to lower when memory is short
     "TOKENIZERS",
-    "METRICS",
     "ActorCritic",
     "generate",
     "Learner.docstring",
@@ -974,17 +1066,6 @@ TLDR_ONLY = {
     "AdapterReward",
     "load_base",
 }
-TLDR_LINES = [  # what else its train() does than IMDB's
-    "indices = learner.mine(prompt_indices(len(learner.rows), update, args.num_trajectories, args.seed))",
-    "trajectories, metrics, samples = rollout(learner, [learner.rows[i] for i in indices], args)",
-]
-SA2C_LINES = {
-    "train": ["grads, losses = compute_gradients(agent, [b_obs, b_actions, b_advantages, b_returns], args)"],
-    "validate": [
-        'counts = "num_seeds num_envs num_steps checkpoint_every num_threads"',
-        '("above 0", lambda x: 0 < x < np.inf, "alpha learning_rate max_grad_norm"),',
-    ],
-}
 
 
 def parts(path):
@@ -1012,16 +1093,14 @@ def parts(path):
     return result
 
 
-SCRIPTS = {path.stem: parts(path) for pattern in ("sppo_*.py", "sa2c_*.py") for path in sorted(ROOT.glob(pattern))}
-LANGUAGE = [name for name in SCRIPTS if name.startswith("sppo_rlhf_")]
-CONTROL = [name for name in SCRIPTS if name not in LANGUAGE]
+PARTS = {name: parts(ROOT / f"{name}.py") for name in SCRIPTS}
 DOMAINS = sorted({name.split("_", 1)[1] for name in CONTROL})
 
 
 @pytest.mark.parametrize("domain", DOMAINS)
 def test_sppo_and_sa2c_of_a_domain_differ_where_the_algorithms_do_and_nowhere_else(domain):
     assert domain in DIFFERENT_IN, "name its allowed differences in DIFFERENT_IN and SA2C_ONLY"
-    sppo, sa2c = SCRIPTS[f"sppo_{domain}"], SCRIPTS[f"sa2c_{domain}"]
+    sppo, sa2c = PARTS[f"sppo_{domain}"], PARTS[f"sa2c_{domain}"]
     assert {name for name in sppo if name in sa2c and sppo[name] != sa2c[name]} == DIFFERENT_IN[domain]
     assert set(sppo) - set(sa2c) == SPPO_ONLY
     assert set(sa2c) - set(sppo) == SA2C_ONLY[domain]
@@ -1030,9 +1109,9 @@ def test_sppo_and_sa2c_of_a_domain_differ_where_the_algorithms_do_and_nowhere_el
 
 def drifted(one, other, allowed):
     """What two scripts call the same and write differently, Args and the methods of Learner left aside."""
-    common = {name for name in SCRIPTS[one] if name in SCRIPTS[other] and not name.startswith(("Args.", "Learner."))}
+    common = {name for name in PARTS[one] if name in PARTS[other] and not name.startswith(("Args.", "Learner."))}
     assert len(common - allowed) > 10
-    return {name for name in common - allowed if SCRIPTS[one][name] != SCRIPTS[other][name]}
+    return {name for name in common - allowed if PARTS[one][name] != PARTS[other][name]}
 
 
 @pytest.mark.parametrize("one, other", list(combinations(CONTROL, 2)))
@@ -1041,7 +1120,7 @@ def test_helpers_of_two_scripts_with_the_same_name_are_the_same(one, other):
 
 
 def test_language_scripts_differ_where_their_tasks_do_and_nowhere_else():
-    imdb, tldr = (SCRIPTS[f"sppo_rlhf_{task}"] for task in ("imdb", "tldr"))
+    imdb, tldr = (PARTS[f"sppo_rlhf_{task}"] for task in ("imdb", "tldr"))
     common = [name for name in imdb if name in tldr]
     assert common == [name for name in tldr if name in imdb]
     different = {name for name in common if imdb[name] != tldr[name]}
@@ -1057,26 +1136,12 @@ def test_helpers_of_language_and_control_scripts_with_the_same_name_are_the_same
     assert not drifted(language, control, DIFFERENT_ALGORITHM | DIFFERENT_DOMAIN | DIFFERENT_LANGUAGE)
 
 
-@pytest.mark.parametrize("name", SA2C_LINES)
-def test_sa2c_adds_only_its_own_lines_to_what_sppo_has(name):
-    sppo, sa2c = (SCRIPTS[script][name] for script in CONTINUOUS)
-    sppo_lines = {line.strip() for line in sppo.splitlines()}
-    lines = [line.strip() for line in sa2c.splitlines() if not line.strip().startswith("#")]
-    assert [line for line in lines if line not in sppo_lines] == SA2C_LINES[name]
-
-
-def test_training_loops_of_the_language_scripts_differ_in_the_name_of_their_data_only():
-    imdb, tldr = ([line.strip() for line in SCRIPTS[script]["train"].splitlines()] for script in LANGUAGE)
-    assert [line for line in tldr if line not in imdb] == TLDR_LINES
-    assert len(imdb) == len(tldr)
-
-
 @pytest.mark.parametrize("script", import_scripts("s*_[ac]*.py"))
 def test_progress_on_a_terminal_is_one_line_that_ends_with_the_run(script, monkeypatch, capsys):
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
-    progress = script.Progress(100, 1)
+    progress = script.Progress(100, "step")
     progress.last = -1e9
-    progress.show(50, 1.0, 10.0)
-    assert capsys.readouterr().out.endswith("0:00:05 left\x1b[K")
-    progress.show(100, 1.0, 10.0)
+    progress.show(50, 10.0, "return 1.0")
+    assert capsys.readouterr().out == "\r 50%  step 50  return 1.0  0:00:05 left\x1b[K"
+    progress.show(100, 10.0, "return 1.0")
     assert capsys.readouterr().out.endswith("0:00:00 left\x1b[K\n")

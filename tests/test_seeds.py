@@ -130,8 +130,13 @@ def flat(tree):
     return {f"{key}/{path}": leaf for key, value in items for path, leaf in flat(value).items()}
 
 
-def learner_state(script, run_dir):
-    return flat(script.load_checkpoint(run_dir)["learner"])
+def agent_states(script, run_dir):
+    """What the checkpoint in run_dir holds of each agent: [{path: tensor without the agent dimension}]"""
+    learner = script.load_checkpoint(run_dir)["learner"]
+    generators = learner.pop("generators")
+    N, leaves = len(generators), flat(learner)
+    tensors = {path: x for path, x in leaves.items() if isinstance(x, torch.Tensor) and x.shape[:1] == (N,)}
+    return [{path: x[i] for path, x in tensors.items()} | {"generator": generators[i]} for i in range(N)]
 
 
 def checkpoint_step(script, run_dir):
@@ -176,24 +181,22 @@ def test_minibatches_of_a_batch_are_those_of_the_single_runs(script, runs):
 
 
 def test_agents_of_a_batch_end_in_the_state_of_their_single_runs(script, runs):
-    for seed, ours, theirs in pairs(runs):
-        state, expected = learner_state(script, ours), learner_state(script, theirs)
-        assert state.keys() == expected.keys()
-        assert torch.equal(state["rng/"], expected["rng/"])
+    states = agent_states(script, runs["batch"][0])
+    for state, seed in zip(states, SEEDS):
+        (expected,) = agent_states(script, runs[seed][0])
+        assert state.keys() == expected.keys() and len(state) > 30
+        assert torch.equal(state["generator"], expected["generator"])
         for path in state:
             torch.testing.assert_close(state[path], expected[path], rtol=1e-4, atol=1e-6, msg=f"seed {seed} {path}")
-    states = [learner_state(script, ours) for _, ours, _ in pairs(runs)]
     assert not states[0]["agent/actor.0.weight/"].allclose(states[1]["agent/actor.0.weight/"], atol=0.1)
 
 
-def test_directories_of_a_batch_hold_what_single_runs_leave(script, runs):
-    assert sorted(p.name for p in runs["batch"][0].iterdir()) == [f"seed{seed}" for seed in SEEDS]
-    for seed, ours, theirs in pairs(runs):
-        names, expected = (sorted(file_names(d)) for d in (ours, theirs))
-        assert names == expected
-        content, expected = read_json(ours / "args.json"), read_json(theirs / "args.json")
-        assert content["args"].pop("run_dir") == str(ours) and expected["args"].pop("run_dir") == str(theirs)
-        assert content == expected and content["args"]["seed"] == seed and content["args"]["num_seeds"] == 1
+def test_directories_of_a_batch_hold_the_results_that_single_runs_leave(script, runs):
+    names = sorted(p.name for p in runs["batch"][0].iterdir())
+    assert names == ["args.json", "checkpoint.pt", *(f"seed{seed}" for seed in SEEDS)]
+    assert read_json(runs["batch"][0] / "args.json")["args"]["num_seeds"] == 3
+    for _, ours, theirs in pairs(runs):
+        assert sorted(file_names(ours)) == sorted(set(file_names(theirs)) - {"args.json", "checkpoint.pt"})
         model, expected = (load_file(d / "model.safetensors") for d in (ours, theirs))
         assert model.keys() == expected.keys()
         for name in model:
@@ -217,7 +220,8 @@ def test_results_of_a_batch_are_those_of_the_single_runs(script, runs):
     for seed, ours, theirs in pairs(runs):
         result, expected = read_json(ours / "result.json"), read_json(theirs / "result.json")
         assert result.keys() == expected.keys()
-        assert result["args"] == read_json(ours / "args.json")["args"]
+        assert result["args"].pop("run_dir") == str(runs["batch"][0] / f"seed{seed}")
+        assert result["args"] == {key: value for key, value in expected["args"].items() if key != "run_dir"}
         for key in ("script", "env_id", "seed", "total_timesteps", "versions"):
             assert result[key] == expected[key], key
         assert result["seed"] == seed and result["total_timesteps"] == 160
@@ -225,9 +229,9 @@ def test_results_of_a_batch_are_those_of_the_single_runs(script, runs):
             np.testing.assert_allclose(result[key], expected[key], rtol=1e-6, err_msg=key)
 
 
-def test_sps_of_a_batch_is_each_agents_own_and_the_bar_shows_the_sum(script, runs):
+def test_sps_of_a_batch_is_each_agents_own_and_the_progress_line_shows_the_sum(script, runs):
+    counters = script.load_checkpoint(runs["batch"][0])["counters"]
     for _, ours, _ in pairs(runs):
-        counters = script.load_checkpoint(ours)["counters"]
         assert read_json(ours / "result.json")["sps"] == pytest.approx(160 / counters["train_seconds"])
     total = sum(read_json(ours / "result.json")["sps"] for _, ours, _ in pairs(runs))
     assert f"{total:,.0f} steps/s" in runs["batch"][3]
@@ -238,7 +242,7 @@ def test_evaluate_reproduces_the_evaluation_of_each_agent_of_a_batch(script, run
         returns = read_json(ours / "result.json")["eval_returns"]
         assert run_main(script, "--evaluate", ours) == 0
         assert capsys.readouterr().out.endswith(f"({' '.join(f'{r:.1f}' for r in returns)})\n")
-        assert script.evaluate_saved(ours, False).tolist() == returns
+        assert script.evaluate_saved(*script.load_model(ours), ours).tolist() == returns
 
 
 def test_resume_of_a_finished_batch_prints_every_result_and_changes_nothing(script, runs, capsys):
@@ -291,130 +295,83 @@ def test_training_of_an_agent_does_not_depend_on_the_others(script, runs, monkey
 
     monkeypatch.setattr(script, "Learner", Disturbed)
     assert run_main(script, train_flags(script), BATCH, "--run-dir", tmp_path / "run") == 0
-    equal = [
-        equal_states(learner_state(script, tmp_path / "run" / f"seed{seed}"), learner_state(script, ours))
-        for seed, ours, _ in pairs(runs)
-    ]
-    assert equal == [True, False, True]
+    states = zip(agent_states(script, tmp_path / "run"), agent_states(script, runs["batch"][0]))
+    assert [equal_states(state, undisturbed) for state, undisturbed in states] == [True, False, True]
 
 
-def start_faulty_batch(script, run_dir, fault, capsys):
-    """Train seeds 5, 6 and 7 where the second environment of seed 6 has the fault; return the message."""
-    stream = script.EVALUATION if fault == "evaluation" else script.TRAINING
-    fault_seed = script.env_seeds([6], 2, stream, *([] if fault == "evaluation" else [0]))[1]
-    FragileEnv.faults[fault_seed] = "first reset" if fault == "evaluation" else fault
+def nan_in_seed_6(script):
+    """The second environment of seed 6 returns a reward that is not a number in the third rollout."""
+    FragileEnv.faults[script.env_seeds([6], 2, script.TRAINING, 0)[1]] = "nan"
+
+
+def test_agent_whose_loss_is_not_finite_is_named_and_disturbs_no_other(script, runs, capsys, tmp_path):
+    nan_in_seed_6(script)
+    run_dir = tmp_path / "run"
     assert run_main(script, train_flags(script), BATCH, "--run-dir", run_dir) == 1
-    err = capsys.readouterr().err
-    assert err.count("error:") == 1 and "Traceback" not in err
-    return err.splitlines()[0]
-
-
-@pytest.mark.parametrize(
-    "fault, step, reason",
-    [
-        ("nan", 96, "not finite"),
-        ("step", 64, "motor burnt"),
-        ("first reset", 0, "no floor"),
-        ("first rollout", 0, "motor burnt"),
-        ("later reset", 64, "no floor"),
-        ("evaluation", 160, "no floor"),
-    ],
-)
-def test_failing_agent_is_named_and_the_others_go_on_without_it(script, capsys, tmp_path, fault, step, reason):
-    run_dir = tmp_path / "run"
-    message = start_faulty_batch(script, run_dir, fault, capsys)
-    for word in ("seed 6 ", "Fragile-v0", f"step {step}", reason):
-        assert word in message, message
-    assert [(run_dir / f"seed{seed}" / "failed.txt").exists() for seed in SEEDS] == [False, True, False]
-    assert [checkpoint_step(script, run_dir / f"seed{seed}") for seed in (5, 7)] == [step, step]
-
-    failed = snapshot(run_dir / "seed6")
-    assert run_main(script, "--resume", run_dir) == 1
-    out = capsys.readouterr().out
-    assert "seed 6 " in out and f"--resume {run_dir / 'seed6'}" in out
-    assert snapshot(run_dir / "seed6") == failed
-    assert not (run_dir / "seed6" / "result.json").exists()
+    out, err = capsys.readouterr()
+    notice, error = [line for line in err.splitlines() if not line.startswith("to go on")]
+    for word in ("seed 6 of Fragile-v0", "step 96", "environment's observations or rewards", "other seeds go on"):
+        assert word in notice, notice
+    assert error == "error: no result of seed 6: the loss is not finite"
+    assert not (run_dir / "seed6/result.json").exists() and not (run_dir / "seed6/model.safetensors").exists()
     for seed in (5, 7):
-        assert read_json(run_dir / f"seed{seed}" / "result.json")["total_timesteps"] == 160
         assert f"seed {seed}: 160 steps" in out
+        model, expected = (load_file(d / f"seed{seed}/model.safetensors") for d in (run_dir, runs["batch"][0]))
+        assert all(torch.equal(model[name], expected[name]) for name in expected)
 
-
-def test_failed_seed_can_be_retried_in_its_own_directory(script, capsys, tmp_path):
-    run_dir = tmp_path / "run"
-    start_faulty_batch(script, run_dir, "step", capsys)
+    before = snapshot(run_dir)
     assert run_main(script, "--resume", run_dir) == 1
-    assert run_main(script, "--resume", run_dir / "seed6") == 1
-    assert (run_dir / "seed6" / "failed.txt").exists()
+    assert "no result of seed 6" in capsys.readouterr().err
+    assert {p: content for p, content in snapshot(run_dir).items() if "seed6" not in str(p)} == {
+        p: content for p, content in before.items() if "seed6" not in str(p)
+    }
+
+
+def test_batch_in_which_no_agent_is_left_stops(script, capsys, tmp_path):
+    assert run_main(script, train_flags(script), BATCH, "--learning-rate 1e38 --run-dir", tmp_path / "run") == 1
+    err = capsys.readouterr().err
+    assert all(f"seed {seed} of" in err for seed in SEEDS) and "--learning-rate" in err
+    assert not list(tmp_path.rglob("result.json"))
+
+
+def test_environment_that_raises_keeps_its_traceback_and_the_batch_its_checkpoint(script, tmp_path):
+    FragileEnv.faults[script.env_seeds([6], 2, script.TRAINING, 0)[1]] = "step"
+    run_dir = tmp_path / "run"
+    with pytest.raises(ValueError, match="motor burnt") as error:
+        run_main(script, train_flags(script), BATCH, "--checkpoint-every 32 --run-dir", run_dir)
+    assert error.traceback[-1].name == "step"
+    assert error.value.__notes__ == [f"to go on: python {script.SCRIPT}.py --resume {run_dir}"]
     FragileEnv.faults.clear()
-    others = [snapshot(run_dir / f"seed{seed}") for seed in (5, 7)]
-    assert run_main(script, "--resume", run_dir / "seed6") == 0
-    assert read_json(run_dir / "seed6" / "result.json")["total_timesteps"] == 160
-    assert not (run_dir / "seed6" / "failed.txt").exists()
-    assert [snapshot(run_dir / f"seed{seed}") for seed in (5, 7)] == others
+    assert checkpoint_step(script, run_dir) == 64
     assert run_main(script, "--resume", run_dir) == 0
-
-
-def test_nan_of_one_agent_leaves_the_others_as_in_runs_of_their_own(script, capsys, tmp_path):
-    start_faulty_batch(script, tmp_path / "run", "nan", capsys)
-    FragileEnv.faults.clear()
-    for seed in (5, 7):
-        flags = (train_flags(script), "--total-timesteps 96 --seed", seed, "--run-dir", tmp_path / f"single{seed}")
-        assert run_main(script, *flags) == 0
-        state = learner_state(script, tmp_path / "run" / f"seed{seed}")
-        for path, leaf in learner_state(script, tmp_path / f"single{seed}").items():
-            torch.testing.assert_close(state[path], leaf, rtol=1e-4, atol=1e-6, msg=path)
+    assert [read_json(run_dir / f"seed{seed}/result.json")["total_timesteps"] for seed in SEEDS] == [160] * 3
 
 
 class Killed(BaseException):
     """Stands for kill -9: nothing in the scripts may catch it."""
 
 
-def kill_between_two_checkpoints(script, run_dir):
-    """Train seeds 5, 6 and 7; die when the second checkpoint of seed 5 has its name and that of seed 6 has not."""
-    write_atomic, saved = script.write_atomic, []
+@pytest.mark.parametrize("calls, kept", [(2, 2), (3, 4)], ids=["before the second checkpoint", "after it"])
+def test_killed_batch_resumes_to_the_same_total(script, monkeypatch, tmp_path, calls, kept):
+    write_atomic, checkpoints, run_dir = script.write_atomic, [], tmp_path / "run"
 
-    def dying(path, write):
-        saved.extend([path] * (path.name == "checkpoint.pt"))
-        if len(saved) == 5:
+    def dying(path, content):
+        checkpoints.extend([path] * (path.name == "checkpoint.pt"))
+        if len(checkpoints) == calls:
             raise Killed
-        write_atomic(path, write)
+        write_atomic(path, content)
 
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(script, "write_atomic", dying)
-        patch.setattr(script, "LOG_EVERY", 32)
-        run_main(script, train_flags(script), BATCH, "--checkpoint-every 64 --run-dir", run_dir)
-
-
-def test_checkpoints_of_different_steps_resume_to_the_same_total(script, monkeypatch, tmp_path):
-    kill_between_two_checkpoints(script, tmp_path / "run")
-    directories = [tmp_path / "run" / f"seed{seed}" for seed in SEEDS]
-    assert [checkpoint_step(script, d) for d in directories] == [128, 64, 64]
-    before = [(d / "curves.csv").read_text().splitlines() for d in directories]
     monkeypatch.setattr(script, "LOG_EVERY", 32)
-    assert run_main(script, "--resume", tmp_path / "run") == 0
-    for directory, old_rows, kept in zip(directories, before, (4, 2, 2)):
-        assert read_json(directory / "result.json")["total_timesteps"] == 160
-        rows = (directory / "curves.csv").read_text().splitlines()
-        assert [new == old for new, old in zip(rows[1:], old_rows[1:])] == [True] * kept + [False] * (4 - kept)
+    monkeypatch.setattr(script, "write_atomic", dying)
+    with pytest.raises(Killed):
+        run_main(script, train_flags(script), BATCH, "--checkpoint-every 64 --run-dir", run_dir)
+    monkeypatch.setattr(script, "write_atomic", write_atomic)
+    before = {seed: (run_dir / f"seed{seed}/curves.csv").read_text().splitlines() for seed in SEEDS}
+    assert run_main(script, "--resume", run_dir) == 0
+    for seed, old_rows in before.items():
+        assert read_json(run_dir / f"seed{seed}/result.json")["total_timesteps"] == 160
+        rows = (run_dir / f"seed{seed}/curves.csv").read_text().splitlines()
+        assert [row.split(",")[: len(old_rows[0].split(","))] for row in rows[1 : 1 + kept]] == [
+            row.split(",") for row in old_rows[1 : 1 + kept]
+        ]
         assert [int(row.split(",")[0]) for row in rows[1:]] == [32, 64, 96, 128, 160, 160]
-
-
-def test_one_seed_of_a_batch_can_be_resumed_before_the_others(script, tmp_path):
-    kill_between_two_checkpoints(script, tmp_path / "run")
-    assert run_main(script, "--resume", tmp_path / "run" / "seed6") == 0
-    first = snapshot(tmp_path / "run" / "seed6")
-    assert sorted(p.parent.name for p in tmp_path.glob("run/*/result.json")) == ["seed6"]
-    assert run_main(script, "--resume", tmp_path / "run") == 0
-    assert sorted(p.parent.name for p in tmp_path.glob("run/*/result.json")) == ["seed5", "seed6", "seed7"]
-    assert snapshot(tmp_path / "run" / "seed6") == first
-
-
-def test_batch_with_a_damaged_checkpoint_is_refused_untouched(script, capsys, tmp_path):
-    kill_between_two_checkpoints(script, tmp_path / "run")
-    capsys.readouterr()
-    (tmp_path / "run" / "seed7" / "checkpoint.pt").write_bytes(b"half")
-    before = snapshot(tmp_path)
-    assert run_main(script, "--resume", tmp_path / "run") == 2
-    err = capsys.readouterr().err
-    assert err.startswith("error: ") and err.count("\n") == 1 and "seed7" in err
-    assert snapshot(tmp_path) == before
