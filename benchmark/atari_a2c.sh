@@ -17,4 +17,4 @@ sweep() { # beta with noise, games
     sweep 1 "Alien Assault Gravitar MsPacman Qbert StarGunner TimePilot UpNDown VideoPinball"
     sweep 5 "Asterix BeamRider Centipede CrazyClimber DemonAttack Frostbite Gopher Krull NameThisGame Riverraid
         RoadRunner Seaquest WizardOfWor"
-} | "${PYTHON:-.venv/bin/python}" benchmark/runner.py "$@"
+} | benchmark/run_cells.sh "$@"

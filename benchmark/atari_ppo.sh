@@ -12,4 +12,4 @@ for game in $games; do
     echo "$cell --alpha 0.5 --beta 1"
     echo "$cell --alpha 1 --beta 0 --reward-flip-prob 0.1"
     echo "$cell --alpha 0.5 --beta 10 --reward-flip-prob 0.1"
-done | "${PYTHON:-.venv/bin/python}" benchmark/runner.py "$@"
+done | benchmark/run_cells.sh "$@"

@@ -11,7 +11,7 @@ while read -r env beta noisy_beta; do
     echo "sb3_baseline $cell --algo a2c --reward-noise-std 0.05"
     echo "sa2c_continuous_discretized $cell --alpha 1 --beta 0 --reward-noise-std 0.05"
     echo "sa2c_continuous_discretized $cell --alpha 0.5 --beta $noisy_beta --reward-noise-std 0.05"
-done <<'TABLE' | "${PYTHON:-.venv/bin/python}" benchmark/runner.py "$@"
+done <<'TABLE' | benchmark/run_cells.sh "$@"
 Ant-v4                     0.2   0.2
 BipedalWalker-v3           0.5  10
 HalfCheetah-v4             5    10

@@ -12,7 +12,7 @@ while read -r env steps beta noisy_beta; do
     echo "sb3_baseline $cell --algo ppo --reward-noise-std 0.05"
     echo "sppo_continuous_discretized $cell --alpha 1 --beta 0 --reward-noise-std 0.05"
     echo "sppo_continuous_discretized $cell --alpha 0.5 --beta $noisy_beta --reward-noise-std 0.05"
-done <<'TABLE' | "${PYTHON:-.venv/bin/python}" benchmark/runner.py "$@"
+done <<'TABLE' | benchmark/run_cells.sh "$@"
 Ant-v4                     2000000  20  20
 BipedalWalker-v3           1000000  20  25
 HalfCheetah-v4             2000000  20  25

@@ -13,4 +13,4 @@ cell="$cell ${REWARD_MODEL:+--reward-model '$REWARD_MODEL'} --num-updates 60 --t
 {
     echo "$cell --alpha 1 --beta 0 $FLAGS"
     echo "$cell --alpha 0.5 --beta 0.4 $FLAGS"
-} | "${PYTHON:-.venv/bin/python}" benchmark/runner.py "$@"
+} | benchmark/run_cells.sh "$@"

@@ -16,4 +16,4 @@ cell="$cell --num-updates 100 --eval-every 10 --target-coef 0.1"
 {
     echo "$cell --alpha 1 --beta 0 $FLAGS"
     echo "$cell --alpha 0.5 --beta 0.2 $FLAGS"
-} | "${PYTHON:-.venv/bin/python}" benchmark/runner.py "$@"
+} | benchmark/run_cells.sh "$@"
