@@ -1,3 +1,16 @@
+# /// script
+# requires-python = ">=3.11"
+# dependencies = [
+#     "torch==2.13.0",
+#     "gymnasium[box2d,mujoco]==1.4.0",
+#     "mujoco==4.0.0",
+#     "Box2D==2.3.10",
+#     "numpy==2.4.6",
+#     "safetensors==0.8.0",
+#     "tensorboard==2.21.0",
+#     "tyro==1.0.17",
+# ]
+# ///
 """Symmetric A2C (SA2C) for continuous control with discretized actions, the paper's DSA2C.
 
     python sa2c_continuous_discretized.py --env-id HalfCheetah-v4 --seed 1
@@ -9,9 +22,11 @@ Arrays have a leading agent dimension: --num-seeds N trains N independent agents
 """
 
 import csv
-import hashlib
+import errno
+import io
 import json
 import os
+import pickle
 import platform
 import shutil
 import signal
@@ -19,122 +34,79 @@ import subprocess
 import sys
 import time
 import warnings
-from collections import deque
-from collections.abc import Callable, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields, replace
-from functools import partial
+from datetime import timedelta
 from importlib.metadata import distributions
 from importlib.util import find_spec
 from pathlib import Path
+from uuid import uuid4
 
 import gymnasium as gym
 import mujoco
 import numpy as np
+import safetensors.torch
 import torch
 import tyro
 from gymnasium.vector import SyncVectorEnv
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import nn
 from torch.utils.tensorboard import SummaryWriter
 
-SCRIPT = Path(__file__).stem
+SCRIPT, VERSION = Path(__file__).stem, 2  # of the format of checkpoint.pt
 EVAL_EPISODES = 10
+EVAL_MAX_STEPS = 20_000  # of an episode in an environment without a time limit
 LOG_EVERY = 2048  # steps
 TRAINING, EVALUATION = 0, 1  # streams of environment seeds
 PACKAGES = ("torch", "gymnasium", "mujoco", "Box2D", "numpy")  # their versions go into result.json
-METRICS = (
-    "charts/episodic_return",
-    "charts/episodic_length",
-    "charts/learning_rate",
-    "charts/SPS",
-    "losses/policy_loss",
-    "losses/value_loss",
-    "losses/entropy",
-    "losses/grad_norm",
-    "losses/explained_variance",
-    "eval/episodic_return",
-)
 
 
 @dataclass
 class Args:
-    env_id: str = "HalfCheetah-v4"
-    """gymnasium id of an environment with a bounded Box action space"""
-    total_timesteps: int = 2_000_000
-    """environment steps of each seed, rounded up to whole rollouts (Table 6)"""
-    seed: int = 1
-    """seed of the first agent"""
-    num_seeds: int = 1
-    """agents trained side by side, with seeds seed .. seed + num_seeds - 1"""
-    alpha: float = 0.5
-    """weight of the A2C loss in Eq. 9"""
-    beta: float = 5.0
-    """weight of the reverse A2C loss in Eq. 9; alpha 1 and beta 0 is plain A2C"""
-    Z: float = -1.0
-    """the constant that stands for log 0 in the reverse loss (Section 4.1); only beta * Z matters"""
-    num_bins: int = 11
-    """bins per action dimension, evenly spaced from low to high inclusive"""
-    reward_noise_std: float = 0.0
-    """standard deviation of the Gaussian noise on normalized training rewards (the paper's noise: 0.05)"""
+    env_id: str = "HalfCheetah-v4"  # gymnasium id of an environment with a bounded Box action space
+    total_timesteps: int = 2_000_000  # environment steps of each seed, rounded up to whole rollouts (Table 6)
+    seed: int = 1  # seed of the first agent
+    num_seeds: int = 1  # agents trained side by side, with seeds seed .. seed + num_seeds - 1
+    alpha: float = 0.5  # weight of the A2C loss in Eq. 9
+    beta: float = 5.0  # weight of the reverse A2C loss in Eq. 9; alpha 1 and beta 0 is plain A2C
+    Z: float = -1.0  # the constant that stands for log 0 in the reverse loss (Section 4.1); only beta * Z matters
+    num_bins: int = 11  # bins per action dimension, evenly spaced from low to high inclusive
+    reward_noise_std: float = 0.0  # of the Gaussian noise on normalized training rewards (the paper's noise: 0.05)
 
-    learning_rate: float = 7e-4
-    """RMSprop's learning rate"""
-    anneal_lr: bool = False
-    """lower the learning rate linearly to 0"""
-    num_envs: int = 4
-    """environments of each agent"""
-    num_steps: int = 8
-    """steps per environment and rollout"""
-    gamma: float = 0.99
-    """discount factor"""
-    gae_lambda: float = 1.0
-    """lambda of generalized advantage estimation"""
-    ent_coef: float = 0.0
-    """weight of the entropy bonus"""
-    vf_coef: float = 0.5
-    """weight of the value loss"""
-    max_grad_norm: float = 0.5
-    """global gradient norm above which gradients are scaled down"""
+    learning_rate: float = 7e-4  # RMSprop's learning rate
+    anneal_lr: bool = False  # lower the learning rate linearly to 0
+    num_envs: int = 4  # environments of each agent
+    num_steps: int = 8  # steps per environment and rollout
+    gamma: float = 0.99  # discount factor
+    gae_lambda: float = 1.0  # lambda of generalized advantage estimation
+    ent_coef: float = 0.0  # weight of the entropy bonus
+    vf_coef: float = 0.5  # weight of the value loss
+    max_grad_norm: float = 0.5  # global gradient norm above which gradients are scaled down
 
-    run_dir: str | None = None
-    """where everything goes; default runs/<env>__<script>__<seed>__<time>. With several seeds, parent of seed<k>/"""
-    resume: str | None = None
-    """run directory to continue; all other arguments come from the run"""
-    evaluate: str | None = None
-    """run directory or model.safetensors to evaluate instead of training"""
-    eval_every: int = 0
-    """steps between evaluations during training; 0: only the final one"""
-    checkpoint_every: int = 100_000
-    """steps between checkpoints"""
-    track: bool = False
-    """log to Weights & Biases as well (pip install wandb)"""
-    wandb_project_name: str = "symmetric-rl"
-    """Weights & Biases project"""
-    wandb_entity: str | None = None
-    """Weights & Biases team"""
-    capture_video: bool = False
-    """record the first episode of every evaluation (pip install moviepy)"""
-    compile: bool = False
-    """compile the gradient computation with torch.compile (needs a C++ compiler)"""
-    cuda: bool = False
-    """use a GPU; for one agent of this size the CPU is faster"""
-    num_threads: int = 1
-    """CPU threads of torch; networks this small gain nothing from more"""
+    run_dir: str | None = None  # default runs/<env>__<script>__<seed>__<time>; with several seeds, parent of seed<k>/
+    resume: str | None = None  # run directory to continue; all other arguments come from the run
+    evaluate: str | None = None  # run directory or model.safetensors to evaluate instead of training
+    eval_every: int = 0  # steps between evaluations during training; 0: only the final one
+    checkpoint_every: int = 100_000  # steps between checkpoints
+    track: bool = False  # log to Weights & Biases as well (pip install wandb)
+    wandb_project_name: str = "symmetric-rl"  # Weights & Biases project
+    wandb_entity: str | None = None  # Weights & Biases team
+    capture_video: bool = False  # record the first episode of every evaluation (pip install moviepy)
+    compile: bool = False  # compile the gradient computation with torch.compile (needs a C++ compiler)
+    cuda: bool = False  # use a GPU; for one agent of this size the CPU is faster
+    num_threads: int = 1  # CPU threads of torch; networks this small gain nothing from more
 
 
-class InputError(ValueError):
-    """Bad input: main() prints its one line and exits with code 2."""
+class Stop(Exception):
+    """Ends the script in one line: exit code 2 for a wrong argument, 1 for trouble that is nobody's mistake."""
 
-
-class RunError(RuntimeError):
-    """A run that had to stop: main() prints its one line and exits with code 1."""
+    def __init__(self, message: str, code: int = 2):
+        super().__init__(message)
+        self.code = code
 
 
 def require(condition: bool, message: str) -> None:
     if not condition:
-        raise InputError(message)
+        raise Stop(message)
 
 
 def make_env(env_id: str, video_dir: Path | None = None) -> gym.Env:
@@ -151,34 +123,23 @@ def make_env(env_id: str, video_dir: Path | None = None) -> gym.Env:
 class Envs(SyncVectorEnv):
     """Environments that reset within the step that ends an episode, so that no transition is junk.
 
-    SyncVectorEnv's own bookkeeping takes four times as long. No infos but final_obs, the observations before any reset,
-    are collected, and an error gets the attribute env_index.
+    SyncVectorEnv's own bookkeeping takes four times as long: of all infos only final_obs, the observations before any
+    reset, are collected here.
     """
 
     def reset(self, seed: list[int]):
-        obs = []
-        try:
-            for env, env_seed in zip(self.envs, seed):
-                obs.append(env.reset(seed=env_seed)[0])
-        except Exception as error:
-            error.env_index = len(obs)
-            raise
-        return np.array(obs), {}
+        return np.array([env.reset(seed=s)[0] for env, s in zip(self.envs, seed)]), {}
 
     def step(self, actions: np.ndarray):
         obs, final_obs, rewards, terminated, truncated = [], [], [], [], []
-        try:
-            for env, action in zip(self.envs, actions):
-                last_obs, reward, is_over, is_cut, _ = env.step(action)
-                is_last = is_over or is_cut
-                final_obs.append(np.copy(last_obs) if is_last else last_obs)  # reset may write into the same array
-                obs.append(env.reset()[0] if is_last else last_obs)
-                rewards.append(reward)
-                terminated.append(is_over)
-                truncated.append(is_cut)
-        except Exception as error:
-            error.env_index = len(obs)
-            raise
+        for env, action in zip(self.envs, actions):
+            last_obs, reward, is_terminated, is_truncated, _ = env.step(action)
+            done = is_terminated or is_truncated
+            final_obs.append(np.copy(last_obs) if done else last_obs)  # reset may write into the same array
+            obs.append(env.reset()[0] if done else last_obs)
+            rewards.append(reward)
+            terminated.append(is_terminated)
+            truncated.append(is_truncated)
         infos = {"final_obs": np.array(final_obs)}
         return np.array(obs), np.array(rewards), np.array(terminated, bool), np.array(truncated, bool), infos
 
@@ -351,10 +312,11 @@ def gradients(
 
     # Agents share no parameter: the gradient of the sum holds each agent's own gradient.
     grads = torch.autograd.grad(loss.sum(), list(agent.parameters()))
-    grad_norm = torch.stack([torch.linalg.vector_norm(g, dim=(1, 2)) for g in grads]).norm(dim=0)
-    scale = (args.max_grad_norm / (grad_norm + 1e-6)).clamp(max=1).view(-1, 1, 1)
+    flat = [g.reshape(len(loss), -1) for g in grads]  # (num_agents, parameters of an agent)
+    grad_norm = torch.stack([torch.linalg.vector_norm(g, dim=1) for g in flat]).norm(dim=0)
+    scale = (args.max_grad_norm / (grad_norm + 1e-6)).clamp(max=1).unsqueeze(1)
 
-    return [g * scale for g in grads], {
+    return [(f * scale).view_as(g) for f, g in zip(flat, grads)], {
         "losses/policy_loss": policy_loss.detach(),
         "losses/value_loss": value_loss.detach(),
         "losses/entropy": entropy.detach(),
@@ -362,64 +324,54 @@ def gradients(
     }
 
 
-class RMSprop(torch.optim.Optimizer):
-    """torch.optim.RMSprop, number for number, in two thirds of its time for networks of this size."""
-
-    def __init__(self, params, lr: float, alpha: float = 0.99, eps: float = 1e-5):
-        super().__init__(params, {"lr": lr, "alpha": alpha, "eps": eps})
-
-    @torch.no_grad()
-    def step(self) -> None:
-        group = self.param_groups[0]
-        if not self.state:
-            self.state.update({p: {"square_avg": torch.zeros_like(p)} for p in group["params"]})
-        grads = [p.grad for p in group["params"]]
-        squares = [self.state[p]["square_avg"] for p in group["params"]]
-        torch._foreach_mul_(squares, group["alpha"])
-        torch._foreach_addcmul_(squares, grads, grads, 1 - group["alpha"])
-        roots = torch._foreach_add(torch._foreach_sqrt(squares), group["eps"])
-        torch._foreach_addcdiv_(group["params"], grads, roots, -group["lr"])
-
-
 class Learner:
-    """All agents with what a checkpoint holds of them: networks, optimizer, normalization, random numbers."""
+    """All agents with what a checkpoint holds of them: networks, optimizer, normalization, random numbers.
 
-    def __init__(self, args: Args, seeds: list[int], obs_dim: int, action_dim: int):
-        self.device = torch.device("cuda" if args.cuda else "cpu")
+    With several agents the first dimension of every parameter and buffer is the agent's; that of one agent may have
+    any shape.
+    """
+
+    def __init__(self, args: Args, seeds: Sequence[int], obs_dim: int, action_dim: int):
+        self.device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
         self.generators = [torch.Generator().manual_seed(seed) for seed in seeds]
         self.agent = Agent(self.generators, obs_dim, action_dim, args.num_bins).to(self.device)
-        self.optimizer = RMSprop(self.agent.parameters(), args.learning_rate, alpha=0.99, eps=1e-5)
+        for name, x in self.agent.state_dict().items():
+            if len(seeds) > 1 and x.shape[:1] != (len(seeds),):
+                raise ValueError(f"{name} of shape {tuple(x.shape)} has no dimension for {len(seeds)} agents")
+        self.optimizer = torch.optim.RMSprop(
+            self.agent.parameters(), args.learning_rate, alpha=0.99, eps=1e-5, foreach=True
+        )
         self.normalizer = Normalizer(len(seeds), args.num_envs, obs_dim, args.gamma)
 
     def draw(self, *shape: int, kind: str) -> torch.Tensor:
         """Random numbers (shape[0], num_agents, *shape[1:]), each agent's from its own generator."""
         return torch.stack([getattr(torch.empty(shape), kind)(generator=g) for g in self.generators], dim=1)
 
-    def state(self, i: int) -> dict:
-        """State of agent i, without the agent dimension."""
-        moments = [self.optimizer.state[p] for p in self.agent.parameters()]
+    def state(self) -> dict:
         statistics = {name: vars(getattr(self.normalizer, name)) for name in ("obs_rms", "return_rms")}
         return {
-            "agent": {k: v[i].clone() for k, v in self.agent.state_dict().items()},
-            "optimizer": [{k: (v if k == "step" else v[i]).clone() for k, v in m.items()} for m in moments],
-            "normalizer": {name: {k: torch.tensor(v[i]) for k, v in s.items()} for name, s in statistics.items()},
-            "rng": self.generators[i].get_state(),
+            "agent": self.agent.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "normalizer": {name: {k: torch.from_numpy(v) for k, v in s.items()} for name, s in statistics.items()},
+            "generators": [g.get_state() for g in self.generators],
         }
 
-    def load(self, states: list[dict]) -> None:
-        """Take over one state per agent, all of the same step."""
-        first = states[0]
-        self.agent.load_state_dict({k: torch.stack([s["agent"][k] for s in states]) for k in first["agent"]})
-        for j, p in enumerate(self.agent.parameters()):
-            for k, v in first["optimizer"][j].items():
-                stacked = v if k == "step" else torch.stack([s["optimizer"][j][k] for s in states])
-                self.optimizer.state[p][k] = stacked.to(self.device)
-        for name, statistics in first["normalizer"].items():
-            for k in statistics:
-                stacked = np.stack([s["normalizer"][name][k].numpy() for s in states])
-                setattr(getattr(self.normalizer, name), k, stacked)
-        for generator, state in zip(self.generators, states):
-            generator.set_state(state["rng"])
+    def load_networks(self, tensors: dict[str, torch.Tensor], path: Path) -> None:
+        """Take over tensors from path, with or without the dimension of one agent. Raises Stop if they do not fit."""
+        own = self.agent.state_dict()
+        try:
+            tensors = {k: x.reshape(own[k].shape) if k in own else x for k, x in tensors.items()}
+            self.agent.load_state_dict(tensors)
+        except RuntimeError as error:
+            raise Stop(f"{path} does not fit the networks of this {SCRIPT}.py: {error}") from None
+
+    def load_state(self, state: dict, path: Path) -> None:
+        self.load_networks(state["agent"], path)
+        self.optimizer.load_state_dict(state["optimizer"])
+        for name, statistics in state["normalizer"].items():
+            vars(getattr(self.normalizer, name)).update({k: v.numpy() for k, v in statistics.items()})
+        for generator, generator_state in zip(self.generators, state["generators"]):
+            generator.set_state(generator_state)
 
 
 def agent_first(x: np.ndarray, device: torch.device) -> torch.Tensor:
@@ -428,15 +380,16 @@ def agent_first(x: np.ndarray, device: torch.device) -> torch.Tensor:
 
 
 @torch.no_grad()
-def train(args: Args, run_dirs: dict[int, Path]) -> None:
-    """Train the agents of run_dirs ({seed: directory}) side by side and leave a result.json in each directory.
+def train(args: Args, run_dir: Path) -> None:
+    """Train agents side by side, from the checkpoint in run_dir where there is one; each leaves a result.json.
 
-    All continue from their checkpoints, which must be of one step. Raises RunError when a loss is not finite or an
-    environment fails, and KeyboardInterrupt on Ctrl-C or SIGTERM, in each case after a checkpoint of what goes on.
+    An agent whose loss is not finite leaves none and disturbs no other. Raises Stop when that is so of all agents, and
+    KeyboardInterrupt on Ctrl-C or SIGTERM, after a checkpoint.
     """
     start_time, commit = time.monotonic(), git_commit()
     torch.set_num_threads(args.num_threads)
-    seeds, N, E, T = list(run_dirs), len(run_dirs), args.num_envs, args.num_steps
+    N, E, T = args.num_seeds, args.num_envs, args.num_steps
+    seeds = seeds_of(args)
     rollout_size = T * E
     total_timesteps = -(-args.total_timesteps // rollout_size) * rollout_size
 
@@ -446,59 +399,15 @@ def train(args: Args, run_dirs: dict[int, Path]) -> None:
     learner = Learner(args, seeds, obs_dim, action_dim)
     agent, normalizer, device = learner.agent, learner.normalizer, learner.device
     counters = {"global_step": 0, "train_steps": 0, "train_seconds": 0.0, "wall_seconds": 0.0}
-    last_returns = [deque(maxlen=EVAL_EPISODES) for _ in seeds]
-    checkpoints = [load_checkpoint(run_dir) for run_dir in run_dirs.values()]
-    if checkpoints[0]:
-        try:
-            learner.load([c["learner"] for c in checkpoints])
-        except (RuntimeError, KeyError):
-            raise InputError(f"the checkpoint in {next(iter(run_dirs.values()))} is of another network") from None
-        counters = checkpoints[0]["counters"]
-        for recent, c in zip(last_returns, checkpoints):
-            recent.extend(c["last_returns"])
-    global_step = counters["global_step"]
-    logs = [RunLog(run_dir, replace(args, seed=seed, num_seeds=1), global_step) for seed, run_dir in run_dirs.items()]
-    progress = Progress(total_timesteps, N)
-
-    def save_checkpoints(but: Sequence[int] = ()) -> None:
-        now = counters | {"wall_seconds": counters["wall_seconds"] + time.monotonic() - start_time}
-        for i in set(range(N)) - set(but):
-            state = {
-                "script": SCRIPT,
-                "learner": learner.state(i),
-                "counters": now,
-                "last_returns": list(last_returns[i]),
-            }
-            write_atomic(run_dirs[seeds[i]] / "checkpoint.pt", partial(torch.save, state))
-
-    def stop_without(failed: Sequence[int], reason: str) -> None:
-        """Mark the failed agents, save the others and stop: --resume goes on without the failed ones."""
-        save_checkpoints(but=failed)
-        names = ", ".join(str(seeds[i]) for i in failed)
-        message = f"seed {names} of {args.env_id} stopped at step {global_step:,}: {reason}"
-        for i in failed:
-            (run_dirs[seeds[i]] / "failed.txt").write_text(message + "\n")
-        raise RunError(message)
-
-    @contextmanager
-    def naming_the_seed(envs_per_agent: int):
-        try:
-            yield
-        except Exception as error:
-            if not hasattr(error, "env_index"):
-                raise
-            stop_without([error.env_index // envs_per_agent], f"the environment raised {error!r}")
-
-    def video_dirs(step: int) -> list[Path]:
-        return [run_dir / "videos" / f"step{step}" for run_dir in run_dirs.values()] if args.capture_video else []
-
-    stop_signals = []
-
-    def on_signal(number: int, _) -> None:
-        stop_signals.append(number)
-        signal.signal(number, signal.SIG_DFL)  # a second one ends the process at once
-
-    handlers = {number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
+    counters["last_returns"] = [[] for _ in seeds]
+    if checkpoint := load_checkpoint(run_dir):
+        learner.load_state(checkpoint["learner"], run_dir / "checkpoint.pt")
+        counters = checkpoint["counters"]
+    global_step, wall_seconds = counters["global_step"], counters["wall_seconds"]
+    logs = [RunLog(seed_dir(args, run_dir, seed), replace(args, seed=seed), global_step) for seed in seeds]
+    progress = Progress(total_timesteps, "step")
+    stop_signals = collect_signals()
+    was_finite = [True] * N
 
     compute_gradients = gradients
     if args.compile:
@@ -513,8 +422,7 @@ def train(args: Args, run_dirs: dict[int, Path]) -> None:
     episode_return, episode_length = np.zeros((N, E)), np.zeros((N, E))
     episodes, stats, last_log = [[] for _ in seeds], [], global_step  # since the last log
 
-    with naming_the_seed(E):
-        raw_obs, _ = envs.reset(seed=env_seeds(seeds, E, TRAINING, global_step))
+    raw_obs, _ = envs.reset(seed=env_seeds(seeds, E, TRAINING, global_step))
     obs = normalizer.obs(raw_obs.reshape(N, E, obs_dim), update=global_step < total_timesteps)
     while global_step < total_timesteps and not stop_signals:
         iteration_start = time.perf_counter()
@@ -526,8 +434,7 @@ def train(args: Args, run_dirs: dict[int, Path]) -> None:
             actions = (agent.logits(torch.from_numpy(obs).to(device)) + gumbel[t]).argmax(-1).cpu().numpy()
             obs_buf[t], action_buf[t] = obs, actions
             action_values = bins[actions, np.arange(action_dim)].reshape(envs.action_space.shape)
-            with naming_the_seed(E):
-                raw_obs, raw_reward, terminated, truncated, infos = envs.step(action_values)
+            raw_obs, raw_reward, terminated, truncated, infos = envs.step(action_values)
             raw_obs, raw_reward = raw_obs.reshape(N, E, obs_dim), raw_reward.reshape(N, E)
             done = (terminated | truncated).reshape(N, E)
             obs = normalizer.obs(raw_obs)
@@ -537,13 +444,13 @@ def train(args: Args, run_dirs: dict[int, Path]) -> None:
             episode_length += 1
             if done.any():
                 time_limit = (truncated & ~terminated).reshape(N, E)
-                if time_limit.any():  # the episode was cut, not over: add gamma * V(final observation)
+                if time_limit.any():  # truncated, not terminated: add gamma * V(final observation)
                     final_obs = normalizer.obs(infos["final_obs"].reshape(N, E, obs_dim), update=False)
                     final_value = agent.value(torch.from_numpy(final_obs).to(device)).cpu().numpy()
                     reward_buf[t][time_limit] += args.gamma * final_value[time_limit]
                 for i, e in np.argwhere(done):
                     episodes[i].append((episode_return[i, e], episode_length[i, e]))
-                    last_returns[i].append(float(episode_return[i, e]))
+                    counters["last_returns"][i].append(float(episode_return[i, e]))
                 episode_return[done], episode_length[done] = 0, 0
 
         # Advantages. The critic is still that of the rollout: one forward pass gives V for all of it.
@@ -564,90 +471,80 @@ def train(args: Args, run_dirs: dict[int, Path]) -> None:
         learner.optimizer.step()
         stats.append(losses)
 
+        finite = stats[-1]["losses/grad_norm"].isfinite().tolist()  # of every agent; waits for the GPU
         counters["global_step"] = global_step
-        failed = (~stats[-1]["losses/grad_norm"].isfinite()).nonzero().flatten().tolist()  # waits for the GPU
+        counters["wall_seconds"] = wall_seconds + time.monotonic() - start_time
         if timed:
             counters["train_steps"] += rollout_size
             counters["train_seconds"] += time.perf_counter() - iteration_start
         timed = True
-        if failed:
-            stop_without(failed, "the loss is not finite. Try a lower --learning-rate or a lower --beta")
+        if finite != was_finite:
+            env_finite = np.isfinite(obs_buf).all((0, 2, 3)) & np.isfinite(reward_buf).all((0, 2))
+            report_failures(args, global_step, was_finite, finite, env_finite)
+        was_finite = finite
 
         # Evaluate, log, save
         sps = counters["train_steps"] / max(counters["train_seconds"], 1e-9)
-        evaluated = None
+        eval_returns = None
         if args.eval_every and global_step % args.eval_every < rollout_size and global_step < total_timesteps:
-            with naming_the_seed(EVAL_EPISODES):
-                evaluated = evaluate(agent, normalizer, args, seeds, video_dirs(global_step))
-        if global_step - last_log >= LOG_EVERY or global_step == total_timesteps or evaluated is not None:
+            eval_returns = evaluate(learner, args, run_dir, f"step{global_step}")
+        if global_step - last_log >= LOG_EVERY or global_step == total_timesteps or eval_returns is not None:
             means = {tag: torch.stack([s[tag] for s in stats]).mean(0).tolist() for tag in stats[0]}
             unexplained = (returns - values).var((0, 2)) / (returns.var((0, 2)) + 1e-8)
             for i, log in enumerate(logs):
                 metrics = {tag: mean[i] for tag, mean in means.items()}
-                metrics |= {"losses/explained_variance": 1 - unexplained[i]}
-                metrics |= {"charts/learning_rate": learner.optimizer.param_groups[0]["lr"], "charts/SPS": sps}
+                metrics["losses/explained_variance"] = 1 - unexplained[i]
+                metrics["charts/learning_rate"] = learner.optimizer.param_groups[0]["lr"]
+                metrics["charts/SPS"] = sps
                 if episodes[i]:
-                    mean_return, mean_length = np.mean(episodes[i], axis=0)
-                    metrics |= {"charts/episodic_return": mean_return, "charts/episodic_length": mean_length}
-                if evaluated is not None:
-                    metrics["eval/episodic_return"] = evaluated[i].mean()
+                    metrics["charts/episodic_return"], metrics["charts/episodic_length"] = np.mean(episodes[i], axis=0)
+                if eval_returns is not None:
+                    metrics["eval/episodic_return"] = eval_returns[i].mean()
                 log.write(global_step, metrics)
             episodes, stats, last_log = [[] for _ in seeds], [], global_step
-        recent = np.concatenate(last_returns)
-        progress.show(global_step, recent.mean() if len(recent) else np.nan, sps)
+        counters["last_returns"] = [returns[-EVAL_EPISODES:] for returns in counters["last_returns"]]
+        recent = np.concatenate(counters["last_returns"])
+        mean_return = recent.mean() if len(recent) else np.nan
+        progress.show(global_step, sps, f"return {mean_return:.1f}  {N * sps:,.0f} steps/s")
         if global_step % args.checkpoint_every < rollout_size or global_step == total_timesteps or stop_signals:
-            save_checkpoints()
+            save_checkpoint(run_dir, learner, counters)
 
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
+    release_signals()
     envs.close()
     if stop_signals:
         raise KeyboardInterrupt
-
-    with naming_the_seed(EVAL_EPISODES):
-        evaluated = evaluate(agent, normalizer, args, seeds, video_dirs(global_step))
-    installed = {d.name: d.version for d in distributions()}
-    versions = {"python": platform.python_version()} | {p: installed[p] for p in PACKAGES if p in installed}
-    for i, eval_returns in enumerate(evaluated):
-        run_dir = run_dirs[seeds[i]]
-        own_args = json.loads((run_dir / "args.json").read_text())["args"]
-        save_model(run_dir, learner, i, own_args)
-        result = {
-            "script": SCRIPT,
-            "env_id": args.env_id,
-            "seed": seeds[i],
-            "args": own_args,
-            "total_timesteps": global_step,
-            "eval_returns": eval_returns.tolist(),
-            "eval_mean": eval_returns.mean(),
-            "train_last10_mean": np.mean(last_returns[i]) if last_returns[i] else None,
-            "sps": counters["train_steps"] / counters["train_seconds"] if counters["train_steps"] else None,
-            "wall_seconds": counters["wall_seconds"] + time.monotonic() - start_time,
-            "versions": versions,
-            "commit": commit,
-        }
-        write_json(run_dir / "result.json", result)
-        logs[i].write(global_step, {"eval/episodic_return": eval_returns.mean()})
-        logs[i].close()
+    eval_returns = evaluate(learner, args, run_dir)
+    counters["wall_seconds"] = wall_seconds + time.monotonic() - start_time
+    finite = torch.stack([p.reshape(N, -1).isfinite().all(1) for p in agent.parameters()]).all(0)
+    for i, log in enumerate(logs):
+        if finite[i] and not (seed_dir(args, run_dir, seeds[i]) / "result.json").exists():
+            save_results(learner, args, run_dir, i, eval_returns[i], counters, commit)
+            log.write(global_step, {"eval/episodic_return": eval_returns[i].mean()})
+        log.close()
 
 
 @torch.no_grad()
-def evaluate(
-    agent: Agent, normalizer: Normalizer, args: Args, seeds: list[int], video_dirs: Sequence[Path] = ()
-) -> np.ndarray:
+def evaluate(learner: Learner, args: Args, run_dir: Path, name: str = "final") -> np.ndarray:
     """Raw returns (num_agents, 10) of the first episode in each of 10 environments of its own per agent.
 
-    The most likely bin of every action dimension is taken, and the normalization statistics are frozen.
+    The most likely bin of every action dimension is taken, and the normalization statistics are frozen. With
+    args.capture_video the first episode of each agent is recorded into videos/<name>.
     """
-    envs = make_envs(args.env_id, len(seeds) * EVAL_EPISODES, video_dirs)
+    seeds = seeds_of(args)
+    videos = [seed_dir(args, run_dir, seed) / "videos" / name for seed in seeds] if args.capture_video else []
+    envs = make_envs(args.env_id, len(seeds) * EVAL_EPISODES, videos)
     bins = action_bins(envs.single_action_space, args.num_bins)
-    device = next(agent.parameters()).device
     raw_obs, _ = envs.reset(seed=env_seeds(seeds, EVAL_EPISODES, EVALUATION))
     returns = np.zeros(envs.num_envs)
     running = np.ones(envs.num_envs, dtype=bool)
-    while running.any():
-        obs = normalizer.obs(raw_obs.reshape(len(seeds), EVAL_EPISODES, -1), update=False)
-        actions = agent.logits(torch.from_numpy(obs).to(device)).argmax(-1).cpu().numpy()
+    for step in range(EVAL_MAX_STEPS + 1):
+        if not running.any():
+            break
+        if step == EVAL_MAX_STEPS:
+            print(f"evaluation: {running.sum()} episodes of {args.env_id} were cut off after {step:,} steps")
+            break
+        obs = learner.normalizer.obs(raw_obs.reshape(len(seeds), EVAL_EPISODES, -1), update=False)
+        actions = learner.agent.logits(torch.from_numpy(obs).to(learner.device)).argmax(-1).cpu().numpy()
         action_values = bins[actions, np.arange(bins.shape[1])].reshape(envs.action_space.shape)
         raw_obs, reward, terminated, truncated, _ = envs.step(action_values)
         returns += reward * running
@@ -656,176 +553,242 @@ def evaluate(
     return returns.reshape(len(seeds), EVAL_EPISODES)
 
 
-def evaluate_saved(path: Path, capture_video: bool) -> np.ndarray:
-    """Returns (10,) of a saved model in the episodes of its run's final evaluation.
+def evaluate_saved(path: Path) -> np.ndarray:
+    """Returns (10,) of a saved model, a file or in a run directory, in the episodes of its run's final evaluation.
 
-    Raises InputError when path is neither a model.safetensors of this script nor a run directory that holds one.
+    Raises Stop when path is no model of this script.
     """
-    if runs := sorted(path.glob("seed*/args.json")):
-        raise InputError(f"{path} holds the runs of several seeds: name one, such as {runs[0].parent}")
+    if runs := sorted(path.glob("seed*/model.safetensors")):
+        raise Stop(f"{path} holds the runs of several seeds: name one, such as {runs[0].parent}")
     path = path / "model.safetensors" if path.is_dir() else path
-    if not path.exists():
-        raise InputError(f"{path} does not exist: a model is written when its run has finished")
+    require(path.exists(), f"{path} does not exist: a model is written when its run has finished")
     try:
-        with safe_open(path, "pt") as file:
-            metadata, tensors = file.metadata() or {}, {k: file.get_tensor(k).unsqueeze(0) for k in file.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError) as error:
-        raise InputError(f"{path} is not a safetensors file ({error})") from None
-    if metadata.get("script") != SCRIPT:
-        raise InputError(f"{path} is a model of {metadata.get('script', 'something else')}, not of {SCRIPT}")
-    try:
-        args = Args(**json.loads(metadata["args"]))
-        obs_mean, obs_var = tensors.pop("obs_mean").numpy(), tensors.pop("obs_var").numpy()
-        action_dim = tensors["actor.4.bias"].shape[-1] // args.num_bins
-        agent = Agent([torch.Generator()], obs_mean.shape[1], action_dim, args.num_bins)
-        agent.load_state_dict(tensors)
-        agent.to("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
-    except (KeyError, ValueError, TypeError, RuntimeError):
-        raise InputError(f"{path} is damaged: arguments or tensors are missing") from None
-    check_env(args.env_id, capture_video)
+        with safetensors.safe_open(path, "pt") as file:
+            metadata, tensors = file.metadata() or {}, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (safetensors.SafetensorError, OSError) as error:
+        raise Stop(f"{path} is not a safetensors file ({error})") from None
+    saved = saved_args(path, metadata.get("script"), json.loads(metadata.get("args", "{}")))
+    require({"obs_mean", "obs_var"} <= tensors.keys(), f"{path} holds no normalization statistics")
+    require(all(x.isfinite().all() for x in tensors.values()), f"{path} holds values that are not finite")
+    args = changed_args(saved, "evaluate", "capture_video")
     torch.set_num_threads(args.num_threads)
-    normalizer = Normalizer(1, EVAL_EPISODES, obs_mean.shape[1], args.gamma)
-    normalizer.obs_rms.mean, normalizer.obs_rms.var = obs_mean, obs_var
-    return evaluate(agent, normalizer, args, [args.seed], [path.parent / "videos"] if capture_video else [])[0]
+    learner = Learner(args, [args.seed], *check_env(args))
+    rms = learner.normalizer.obs_rms
+    rms.mean, rms.var = (tensors.pop(name).numpy()[None] for name in ("obs_mean", "obs_var"))
+    learner.load_networks(tensors, path)
+    return evaluate(learner, args, path.parent)[0]
 
 
-def write_atomic(path: Path, write: Callable[[Path], object]) -> None:
-    """Call write(temporary path), then rename: a kill or a full disk leaves the old file or the new one.
+def collect_signals() -> list[int]:
+    """Ctrl-C and SIGTERM go into the returned list, so that the rollout ends with a checkpoint; a second one kills."""
+    received = []
 
-    Raises OSError.
-    """
+    def handler(number: int, _) -> None:
+        received.append(number)
+        signal.signal(number, signal.SIG_DFL)
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, handler)
+    return received
+
+
+def release_signals() -> None:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def report_failures(args: Args, step: int, was_finite: list[bool], finite: list[bool], env_finite: np.ndarray) -> None:
+    """Name the seeds whose loss is not finite any more, and the cause. Raises Stop when no agent is left."""
+    messages = []
+    for i in [i for i in range(args.num_seeds) if was_finite[i] and not finite[i]]:
+        reason = "the loss is not finite. Try a lower --learning-rate or a lower --beta"
+        if not env_finite[i]:
+            reason = "the environment's observations or rewards are not finite"
+        messages.append(f"seed {args.seed + i} of {args.env_id} failed at step {step:,}: {reason}")
+    if not any(finite):
+        raise Stop("; ".join(messages), code=1)
+    print("; ".join([*messages, "the other seeds go on"]), file=sys.stderr)
+
+
+def write_atomic(path: Path, content: bytes | memoryview) -> None:
+    """Write, then rename: a kill or a full disk leaves the old file or the new one."""
     temporary = path.with_name(path.name + ".tmp")
     try:
-        write(temporary)
+        temporary.write_bytes(content)
         os.replace(temporary, path)
-    except Exception as error:  # torch and safetensors have exceptions of their own for a full disk
+    finally:
         temporary.unlink(missing_ok=True)
-        raise OSError(f"{path} cannot be written, is the disk full? {error}") from error
 
 
 def write_json(path: Path, content: dict) -> None:
-    write_atomic(path, lambda temporary: temporary.write_text(json.dumps(content, indent=2) + "\n"))
+    write_atomic(path, (json.dumps(content, indent=2) + "\n").encode())
 
 
-def create_run_dirs(args: Args, run_dir: Path) -> dict[int, Path]:
-    """Make run_dir, with seed<k>/ for each of several seeds; each holds the arguments of a run of that seed alone.
+def read_json(path: Path) -> dict:
+    """Raises Stop when the file is damaged."""
+    try:
+        return dict(json.loads(path.read_text()))
+    except (ValueError, TypeError):
+        raise Stop(f"{path} is damaged") from None
 
-    Returns {seed: directory}. Raises InputError when run_dir is in use or cannot be made.
-    """
-    if run_dir.exists() and (not run_dir.is_dir() or any(run_dir.iterdir())):
-        raise InputError(f"--run-dir {run_dir} is in use: continue it with --resume {run_dir}, or name another")
-    seeds = range(args.seed, args.seed + args.num_seeds)
-    inside = {seed: Path(f"seed{seed}" if args.num_seeds > 1 else "") for seed in seeds}
+
+def seeds_of(args: Args) -> range:
+    return range(args.seed, args.seed + args.num_seeds)
+
+
+def seed_dir(args: Args, run_dir: Path, seed: int) -> Path:
+    """Where the results of one seed go."""
+    return run_dir / f"seed{seed}" if args.num_seeds > 1 else run_dir
+
+
+def create_run_dir(args: Args, run_dir: Path) -> None:
+    """Make run_dir with args.json in it, whole or not at all. Raises Stop when it is in use or cannot be made."""
+    unused = not run_dir.exists() or (run_dir.is_dir() and not any(run_dir.iterdir()))
+    require(unused, f"--run-dir {run_dir} is in use: continue it with --resume {run_dir}, or name another")
     require(run_dir.name not in ("", ".."), f"--run-dir {run_dir} has no name of its own: name a directory")
     temporary = run_dir.with_name(f".{run_dir.name}.{os.getpid()}")
     try:
-        for seed, sub in inside.items():
-            (temporary / sub).mkdir(parents=True)
-            own_args = asdict(args) | {"seed": seed, "num_seeds": 1, "run_dir": str(run_dir / sub)}
-            write_json(temporary / sub / "args.json", {"script": SCRIPT, "args": own_args})
+        temporary.mkdir(parents=True)
+        write_json(temporary / "args.json", {"script": SCRIPT, "args": asdict(args) | {"run_dir": str(run_dir)}})
         os.replace(temporary, run_dir)
     except OSError as error:
         shutil.rmtree(temporary, ignore_errors=True)
-        raise InputError(f"--run-dir {run_dir} cannot be made: {error.strerror or error}") from None
-    return {seed: run_dir / sub for seed, sub in inside.items()}
+        raise Stop(f"--run-dir {run_dir} cannot be made: {error.strerror}") from None
 
 
-def open_run_dirs(path: Path) -> tuple[Args, dict[int, Path]]:
-    """Arguments and {seed: directory} of an existing run, or of all runs when path is a parent of seed<k>/.
+def open_run_dir(run_dir: Path) -> Args:
+    """Arguments of the run in run_dir. Raises Stop when there is none of this script."""
+    path = run_dir / "args.json"
+    if not path.exists():
+        old = any(run_dir.glob("seed*/args.json"))
+        reason = (
+            f"was begun by version 1 of {SCRIPT}.py: continue it with that one"
+            if old
+            else "holds no run: there is no args.json in it"
+        )
+        raise Stop(f"{run_dir} {reason}")
+    content = read_json(path)
+    return saved_args(path, content.get("script"), content.get("args"))
 
-    Raises InputError when path holds no run of this script.
-    """
-    directories = [path] if (path / "args.json").exists() else [p.parent for p in path.glob("seed*/args.json")]
-    if not directories:
-        raise InputError(f"{path} holds no run of {SCRIPT}.py: there is no args.json in it")
-    run_dirs = {}
-    for directory in directories:
-        try:
-            saved = json.loads((directory / "args.json").read_text())
-            args = Args(**saved["args"]) if saved["script"] == SCRIPT else None
-        except (ValueError, KeyError, TypeError):
-            raise InputError(f"{directory / 'args.json'} cannot be read") from None
-        require(args is not None, f"{directory} is a run of {saved['script']}.py, not of {SCRIPT}.py")
-        run_dirs[args.seed] = directory
-    return args, dict(sorted(run_dirs.items()))
+
+def saved_args(path: Path, script: str | None, saved: dict) -> Args:
+    """Arguments of a run or model; new ones get their defaults. Raises Stop where they do not fit this script."""
+    require(script == SCRIPT, f"{path} is of {script or 'something else'}, not of {SCRIPT}")
+    require(isinstance(saved, dict), f"{path} is damaged")
+    unknown = ", ".join(saved.keys() - {f.name for f in fields(Args)})
+    require(not unknown, f"{path} was written by a version of {SCRIPT}.py with other arguments: {unknown}")
+    return Args(**saved)
+
+
+def changed_args(saved: Args, *allowed: str) -> Args:
+    """Saved arguments with the command line's over them. Raises Stop when others than allowed change."""
+    args = tyro.cli(Args, description=__doc__, default=saved)
+    changed = [f.name for f in fields(Args) if getattr(args, f.name) != getattr(saved, f.name)]
+    extra = ", ".join("--" + name.replace("_", "-") for name in changed if name not in allowed)
+    require(not extra, f"--{allowed[0]} takes its arguments from the run: drop {extra}")
+    return args
+
+
+def save_checkpoint(run_dir: Path, learner: Learner, counters: dict) -> None:
+    buffer = io.BytesIO()
+    torch.save({"version": VERSION, "learner": learner.state(), "counters": counters}, buffer)
+    write_atomic(run_dir / "checkpoint.pt", buffer.getbuffer())
 
 
 def load_checkpoint(run_dir: Path) -> dict | None:
-    """The run's last checkpoint, None before the first. Raises InputError when it cannot be read."""
+    """The run's last checkpoint, None before the first. Raises Stop when it cannot be read."""
     path = run_dir / "checkpoint.pt"
     if not path.exists():
         return None
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        assert checkpoint["script"] == SCRIPT
-    except Exception as error:
-        raise InputError(f"{path} is not a checkpoint of {SCRIPT}.py ({type(error).__name__})") from None
+        checkpoint = dict(torch.load(path, map_location="cpu", weights_only=True))
+    except (RuntimeError, EOFError, ValueError, TypeError, pickle.UnpicklingError):
+        raise Stop(f"{path} is damaged") from None
+    version = checkpoint.get("version", 1)
+    require(version == VERSION, f"{path} was written by version {version} of {SCRIPT}.py: continue it with that one")
     return checkpoint
 
 
-def save_model(run_dir: Path, learner: Learner, i: int, args: dict) -> None:
-    """Networks and observation statistics of agent i, with its arguments as metadata; loads without pickle."""
-    tensors = {k: v[i].cpu().contiguous() for k, v in learner.agent.state_dict().items()}
-    rms = learner.normalizer.obs_rms
-    tensors |= {"obs_mean": torch.tensor(rms.mean[i]), "obs_var": torch.tensor(rms.var[i])}
-    metadata = {"script": SCRIPT, "args": json.dumps(args)}
-    write_atomic(run_dir / "model.safetensors", lambda temporary: save_file(tensors, temporary, metadata))
+def save_results(
+    learner: Learner, args: Args, run_dir: Path, i: int, eval_returns: np.ndarray, counters: dict, commit: str | None
+) -> None:
+    """What a finished agent leaves: model.safetensors, which loads without pickle, and result.json."""
+    seed, rms, last_returns = seeds_of(args)[i], learner.normalizer.obs_rms, counters["last_returns"][i]
+    folder = seed_dir(args, run_dir, seed)
+    own_args = asdict(args) | {"seed": seed, "num_seeds": 1, "run_dir": str(folder)}
+    tensors = {"obs_mean": torch.tensor(rms.mean[i]), "obs_var": torch.tensor(rms.var[i])}
+    for name, x in learner.agent.state_dict().items():
+        tensors[name] = (x[i] if x.shape[:1] == (args.num_seeds,) else x).cpu().contiguous()
+    content = safetensors.torch.save(tensors, {"script": SCRIPT, "args": json.dumps(own_args)})
+    write_atomic(folder / "model.safetensors", content)
+    versions = {d.name: d.version for d in distributions() if d.name in PACKAGES}
+    result = {
+        "script": SCRIPT,
+        "env_id": args.env_id,
+        "seed": seed,
+        "args": own_args,
+        "total_timesteps": counters["global_step"],
+        "eval_returns": eval_returns.tolist(),
+        "eval_mean": eval_returns.mean(),
+        "train_last10_mean": np.mean(last_returns) if last_returns else None,
+        "sps": counters["train_steps"] / counters["train_seconds"] if counters["train_steps"] else None,
+        "wall_seconds": counters["wall_seconds"],
+        "versions": {"python": platform.python_version()} | versions,
+        "commit": commit,
+    }
+    write_json(folder / "result.json", result)
 
 
 def git_commit() -> str | None:
     """Commit of the repository this file is in, with "-dirty" when this file differs; None outside a repository."""
     git = ["git", "-C", str(Path(__file__).parent)]
+    commands = [*git, "rev-parse", "HEAD"], [*git, "status", "--porcelain", "--", __file__]
     try:
-        commit, changes = (
-            subprocess.run([*git, *command], capture_output=True, text=True, check=True).stdout.strip()
-            for command in (("rev-parse", "HEAD"), ("status", "--porcelain", "--", __file__))
-        )
-    except (OSError, subprocess.CalledProcessError):
+        commit, changes = (subprocess.run(c, capture_output=True, text=True).stdout.strip() for c in commands)
+    except FileNotFoundError:
         return None
-    return commit + ("-dirty" if changes else "")
+    return (f"{commit}-dirty" if changes else commit) or None
 
 
 class RunLog:
     """TensorBoard, curves.csv and Weights & Biases of one run; on resume, what lies past the checkpoint goes."""
 
     def __init__(self, run_dir: Path, args: Args, global_step: int):
+        self.path, self.rows, self.wandb = run_dir / "curves.csv", [], None
+        if self.path.exists():
+            try:
+                rows = csv.DictReader(self.path.read_text().splitlines())
+                self.rows = [row for row in rows if int(row["global_step"]) <= global_step]
+            except (ValueError, KeyError, TypeError):
+                raise Stop(f"{self.path} is damaged") from None
         self.writer = SummaryWriter(run_dir, purge_step=global_step + 1)
-        path = run_dir / "curves.csv"
-        rows = path.read_text().splitlines(keepends=True)[1:] if path.exists() else []
-        rows = [row for row in rows if row.endswith("\n") and int(row.split(",")[0]) <= global_step]
-        header = ",".join(("global_step", *METRICS)) + "\n"
-        write_atomic(path, lambda temporary: temporary.write_text(header + "".join(rows)))
-        self.file = path.open("a", newline="")
-        self.csv = csv.DictWriter(self.file, ("global_step", *METRICS), lineterminator="\n")
-        self.wandb = None
         if args.track:
             import wandb
 
-            begun = (run_dir / "args.json").stat().st_mtime_ns  # a new run in an old place is another one
-            run_id = hashlib.sha1(f"{run_dir.resolve()} {begun}".encode()).hexdigest()[:12]
-            self.wandb = wandb.init(
-                project=args.wandb_project_name,
-                entity=args.wandb_entity,
-                name=run_dir.name,
-                id=run_id,
-                resume="allow",
-                reinit="create_new",
-                config=asdict(args),
-                dir=run_dir,
-            )
+            id_file = run_dir / "wandb_id.txt"
+            if not id_file.exists():
+                id_file.write_text(uuid4().hex)
+            options = {"project": args.wandb_project_name, "entity": args.wandb_entity, "config": asdict(args)}
+            options |= {"name": run_dir.name, "id": id_file.read_text(), "resume": "allow", "reinit": "create_new"}
+            self.wandb = wandb.init(dir=run_dir, **options)
 
     def write(self, global_step: int, metrics: dict[str, float]) -> None:
+        """Log {tag: value}, any tags. curves.csv is written anew, whole, with a column for every tag so far."""
+        self.rows.append({"global_step": global_step} | {tag: f"{value:.6g}" for tag, value in metrics.items()})
+        text = io.StringIO()
+        columns = dict.fromkeys(tag for row in self.rows for tag in row)
+        writer = csv.DictWriter(text, list(columns), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(self.rows)
+        write_atomic(self.path, text.getvalue().encode())
         for tag, value in metrics.items():
             self.writer.add_scalar(tag, value, global_step)
-        self.csv.writerow({"global_step": global_step} | {tag: f"{value:.6g}" for tag, value in metrics.items()})
-        self.file.flush()
         self.writer.flush()  # a kill loses nothing that a later checkpoint counts as written
         if self.wandb:
             self.wandb.log(metrics, step=global_step)
 
     def close(self) -> None:
         self.writer.close()
-        self.file.close()
         if self.wandb:
             self.wandb.finish()
 
@@ -833,25 +796,21 @@ class RunLog:
 class Progress:
     """One line: redrawn in place on a terminal, printed every 30 seconds when output is redirected."""
 
-    def __init__(self, total: int, num_agents: int):
-        self.total, self.num_agents, self.last = total, num_agents, time.monotonic()
+    def __init__(self, total: int, unit: str):
+        self.total, self.unit, self.last = total, unit, time.monotonic()
 
-    def show(self, global_step: int, episodic_return: float, sps: float) -> None:
-        terminal = sys.stdout.isatty()
-        if time.monotonic() - self.last < (0.2 if terminal else 30) and global_step < self.total:
+    def show(self, done: int, per_second: float, text: str) -> None:
+        terminal, finished = sys.stdout.isatty(), done >= self.total
+        if time.monotonic() - self.last < (0.2 if terminal else 30) and not finished:
             return
         self.last = time.monotonic()
-        left = int((self.total - global_step) / sps) if sps else 0
-        done = global_step / self.total
-        bar = f"[{'#' * int(20 * done):20}] " if terminal else ""
-        line = f"{bar}{done:4.0%}  step {global_step:,}  return {episodic_return:.1f}  "
-        line += f"{self.num_agents * sps:,.0f} steps/s  {left // 3600}:{left // 60 % 60:02}:{left % 60:02} left"
-        end = "" if terminal and global_step < self.total else "\n"
-        print(f"\r{line}\x1b[K" if terminal else line, end=end, flush=True)
+        left = timedelta(seconds=int((self.total - done) / max(per_second, 1e-9)))
+        line = f"{done / self.total:4.0%}  {self.unit} {done:,}  {text}  {left} left"
+        print(f"\r{line}\x1b[K" if terminal else line, end="" if terminal and not finished else "\n", flush=True)
 
 
 def validate(args: Args) -> None:
-    """Raise InputError with one line that says what is wrong and what is allowed."""
+    """Raise Stop with one line that says what is wrong and what is allowed."""
     counts = "num_seeds num_envs num_steps checkpoint_every num_threads"
     for allowed, is_allowed, names in (
         ("at least 1", lambda x: x >= 1, counts),
@@ -865,79 +824,68 @@ def validate(args: Args) -> None:
         for name in names.split():
             value = getattr(args, name)
             require(is_allowed(value), f"--{name.replace('_', '-')} must be {allowed}, got {value}")
-    rollout_size = args.num_envs * args.num_steps
-    require(
-        args.total_timesteps >= rollout_size,
-        f"--total-timesteps must be at least one rollout, {rollout_size} steps, got {args.total_timesteps}",
-    )
+    rollout = args.num_envs * args.num_steps
+    message = f"a rollout of {rollout} steps, --num-envs times --num-steps, must be "
+    require(args.total_timesteps >= rollout, message + f"at most --total-timesteps, {args.total_timesteps}")
     require(not args.cuda or torch.cuda.is_available(), "--cuda needs a CUDA device, and torch sees none")
-    require(
-        not args.compile or any(map(shutil.which, (os.environ.get("CXX", "c++"), "g++", "clang++"))),
-        "--compile needs a C++ compiler (on Debian: apt install g++)",
-    )
+    compiler = any(map(shutil.which, (os.environ.get("CXX", "c++"), "g++", "clang++")))
+    require(compiler or not args.compile, "--compile needs a C++ compiler (on Debian: apt install g++)")
     require(not args.track or find_spec("wandb"), "--track needs Weights & Biases: pip install wandb")
-    check_env(args.env_id, args.capture_video)
+    obs_dim, action_dim = check_env(args)
+    bytes_per_step = 4 * obs_dim + 8 * action_dim + 8 * action_dim * args.num_bins  # buffers and Gumbel noise
+    bytes_per_seed = args.num_envs * (args.num_steps * bytes_per_step + 2**17)
+    check_memory(args.num_seeds * bytes_per_seed, "--num-seeds, --num-envs, --num-steps or --num-bins")
 
 
-def check_env(env_id: str, capture_video: bool) -> None:
-    """Raise InputError unless env_id is an environment that this script can train on, and record."""
+def check_memory(num_bytes: int, flags: str) -> None:
+    """Raise Stop when a rollout of that size would not fit this machine's memory."""
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    fits = num_bytes < memory
+    require(
+        fits, f"a rollout takes {num_bytes / 2**30:,.0f} GiB, this machine has {memory / 2**30:,.0f}: lower {flags}"
+    )
+
+
+def check_env(args: Args) -> tuple[int, int]:
+    """Observation and action dimensions. Raises Stop unless the environment can be trained on, and recorded."""
+    name = f"--env-id {args.env_id}"
+    module = args.env_id.rpartition(":")[0].split(".")[0]
+    require(not module or find_spec(module), f"{name}: there is no module {module}")
     try:
-        env = make_env(env_id)
-        env.close()
-    except Exception as error:  # whatever the environment's constructor raises
-        raise InputError(f"--env-id {env_id}: {(str(error) or repr(error)).splitlines()[0]}") from None
-    space, obs_space = env.action_space, env.observation_space
-    kind = type(space).__name__
-    require(isinstance(space, gym.spaces.Box), f"--env-id {env_id} has {kind} actions; this script needs a Box")
-    finite = np.isfinite(space.low).all() and np.isfinite(space.high).all()
-    require(finite, f"--env-id {env_id} has infinite action bounds; bins need finite ones")
-    flat = isinstance(obs_space, gym.spaces.Box) and len(obs_space.shape) == 1
-    require(flat, f"--env-id {env_id} has observations that cannot be flattened")
-    if capture_video:
+        env = make_env(args.env_id)
+    except gym.error.Error as error:
+        raise Stop(f"{name}: {error}") from None
+    env.close()
+    actions, obs = env.action_space, env.observation_space
+    require(
+        isinstance(actions, gym.spaces.Box), f"{name} has {type(actions).__name__} actions; this script needs a Box"
+    )
+    require(np.isfinite([actions.low, actions.high]).all(), f"{name} has infinite action bounds; bins need finite ones")
+    flat = isinstance(obs, gym.spaces.Box) and len(obs.shape) == 1
+    require(flat, f"{name} has observations that cannot be flattened")
+    if args.capture_video:
         require(find_spec("moviepy"), "--capture-video needs moviepy: pip install moviepy")
-        try:
-            env = gym.make(env_id, render_mode="rgb_array", disable_env_checker=True)
-            env.reset()
-            frame = env.render()
-            env.close()
-        except Exception as error:
-            hint = "MuJoCo without a display needs MUJOCO_GL=egl"
-            raise InputError(f"--capture-video: {env_id} cannot render here ({error!r}; {hint})") from None
-        require(frame is not None, f"--env-id {env_id} cannot render: drop --capture-video")
+        env = gym.make(args.env_id, render_mode="rgb_array", disable_env_checker=True)
+        env.reset()
+        require(env.render() is not None, f"{name} cannot render: drop --capture-video")
+        env.close()
+    return obs.shape[0], actions.low.size
 
 
-def given() -> list[str]:
-    """Names of the arguments on the command line."""
-    flags = {word.partition("=")[0].replace("-", "_") for word in sys.argv[1:] if word.startswith("--")}
-    return [f.name for f in fields(Args) if {f"__{f.name}", f"__no_{f.name}"} & flags]
-
-
-def only(*names: str) -> None:
-    """Raise InputError when any other argument than names was given."""
-    extra = [name for name in given() if name not in names]
-    require(not extra, f"--{names[0]} takes its arguments from the run: drop --{', --'.join(extra).replace('_', '-')}")
-
-
-def run(args: Args, run_dirs: dict[int, Path]) -> int:
-    """Train what is unfinished in run_dirs, seeds with the same checkpoint step side by side; print the results."""
-    groups = {}
-    for seed, run_dir in run_dirs.items():
-        failed = run_dir / "failed.txt"
-        if failed.exists() and len(run_dirs) > 1:
-            print(f"{failed.read_text().strip()} (retry with --resume {run_dir})")
-        elif not (run_dir / "result.json").exists():
-            checkpoint = load_checkpoint(run_dir)
-            failed.unlink(missing_ok=True)
-            groups.setdefault(checkpoint["counters"]["global_step"] if checkpoint else 0, {})[seed] = run_dir
-    for _, group in sorted(groups.items()):
-        train(args, group)
-    finished = {seed: run_dir for seed, run_dir in run_dirs.items() if (run_dir / "result.json").exists()}
-    for seed, run_dir in finished.items():
-        result = json.loads((run_dir / "result.json").read_text())
-        returns = " ".join(f"{r:.1f}" for r in result["eval_returns"])
-        print(f"seed {seed}: {result['total_timesteps']:,} steps, evaluation {result['eval_mean']:.1f} ({returns})")
-        print(f"  everything is in {run_dir}; evaluate again with --evaluate {run_dir}")
-    return 0 if len(finished) == len(run_dirs) else 1
+def run(args: Args, run_dir: Path) -> None:
+    """Train what is unfinished and print the results. Raises Stop when a seed has none."""
+    folders = {seed: seed_dir(args, run_dir, seed) for seed in seeds_of(args)}
+    if not all((folder / "result.json").exists() for folder in folders.values()):
+        train(args, run_dir)
+    failed = [str(seed) for seed, folder in folders.items() if not (folder / "result.json").exists()]
+    for seed, folder in folders.items():
+        if str(seed) not in failed:
+            result = read_json(folder / "result.json")
+            returns = " ".join(f"{r:.1f}" for r in result["eval_returns"])
+            print(f"seed {seed}: {result['total_timesteps']:,} steps, evaluation {result['eval_mean']:.1f} ({returns})")
+            print(f"  everything is in {folder}; evaluate again with --evaluate {folder}")
+    if failed:
+        raise Stop(f"no result of seed {', '.join(failed)}: the loss is not finite", code=1)
 
 
 def main() -> int:
@@ -948,30 +896,32 @@ def main() -> int:
         empty = "" in (args.run_dir, args.resume, args.evaluate)
         require(not empty, "--run-dir, --resume and --evaluate need a path, got an empty one")
         if args.evaluate:
-            only("evaluate", "capture_video")
-            returns = evaluate_saved(Path(args.evaluate), args.capture_video)
+            returns = evaluate_saved(Path(args.evaluate))
             print(f"evaluation {returns.mean():.1f} ({' '.join(f'{r:.1f}' for r in returns)})")
-            return 0
-        if args.resume:
-            only("resume")
-            args, run_dirs = open_run_dirs(run_dir)
+        elif args.resume:
+            args = replace(changed_args(open_run_dir(run_dir), "resume"), resume=None)
             validate(args)
+            run(args, run_dir)
         else:
             validate(args)
-            run_dirs = create_run_dirs(args, run_dir)
-        return run(args, run_dirs)
-    except InputError as error:
-        print("error:", " ".join(str(error).split()), file=sys.stderr)
-        return 2
-    except (RunError, OSError) as error:
-        message = "\n" * sys.stdout.isatty() + f"error: {' '.join(str(error).split())}"
-        message += f"\nto go on: python {SCRIPT}.py --resume {run_dir}" * run_dir.exists()
-        print(message, file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        how = f"; to go on: python {SCRIPT}.py --resume {run_dir}" * run_dir.exists()
-        print(f"\nstopped{how}", file=sys.stderr)
-        return 130
+            create_run_dir(args, run_dir)
+            run(args, run_dir)
+        return 0
+    except (Exception, KeyboardInterrupt) as error:
+        can_go_on = not args.evaluate and (run_dir / "checkpoint.pt").exists()
+        hint = f"to go on: python {SCRIPT}.py --resume {run_dir}" if can_go_on else ""
+        disk_full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        if not disk_full and not isinstance(error, (Stop, KeyboardInterrupt, torch.OutOfMemoryError)):
+            if hint:
+                error.add_note(hint)
+            raise  # a bug: Python's own traceback, and the hint below it
+        code, message = getattr(error, "code", 1), f"error: {' '.join(str(error).split())}"
+        if isinstance(error, KeyboardInterrupt):
+            code, message = 130, "stopped"
+        if sys.stdout.isatty():
+            print()  # end the progress line
+        print(f"{message}\n{hint}".strip() if code != 2 else message, file=sys.stderr)
+        return code
 
 
 if __name__ == "__main__":

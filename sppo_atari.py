@@ -1,3 +1,15 @@
+# /// script
+# requires-python = ">=3.11"
+# dependencies = [
+#     "torch==2.13.0",
+#     "gymnasium[atari]==1.4.0",
+#     "ale-py==0.12.1",
+#     "numpy==2.4.6",
+#     "safetensors==0.8.0",
+#     "tensorboard==2.21.0",
+#     "tyro==1.0.17",
+# ]
+# ///
 """Symmetric PPO (SPPO) for Atari games.
 
     python sppo_atari.py --env-id BreakoutNoFrameskip-v4 --seed 1
@@ -10,9 +22,11 @@ Diverse Tasks and Model Scales". docs/paper-notes.md says where the paper is sil
 import csv
 import ctypes
 import difflib
-import hashlib
+import errno
+import io
 import json
 import os
+import pickle
 import platform
 import re
 import shutil
@@ -20,138 +34,90 @@ import signal
 import subprocess
 import sys
 import time
-from collections import deque
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, fields
-from functools import partial
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields, replace
+from datetime import timedelta
 from importlib.metadata import distributions
 from importlib.util import find_spec
 from pathlib import Path
+from uuid import uuid4
 
 import ale_py
 import numpy as np
+import safetensors.torch
 import torch
 import tyro
 from ale_py.vector_env import AtariVectorEnv
 from gymnasium.vector import AutoresetMode
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import nn
 from torch.utils.tensorboard import SummaryWriter
 
-SCRIPT = Path(__file__).stem
+SCRIPT, VERSION = Path(__file__).stem, 2  # of the format of checkpoint.pt
 EVAL_EPISODES = 10
 LOG_EVERY = 2048  # steps
 TRAINING, EVALUATION = 0, 1  # streams of environment seeds
 PACKAGES = ("torch", "gymnasium", "ale-py", "numpy")  # their versions go into result.json
-METRICS = (
-    "charts/episodic_return",
-    "charts/episodic_length",
-    "charts/learning_rate",
-    "charts/SPS",
-    "losses/policy_loss",
-    "losses/value_loss",
-    "losses/entropy",
-    "losses/approx_kl",
-    "losses/clipfrac",
-    "losses/sign_flips",
-    "losses/grad_norm",
-    "losses/explained_variance",
-    "eval/episodic_return",
-)
 
 
 @dataclass
 class Args:
-    env_id: str = "BreakoutNoFrameskip-v4"
-    """the game: BreakoutNoFrameskip-v4, ALE/Breakout-v5 and breakout are the same"""
-    sticky_actions: bool = False
-    """repeat the previous action with probability 0.25"""
-    total_timesteps: int = 10_000_000
-    """environment steps of 4 frames each, rounded up to whole rollouts"""
-    seed: int = 1
-    """seed of everything random"""
-    alpha: float = 0.5
-    """weight of the PPO loss in Eq. 9"""
-    beta: float = 1.0
-    """weight of the reverse PPO loss in Eq. 9; alpha 1 and beta 0 is plain PPO"""
-    Z: float = -1.0
-    """the constant that stands for log 0 in the reverse loss (Section 4.1); only beta * Z matters"""
-    reward_flip_prob: float = 0.0
-    """probability that a clipped training reward r becomes 1 - r (the paper's BSC noise: 0.1)"""
+    env_id: str = (
+        "BreakoutNoFrameskip-v4"  # the game: BreakoutNoFrameskip-v4, ALE/Breakout-v5 and breakout are the same
+    )
+    sticky_actions: bool = False  # repeat the previous action with probability 0.25
+    total_timesteps: int = 10_000_000  # environment steps of 4 frames each, rounded up to whole rollouts
+    seed: int = 1  # seed of everything random
+    alpha: float = 0.5  # weight of the PPO loss in Eq. 9
+    beta: float = 1.0  # weight of the reverse PPO loss in Eq. 9; alpha 1 and beta 0 is plain PPO
+    Z: float = -1.0  # the constant that stands for log 0 in the reverse loss (Section 4.1); only beta * Z matters
+    reward_flip_prob: float = 0.0  # that a clipped training reward r becomes 1 - r (the paper's BSC noise: 0.1)
 
-    learning_rate: float = 2.5e-4
-    """Adam's learning rate"""
-    anneal_lr: bool = True
-    """lower the learning rate linearly to 0"""
-    num_envs: int = 8
-    """games played at once"""
-    num_steps: int = 128
-    """steps per environment and rollout"""
-    gamma: float = 0.99
-    """discount factor"""
-    gae_lambda: float = 0.95
-    """lambda of generalized advantage estimation"""
-    num_minibatches: int = 4
-    """minibatches per epoch"""
-    update_epochs: int = 4
-    """epochs per rollout"""
-    norm_adv: bool = True
-    """normalize the advantages of each minibatch"""
-    clip_coef: float = 0.1
-    """PPO's epsilon (Eq. 3)"""
-    anneal_clip: bool = True
-    """lower the clip range linearly to 0"""
-    ent_coef: float = 0.01
-    """weight of the entropy bonus"""
-    vf_coef: float = 0.5
-    """weight of the value loss"""
-    max_grad_norm: float = 0.5
-    """global gradient norm above which gradients are scaled down"""
+    learning_rate: float = 2.5e-4  # Adam's learning rate
+    anneal_lr: bool = True  # lower the learning rate linearly to 0
+    num_envs: int = 8  # games played at once
+    num_steps: int = 128  # steps per environment and rollout
+    gamma: float = 0.99  # discount factor
+    gae_lambda: float = 0.95  # lambda of generalized advantage estimation
+    num_minibatches: int = 4  # minibatches per epoch
+    update_epochs: int = 4  # epochs per rollout
+    norm_adv: bool = True  # normalize the advantages of each minibatch
+    clip_coef: float = 0.1  # PPO's epsilon (Eq. 3)
+    anneal_clip: bool = True  # lower the clip range linearly to 0
+    ent_coef: float = 0.01  # weight of the entropy bonus
+    vf_coef: float = 0.5  # weight of the value loss
+    max_grad_norm: float = 0.5  # global gradient norm above which gradients are scaled down
 
-    run_dir: str | None = None
-    """where everything goes; default runs/<env>__<script>__<seed>__<time>"""
-    resume: str | None = None
-    """run directory to continue; all other arguments come from the run"""
-    evaluate: str | None = None
-    """run directory or model.safetensors to evaluate instead of training"""
-    eval_every: int = 0
-    """steps between evaluations during training; 0: only the final one"""
-    checkpoint_every: int = 100_000
-    """steps between checkpoints"""
-    track: bool = False
-    """log to Weights & Biases as well (pip install wandb)"""
-    wandb_project_name: str = "symmetric-rl"
-    """Weights & Biases project"""
-    wandb_entity: str | None = None
-    """Weights & Biases team"""
-    capture_video: bool = False
-    """record the first game of every evaluation (pip install moviepy)"""
-    compile: bool = False
-    """compile the gradient computation with torch.compile (needs a C++ compiler)"""
-    cuda: bool = True
-    """use a GPU where there is one"""
-    num_threads: int = min(4, os.cpu_count() or 1)
-    """CPU threads of torch, and of the emulators"""
+    run_dir: str | None = None  # where everything goes; default runs/<env>__<script>__<seed>__<time>
+    resume: str | None = None  # run directory to continue; all other arguments come from the run
+    evaluate: str | None = None  # run directory or model.safetensors to evaluate instead of training
+    eval_every: int = 0  # steps between evaluations during training; 0: only the final one
+    checkpoint_every: int = 100_000  # steps between checkpoints
+    track: bool = False  # log to Weights & Biases as well (pip install wandb)
+    wandb_project_name: str = "symmetric-rl"  # Weights & Biases project
+    wandb_entity: str | None = None  # Weights & Biases team
+    capture_video: bool = False  # record the first game of every evaluation (pip install moviepy)
+    compile: bool = False  # compile the gradient computation with torch.compile (needs a C++ compiler)
+    cuda: bool = True  # use a GPU where there is one
+    num_threads: int = min(4, os.cpu_count() or 1)  # CPU threads of torch, and of the emulators
 
 
-class InputError(ValueError):
-    """Bad input: main() prints its one line and exits with code 2."""
+class Stop(Exception):
+    """Ends the script in one line: exit code 2 for a wrong argument, 1 for trouble that is nobody's mistake."""
 
-
-class RunError(RuntimeError):
-    """A run that had to stop: main() prints its one line and exits with code 1."""
+    def __init__(self, message: str, code: int = 2):
+        super().__init__(message)
+        self.code = code
 
 
 def require(condition: bool, message: str) -> None:
     if not condition:
-        raise InputError(message)
+        raise Stop(message)
 
 
 def find_game(env_id: str) -> str:
     """ale-py's name (ms_pacman) of MsPacmanNoFrameskip-v4, ALE/MsPacman-v5, MsPacman or ms_pacman.
 
-    Raises InputError with near matches when there is no such game.
+    Raises Stop with near matches when there is no such game.
     """
     games = {game.replace("_", ""): game for game in ale_py.roms.get_all_rom_ids()}
     name = re.sub(r"^ALE/|(NoFrameskip|Deterministic)?-v\d+$|_", "", env_id).lower()
@@ -359,12 +325,19 @@ class Learner:
 
     def state(self) -> dict:
         optimizer = self.optimizer.state_dict()
-        return {"agent": self.agent.state_dict(), "optimizer": optimizer, "rng": self.generator.get_state()}
+        return {"agent": self.agent.state_dict(), "optimizer": optimizer, "generator": self.generator.get_state()}
 
-    def load(self, state: dict) -> None:
-        self.agent.load_state_dict(state["agent"])
+    def load_networks(self, tensors: dict[str, torch.Tensor], path: Path) -> None:
+        """Take over tensors from path. Raises Stop if they do not fit."""
+        try:
+            self.agent.load_state_dict(tensors)
+        except RuntimeError as error:
+            raise Stop(f"{path} does not fit the networks of this {SCRIPT}.py: {error}") from None
+
+    def load_state(self, state: dict, path: Path) -> None:
+        self.load_networks(state["agent"], path)
         self.optimizer.load_state_dict(state["optimizer"])
-        self.generator.set_state(state["rng"])
+        self.generator.set_state(state["generator"])
 
 
 def keep_memory() -> None:
@@ -377,13 +350,13 @@ def keep_memory() -> None:
 
 @torch.no_grad()
 def train(args: Args, run_dir: Path) -> None:
-    """Train in run_dir, from its checkpoint if it has one, and leave its result.json.
+    """Train from the checkpoint in run_dir where there is one, and leave a result.json.
 
-    Raises RunError when a loss is not finite, and KeyboardInterrupt on Ctrl-C or SIGTERM after a checkpoint.
+    Raises Stop when a loss is not finite, and KeyboardInterrupt on Ctrl-C or SIGTERM, after a checkpoint.
     """
     start_time, commit = time.monotonic(), git_commit()
-    torch.set_num_threads(args.num_threads)
     keep_memory()
+    torch.set_num_threads(args.num_threads)
     E, T = args.num_envs, args.num_steps
     rollout_size = T * E
     minibatch_size = rollout_size // args.num_minibatches
@@ -394,31 +367,14 @@ def train(args: Args, run_dir: Path) -> None:
     agent, generator, device = learner.agent, learner.generator, learner.device
     clip_coef = torch.tensor(args.clip_coef, device=device)
     counters = {"global_step": 0, "train_steps": 0, "train_seconds": 0.0, "wall_seconds": 0.0}
-    last_returns = deque(maxlen=EVAL_EPISODES)
-    checkpoint = load_checkpoint(run_dir)
-    if checkpoint:
-        try:
-            learner.load(checkpoint["learner"])
-        except (RuntimeError, KeyError, ValueError):
-            raise InputError(f"the checkpoint in {run_dir} is of another network") from None
+    counters["last_returns"] = []
+    if checkpoint := load_checkpoint(run_dir):
+        learner.load_state(checkpoint["learner"], run_dir / "checkpoint.pt")
         counters = checkpoint["counters"]
-        last_returns.extend(checkpoint["last_returns"])
-    global_step = counters["global_step"]
+    global_step, wall_seconds = counters["global_step"], counters["wall_seconds"]
     log = RunLog(run_dir, args, global_step)
-    progress = Progress(total_timesteps, 1)
-
-    def save_checkpoint() -> None:
-        now = counters | {"wall_seconds": counters["wall_seconds"] + time.monotonic() - start_time}
-        state = {"script": SCRIPT, "learner": learner.state(), "counters": now, "last_returns": list(last_returns)}
-        write_atomic(run_dir / "checkpoint.pt", partial(torch.save, state))
-
-    stop_signals = []
-
-    def on_signal(number: int, _) -> None:
-        stop_signals.append(number)
-        signal.signal(number, signal.SIG_DFL)  # a second one ends the process at once
-
-    handlers = {number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
+    progress = Progress(total_timesteps, "step")
+    stop_signals = collect_signals()
 
     compute_gradients = gradients
     if args.compile:
@@ -432,7 +388,7 @@ def train(args: Args, run_dir: Path) -> None:
     logprob_buf, value_buf = torch.zeros((T, E), device=device), torch.zeros((T, E), device=device)
     reward_buf = np.zeros((T, E), np.float32)
     done_buf = np.zeros((T, E), bool)
-    score, length = np.zeros(E), np.zeros(E)
+    episode_return, episode_length = np.zeros(E), np.zeros(E)
     episodes, stats, last_log = [], [], global_step  # since the last log
 
     obs = games.reset(env_seeds(args.seed, E, TRAINING, global_step))
@@ -452,16 +408,16 @@ def train(args: Args, run_dir: Path) -> None:
             obs, raw_reward, terminated, truncated, game_over, infos = games.step(action_buf[t].cpu().numpy())
             reward_buf[t] = flip_rewards(np.sign(raw_reward), uniform[t], args.reward_flip_prob)
             done_buf[t] = terminated | truncated
-            score += raw_reward
-            length += 1
+            episode_return += raw_reward
+            episode_length += 1
             time_limit = truncated & ~terminated
-            if time_limit.any():  # the game was cut, not over: add gamma * V(final observation)
+            if time_limit.any():  # truncated, not terminated: add gamma * V(final observation)
                 _, final_value = agent(torch.from_numpy(infos["final_obs"]).to(device))
                 reward_buf[t] += args.gamma * final_value.cpu().numpy() * time_limit
             for e in np.flatnonzero(game_over):
-                episodes.append((score[e], length[e]))
-                last_returns.append(float(score[e]))
-            score[game_over], length[game_over] = 0, 0
+                episodes.append((episode_return[e], episode_length[e]))
+                counters["last_returns"].append(float(episode_return[e]))
+            episode_return[game_over], episode_length[game_over] = 0, 0
 
         # Advantages
         values = value_buf.cpu().numpy()
@@ -487,71 +443,56 @@ def train(args: Args, run_dir: Path) -> None:
                 learner.optimizer.step()
                 stats.append(losses)
 
-        counters["global_step"] = global_step
         finite = bool(stats[-1]["losses/grad_norm"].isfinite())  # waits for the GPU
+        counters["global_step"] = global_step
+        counters["wall_seconds"] = wall_seconds + time.monotonic() - start_time
         if timed:
             counters["train_steps"] += rollout_size
             counters["train_seconds"] += time.perf_counter() - iteration_start
         timed = True
         if not finite:
             reason = "the loss is not finite. Try a lower --learning-rate or a lower --beta"
-            raise RunError(f"seed {args.seed} of {args.env_id} stopped at step {global_step:,}: {reason}")
+            raise Stop(f"seed {args.seed} of {args.env_id} failed at step {global_step:,}: {reason}", code=1)
 
         # Evaluate, log, save
         sps = counters["train_steps"] / max(counters["train_seconds"], 1e-9)
-        evaluated = None
+        eval_returns = None
         if args.eval_every and global_step % args.eval_every < rollout_size and global_step < total_timesteps:
-            evaluated = evaluate(agent, args, run_dir / f"videos/step{global_step}")
-        if global_step - last_log >= LOG_EVERY or global_step == total_timesteps or evaluated is not None:
+            eval_returns = evaluate(learner, args, run_dir, f"step{global_step}")
+        if global_step - last_log >= LOG_EVERY or global_step == total_timesteps or eval_returns is not None:
             metrics = {tag: torch.stack([s[tag] for s in stats]).mean().item() for tag in stats[0]}
-            metrics |= {"losses/explained_variance": 1 - (returns - values).var() / (returns.var() + 1e-8)}
-            metrics |= {"charts/learning_rate": learner.optimizer.param_groups[0]["lr"], "charts/SPS": sps}
+            metrics["losses/explained_variance"] = 1 - (returns - values).var() / (returns.var() + 1e-8)
+            metrics["charts/learning_rate"] = learner.optimizer.param_groups[0]["lr"]
+            metrics["charts/SPS"] = sps
             if episodes:
-                mean_return, mean_length = np.mean(episodes, axis=0)
-                metrics |= {"charts/episodic_return": mean_return, "charts/episodic_length": mean_length}
-            if evaluated is not None:
-                metrics["eval/episodic_return"] = evaluated.mean()
+                metrics["charts/episodic_return"], metrics["charts/episodic_length"] = np.mean(episodes, axis=0)
+            if eval_returns is not None:
+                metrics["eval/episodic_return"] = eval_returns.mean()
             log.write(global_step, metrics)
             episodes, stats, last_log = [], [], global_step
-        progress.show(global_step, np.mean(last_returns) if last_returns else np.nan, sps)
+        counters["last_returns"] = counters["last_returns"][-EVAL_EPISODES:]
+        mean_return = np.mean(counters["last_returns"]) if counters["last_returns"] else np.nan
+        progress.show(global_step, sps, f"return {mean_return:.1f}  {sps:,.0f} steps/s")
         if global_step % args.checkpoint_every < rollout_size or global_step == total_timesteps or stop_signals:
-            save_checkpoint()
+            save_checkpoint(run_dir, learner, counters)
 
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
+    release_signals()
     if stop_signals:
         raise KeyboardInterrupt
-
-    eval_returns = evaluate(agent, args, run_dir / f"videos/step{global_step}")
-    save_model(run_dir, learner, args)
-    installed = {d.name: d.version for d in distributions()}
-    versions = {"python": platform.python_version()} | {p: installed[p] for p in PACKAGES if p in installed}
-    result = {
-        "script": SCRIPT,
-        "env_id": args.env_id,
-        "seed": args.seed,
-        "args": asdict(args),
-        "total_timesteps": global_step,
-        "eval_returns": eval_returns.tolist(),
-        "eval_mean": eval_returns.mean(),
-        "train_last10_mean": np.mean(last_returns) if last_returns else None,
-        "sps": counters["train_steps"] / counters["train_seconds"] if counters["train_steps"] else None,
-        "wall_seconds": counters["wall_seconds"] + time.monotonic() - start_time,
-        "versions": versions,
-        "commit": commit,
-    }
-    write_json(run_dir / "result.json", result)
+    eval_returns = evaluate(learner, args, run_dir)
+    counters["wall_seconds"] = wall_seconds + time.monotonic() - start_time
+    save_results(learner, args, run_dir, eval_returns, counters, commit)
     log.write(global_step, {"eval/episodic_return": eval_returns.mean()})
     log.close()
 
 
 @torch.no_grad()
-def evaluate(agent: Agent, args: Args, video_dir: Path) -> np.ndarray:
+def evaluate(learner: Learner, args: Args, run_dir: Path, name: str = "final") -> np.ndarray:
     """Raw scores (10,) of the first whole game in each of 10 environments of its own; actions are sampled.
 
-    With args.capture_video the first of these games is recorded into video_dir.
+    With args.capture_video the first of these games is recorded into videos/<name>.
     """
-    device = next(agent.parameters()).device
+    agent, device = learner.agent, learner.device
     seeds = env_seeds(args.seed, EVAL_EPISODES, EVALUATION)
     generator = torch.Generator().manual_seed(seeds[0])
     games = Games(args, EVAL_EPISODES)
@@ -559,7 +500,7 @@ def evaluate(agent: Agent, args: Args, video_dir: Path) -> np.ndarray:
     if args.capture_video:  # the vector environment cannot render: a twin in color plays the same game
         twin = Games(args, 1, img_height=210, img_width=160, grayscale=False, stack_num=1)
         video = [twin.reset(seeds[:1])[0, -1]]
-    scores = np.zeros(EVAL_EPISODES)
+    returns = np.zeros(EVAL_EPISODES)
     running = np.ones(EVAL_EPISODES, dtype=bool)
     while running.any():
         gumbel = -torch.empty(EVAL_EPISODES, games.num_actions).exponential_(generator=generator).log().to(device)
@@ -569,64 +510,81 @@ def evaluate(agent: Agent, args: Args, video_dir: Path) -> np.ndarray:
         if args.capture_video and running[0]:
             video.append(twin.step(actions[:1])[0][0, -1])
         obs, reward, _, _, game_over, _ = games.step(actions)
-        scores += reward * running
+        returns += reward * running
         running &= ~game_over
     if args.capture_video:
         from gymnasium.utils.save_video import save_video  # needs moviepy
 
-        save_video(video, str(video_dir), fps=15)
-    return scores
+        save_video(video, str(run_dir / "videos" / name), fps=15)
+    return returns
 
 
-def evaluate_saved(path: Path, capture_video: bool) -> np.ndarray:
-    """Scores (10,) of a saved model in the games of its run's final evaluation.
+def evaluate_saved(path: Path) -> np.ndarray:
+    """Returns (10,) of a saved model, a file or in a run directory, in the episodes of its run's final evaluation.
 
-    Raises InputError when path is neither a model.safetensors of this script nor a run directory that holds one.
+    Raises Stop when path is no model of this script.
     """
     path = path / "model.safetensors" if path.is_dir() else path
-    if not path.exists():
-        raise InputError(f"{path} does not exist: a model is written when its run has finished")
+    require(path.exists(), f"{path} does not exist: a model is written when its run has finished")
     try:
-        with safe_open(path, "pt") as file:
-            metadata, tensors = file.metadata() or {}, {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError) as error:
-        raise InputError(f"{path} is not a safetensors file ({error})") from None
-    if metadata.get("script") != SCRIPT:
-        raise InputError(f"{path} is a model of {metadata.get('script', 'something else')}, not of {SCRIPT}")
-    try:
-        args = Args(**json.loads(metadata["args"]) | {"capture_video": capture_video})
-        agent = Agent(len(tensors["actor.bias"]), torch.Generator())
-        agent.load_state_dict(tensors)
-        agent.to("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
-    except (KeyError, ValueError, TypeError, RuntimeError):
-        raise InputError(f"{path} is damaged: arguments or tensors are missing") from None
-    check_game(args.env_id, capture_video)
+        with safetensors.safe_open(path, "pt") as file:
+            metadata, tensors = file.metadata() or {}, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (safetensors.SafetensorError, OSError) as error:
+        raise Stop(f"{path} is not a safetensors file ({error})") from None
+    saved = saved_args(path, metadata.get("script"), json.loads(metadata.get("args", "{}")))
+    require(all(x.isfinite().all() for x in tensors.values()), f"{path} holds values that are not finite")
+    args = changed_args(saved, "evaluate", "capture_video")
+    check_game(args)
     torch.set_num_threads(args.num_threads)
-    return evaluate(agent, args, path.parent / "videos")
+    learner = Learner(args, Games(args, 1).num_actions)
+    learner.load_networks(tensors, path)
+    return evaluate(learner, args, path.parent)
 
 
-def write_atomic(path: Path, write: Callable[[Path], object]) -> None:
-    """Call write(temporary path), then rename: a kill or a full disk leaves the old file or the new one.
+def collect_signals() -> list[int]:
+    """Ctrl-C and SIGTERM go into the returned list, so that the rollout ends with a checkpoint; a second one kills."""
+    received = []
 
-    Raises OSError.
-    """
+    def handler(number: int, _) -> None:
+        received.append(number)
+        signal.signal(number, signal.SIG_DFL)
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, handler)
+    return received
+
+
+def release_signals() -> None:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def write_atomic(path: Path, content: bytes | memoryview) -> None:
+    """Write, then rename: a kill or a full disk leaves the old file or the new one."""
     temporary = path.with_name(path.name + ".tmp")
     try:
-        write(temporary)
+        temporary.write_bytes(content)
         os.replace(temporary, path)
-    except Exception as error:  # torch and safetensors have exceptions of their own for a full disk
+    finally:
         temporary.unlink(missing_ok=True)
-        raise OSError(f"{path} cannot be written, is the disk full? {error}") from error
 
 
 def write_json(path: Path, content: dict) -> None:
-    write_atomic(path, lambda temporary: temporary.write_text(json.dumps(content, indent=2) + "\n"))
+    write_atomic(path, (json.dumps(content, indent=2) + "\n").encode())
+
+
+def read_json(path: Path) -> dict:
+    """Raises Stop when the file is damaged."""
+    try:
+        return dict(json.loads(path.read_text()))
+    except (ValueError, TypeError):
+        raise Stop(f"{path} is damaged") from None
 
 
 def create_run_dir(args: Args, run_dir: Path) -> None:
-    """Make run_dir with args.json in it. Raises InputError when it is in use or cannot be made."""
-    if run_dir.exists() and (not run_dir.is_dir() or any(run_dir.iterdir())):
-        raise InputError(f"--run-dir {run_dir} is in use: continue it with --resume {run_dir}, or name another")
+    """Make run_dir with args.json in it, whole or not at all. Raises Stop when it is in use or cannot be made."""
+    unused = not run_dir.exists() or (run_dir.is_dir() and not any(run_dir.iterdir()))
+    require(unused, f"--run-dir {run_dir} is in use: continue it with --resume {run_dir}, or name another")
     require(run_dir.name not in ("", ".."), f"--run-dir {run_dir} has no name of its own: name a directory")
     temporary = run_dir.with_name(f".{run_dir.name}.{os.getpid()}")
     try:
@@ -635,96 +593,138 @@ def create_run_dir(args: Args, run_dir: Path) -> None:
         os.replace(temporary, run_dir)
     except OSError as error:
         shutil.rmtree(temporary, ignore_errors=True)
-        raise InputError(f"--run-dir {run_dir} cannot be made: {error.strerror or error}") from None
+        raise Stop(f"--run-dir {run_dir} cannot be made: {error.strerror}") from None
 
 
 def open_run_dir(run_dir: Path) -> Args:
-    """Arguments of an existing run. Raises InputError when run_dir holds no run of this script."""
-    if not (run_dir / "args.json").exists():
-        raise InputError(f"{run_dir} holds no run of {SCRIPT}.py: there is no args.json in it")
-    try:
-        saved = json.loads((run_dir / "args.json").read_text())
-        args = Args(**saved["args"]) if saved["script"] == SCRIPT else None
-    except (ValueError, KeyError, TypeError):
-        raise InputError(f"{run_dir / 'args.json'} cannot be read") from None
-    require(args is not None, f"{run_dir} is a run of {saved['script']}.py, not of {SCRIPT}.py")
+    """Arguments of the run in run_dir. Raises Stop when there is none of this script."""
+    path = run_dir / "args.json"
+    if not path.exists():
+        old = any(run_dir.glob("seed*/args.json"))
+        reason = (
+            f"was begun by version 1 of {SCRIPT}.py: continue it with that one"
+            if old
+            else "holds no run: there is no args.json in it"
+        )
+        raise Stop(f"{run_dir} {reason}")
+    content = read_json(path)
+    return saved_args(path, content.get("script"), content.get("args"))
+
+
+def saved_args(path: Path, script: str | None, saved: dict) -> Args:
+    """Arguments of a run or model; new ones get their defaults. Raises Stop where they do not fit this script."""
+    require(script == SCRIPT, f"{path} is of {script or 'something else'}, not of {SCRIPT}")
+    require(isinstance(saved, dict), f"{path} is damaged")
+    unknown = ", ".join(saved.keys() - {f.name for f in fields(Args)})
+    require(not unknown, f"{path} was written by a version of {SCRIPT}.py with other arguments: {unknown}")
+    return Args(**saved)
+
+
+def changed_args(saved: Args, *allowed: str) -> Args:
+    """Saved arguments with the command line's over them. Raises Stop when others than allowed change."""
+    args = tyro.cli(Args, description=__doc__, default=saved)
+    changed = [f.name for f in fields(Args) if getattr(args, f.name) != getattr(saved, f.name)]
+    extra = ", ".join("--" + name.replace("_", "-") for name in changed if name not in allowed)
+    require(not extra, f"--{allowed[0]} takes its arguments from the run: drop {extra}")
     return args
 
 
+def save_checkpoint(run_dir: Path, learner: Learner, counters: dict) -> None:
+    buffer = io.BytesIO()
+    torch.save({"version": VERSION, "learner": learner.state(), "counters": counters}, buffer)
+    write_atomic(run_dir / "checkpoint.pt", buffer.getbuffer())
+
+
 def load_checkpoint(run_dir: Path) -> dict | None:
-    """The run's last checkpoint, None before the first. Raises InputError when it cannot be read."""
+    """The run's last checkpoint, None before the first. Raises Stop when it cannot be read."""
     path = run_dir / "checkpoint.pt"
     if not path.exists():
         return None
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        assert checkpoint["script"] == SCRIPT
-    except Exception as error:
-        raise InputError(f"{path} is not a checkpoint of {SCRIPT}.py ({type(error).__name__})") from None
+        checkpoint = dict(torch.load(path, map_location="cpu", weights_only=True))
+    except (RuntimeError, EOFError, ValueError, TypeError, pickle.UnpicklingError):
+        raise Stop(f"{path} is damaged") from None
+    version = checkpoint.get("version", 1)
+    require(version == VERSION, f"{path} was written by version {version} of {SCRIPT}.py: continue it with that one")
     return checkpoint
 
 
-def save_model(run_dir: Path, learner: Learner, args: Args) -> None:
-    """The network, with its arguments as metadata; loads without pickle."""
-    tensors = {k: v.cpu().contiguous() for k, v in learner.agent.state_dict().items()}
-    metadata = {"script": SCRIPT, "args": json.dumps(asdict(args))}
-    write_atomic(run_dir / "model.safetensors", lambda temporary: save_file(tensors, temporary, metadata))
+def save_results(
+    learner: Learner, args: Args, run_dir: Path, eval_returns: np.ndarray, counters: dict, commit: str | None
+) -> None:
+    """What a finished run leaves: model.safetensors, which loads without pickle, and result.json."""
+    last_returns = counters["last_returns"]
+    tensors = {name: x.cpu().contiguous() for name, x in learner.agent.state_dict().items()}
+    content = safetensors.torch.save(tensors, {"script": SCRIPT, "args": json.dumps(asdict(args))})
+    write_atomic(run_dir / "model.safetensors", content)
+    versions = {d.name: d.version for d in distributions() if d.name in PACKAGES}
+    result = {
+        "script": SCRIPT,
+        "env_id": args.env_id,
+        "seed": args.seed,
+        "args": asdict(args),
+        "total_timesteps": counters["global_step"],
+        "eval_returns": eval_returns.tolist(),
+        "eval_mean": eval_returns.mean(),
+        "train_last10_mean": np.mean(last_returns) if last_returns else None,
+        "sps": counters["train_steps"] / counters["train_seconds"] if counters["train_steps"] else None,
+        "wall_seconds": counters["wall_seconds"],
+        "versions": {"python": platform.python_version()} | versions,
+        "commit": commit,
+    }
+    write_json(run_dir / "result.json", result)
 
 
 def git_commit() -> str | None:
     """Commit of the repository this file is in, with "-dirty" when this file differs; None outside a repository."""
     git = ["git", "-C", str(Path(__file__).parent)]
+    commands = [*git, "rev-parse", "HEAD"], [*git, "status", "--porcelain", "--", __file__]
     try:
-        commit, changes = (
-            subprocess.run([*git, *command], capture_output=True, text=True, check=True).stdout.strip()
-            for command in (("rev-parse", "HEAD"), ("status", "--porcelain", "--", __file__))
-        )
-    except (OSError, subprocess.CalledProcessError):
+        commit, changes = (subprocess.run(c, capture_output=True, text=True).stdout.strip() for c in commands)
+    except FileNotFoundError:
         return None
-    return commit + ("-dirty" if changes else "")
+    return (f"{commit}-dirty" if changes else commit) or None
 
 
 class RunLog:
     """TensorBoard, curves.csv and Weights & Biases of one run; on resume, what lies past the checkpoint goes."""
 
     def __init__(self, run_dir: Path, args: Args, global_step: int):
+        self.path, self.rows, self.wandb = run_dir / "curves.csv", [], None
+        if self.path.exists():
+            try:
+                rows = csv.DictReader(self.path.read_text().splitlines())
+                self.rows = [row for row in rows if int(row["global_step"]) <= global_step]
+            except (ValueError, KeyError, TypeError):
+                raise Stop(f"{self.path} is damaged") from None
         self.writer = SummaryWriter(run_dir, purge_step=global_step + 1)
-        path = run_dir / "curves.csv"
-        rows = path.read_text().splitlines(keepends=True)[1:] if path.exists() else []
-        rows = [row for row in rows if row.endswith("\n") and int(row.split(",")[0]) <= global_step]
-        header = ",".join(("global_step", *METRICS)) + "\n"
-        write_atomic(path, lambda temporary: temporary.write_text(header + "".join(rows)))
-        self.file = path.open("a", newline="")
-        self.csv = csv.DictWriter(self.file, ("global_step", *METRICS), lineterminator="\n")
-        self.wandb = None
         if args.track:
             import wandb
 
-            begun = (run_dir / "args.json").stat().st_mtime_ns  # a new run in an old place is another one
-            run_id = hashlib.sha1(f"{run_dir.resolve()} {begun}".encode()).hexdigest()[:12]
-            self.wandb = wandb.init(
-                project=args.wandb_project_name,
-                entity=args.wandb_entity,
-                name=run_dir.name,
-                id=run_id,
-                resume="allow",
-                reinit="create_new",
-                config=asdict(args),
-                dir=run_dir,
-            )
+            id_file = run_dir / "wandb_id.txt"
+            if not id_file.exists():
+                id_file.write_text(uuid4().hex)
+            options = {"project": args.wandb_project_name, "entity": args.wandb_entity, "config": asdict(args)}
+            options |= {"name": run_dir.name, "id": id_file.read_text(), "resume": "allow", "reinit": "create_new"}
+            self.wandb = wandb.init(dir=run_dir, **options)
 
     def write(self, global_step: int, metrics: dict[str, float]) -> None:
+        """Log {tag: value}, any tags. curves.csv is written anew, whole, with a column for every tag so far."""
+        self.rows.append({"global_step": global_step} | {tag: f"{value:.6g}" for tag, value in metrics.items()})
+        text = io.StringIO()
+        columns = dict.fromkeys(tag for row in self.rows for tag in row)
+        writer = csv.DictWriter(text, list(columns), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(self.rows)
+        write_atomic(self.path, text.getvalue().encode())
         for tag, value in metrics.items():
             self.writer.add_scalar(tag, value, global_step)
-        self.csv.writerow({"global_step": global_step} | {tag: f"{value:.6g}" for tag, value in metrics.items()})
-        self.file.flush()
         self.writer.flush()  # a kill loses nothing that a later checkpoint counts as written
         if self.wandb:
             self.wandb.log(metrics, step=global_step)
 
     def close(self) -> None:
         self.writer.close()
-        self.file.close()
         if self.wandb:
             self.wandb.finish()
 
@@ -732,25 +732,21 @@ class RunLog:
 class Progress:
     """One line: redrawn in place on a terminal, printed every 30 seconds when output is redirected."""
 
-    def __init__(self, total: int, num_agents: int):
-        self.total, self.num_agents, self.last = total, num_agents, time.monotonic()
+    def __init__(self, total: int, unit: str):
+        self.total, self.unit, self.last = total, unit, time.monotonic()
 
-    def show(self, global_step: int, episodic_return: float, sps: float) -> None:
-        terminal = sys.stdout.isatty()
-        if time.monotonic() - self.last < (0.2 if terminal else 30) and global_step < self.total:
+    def show(self, done: int, per_second: float, text: str) -> None:
+        terminal, finished = sys.stdout.isatty(), done >= self.total
+        if time.monotonic() - self.last < (0.2 if terminal else 30) and not finished:
             return
         self.last = time.monotonic()
-        left = int((self.total - global_step) / sps) if sps else 0
-        done = global_step / self.total
-        bar = f"[{'#' * int(20 * done):20}] " if terminal else ""
-        line = f"{bar}{done:4.0%}  step {global_step:,}  return {episodic_return:.1f}  "
-        line += f"{self.num_agents * sps:,.0f} steps/s  {left // 3600}:{left // 60 % 60:02}:{left % 60:02} left"
-        end = "" if terminal and global_step < self.total else "\n"
-        print(f"\r{line}\x1b[K" if terminal else line, end=end, flush=True)
+        left = timedelta(seconds=int((self.total - done) / max(per_second, 1e-9)))
+        line = f"{done / self.total:4.0%}  {self.unit} {done:,}  {text}  {left} left"
+        print(f"\r{line}\x1b[K" if terminal else line, end="" if terminal and not finished else "\n", flush=True)
 
 
 def validate(args: Args) -> None:
-    """Raise InputError with one line that says what is wrong and what is allowed."""
+    """Raise Stop with one line that says what is wrong and what is allowed."""
     counts = "num_envs num_steps num_minibatches update_epochs checkpoint_every num_threads"
     for allowed, is_allowed, names in (
         ("at least 1", lambda x: x >= 1, counts),
@@ -763,55 +759,41 @@ def validate(args: Args) -> None:
         for name in names.split():
             value = getattr(args, name)
             require(is_allowed(value), f"--{name.replace('_', '-')} must be {allowed}, got {value}")
-    rollout_size = args.num_envs * args.num_steps
-    require(
-        rollout_size % args.num_minibatches == 0,
-        f"a rollout of {rollout_size} steps does not divide into {args.num_minibatches} minibatches: "
-        "--num-envs times --num-steps must be a multiple of --num-minibatches",
-    )
-    require(
-        not args.norm_adv or rollout_size // args.num_minibatches > 1,
-        "minibatches of one sample cannot be normalized: lower --num-minibatches or add --no-norm-adv",
-    )
-    require(
-        args.total_timesteps >= rollout_size,
-        f"--total-timesteps must be at least one rollout, {rollout_size} steps, got {args.total_timesteps}",
-    )
-    require(
-        not args.compile or any(map(shutil.which, (os.environ.get("CXX", "c++"), "g++", "clang++"))),
-        "--compile needs a C++ compiler (on Debian: apt install g++)",
-    )
+    rollout, minibatches = args.num_envs * args.num_steps, args.num_minibatches
+    message = f"a rollout of {rollout} steps, --num-envs times --num-steps, must be "
+    require(rollout % minibatches == 0, message + f"a multiple of --num-minibatches, {minibatches}")
+    require(rollout > minibatches or not args.norm_adv, message + "more than --num-minibatches, or add --no-norm-adv")
+    require(args.total_timesteps >= rollout, message + f"at most --total-timesteps, {args.total_timesteps}")
+    compiler = any(map(shutil.which, (os.environ.get("CXX", "c++"), "g++", "clang++")))
+    require(compiler or not args.compile, "--compile needs a C++ compiler (on Debian: apt install g++)")
     require(not args.track or find_spec("wandb"), "--track needs Weights & Biases: pip install wandb")
-    check_game(args.env_id, args.capture_video)
+    check_game(args)
+    check_memory(args.num_envs * (args.num_steps * 84 * 84 * 4 + 2**22), "--num-envs or --num-steps")
 
 
-def check_game(env_id: str, capture_video: bool) -> None:
-    """Raise InputError unless env_id is a game, and can be recorded if it has to be."""
-    find_game(env_id)
-    require(not capture_video or find_spec("moviepy"), "--capture-video needs moviepy: pip install moviepy")
+def check_memory(num_bytes: int, flags: str) -> None:
+    """Raise Stop when a rollout of that size would not fit this machine's memory."""
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    fits = num_bytes < memory
+    require(
+        fits, f"a rollout takes {num_bytes / 2**30:,.0f} GiB, this machine has {memory / 2**30:,.0f}: lower {flags}"
+    )
 
 
-def given() -> list[str]:
-    """Names of the arguments on the command line."""
-    flags = {word.partition("=")[0].replace("-", "_") for word in sys.argv[1:] if word.startswith("--")}
-    return [f.name for f in fields(Args) if {f"__{f.name}", f"__no_{f.name}"} & flags]
+def check_game(args: Args) -> None:
+    """Raise Stop unless env_id is a game, and can be recorded if it has to be."""
+    find_game(args.env_id)
+    require(find_spec("moviepy") or not args.capture_video, "--capture-video needs moviepy: pip install moviepy")
 
 
-def only(*names: str) -> None:
-    """Raise InputError when any other argument than names was given."""
-    extra = [name for name in given() if name not in names]
-    require(not extra, f"--{names[0]} takes its arguments from the run: drop --{', --'.join(extra).replace('_', '-')}")
-
-
-def run(args: Args, run_dir: Path) -> int:
-    """Train what is unfinished in run_dir and print the result."""
+def run(args: Args, run_dir: Path) -> None:
+    """Train what is unfinished and print the result."""
     if not (run_dir / "result.json").exists():
         train(args, run_dir)
-    result = json.loads((run_dir / "result.json").read_text())
+    result = read_json(run_dir / "result.json")
     returns = " ".join(f"{r:.1f}" for r in result["eval_returns"])
     print(f"seed {args.seed}: {result['total_timesteps']:,} steps, evaluation {result['eval_mean']:.1f} ({returns})")
     print(f"  everything is in {run_dir}; evaluate again with --evaluate {run_dir}")
-    return 0
 
 
 def main() -> int:
@@ -822,31 +804,33 @@ def main() -> int:
         empty = "" in (args.run_dir, args.resume, args.evaluate)
         require(not empty, "--run-dir, --resume and --evaluate need a path, got an empty one")
         if args.evaluate:
-            only("evaluate", "capture_video")
-            returns = evaluate_saved(Path(args.evaluate), args.capture_video)
+            returns = evaluate_saved(Path(args.evaluate))
             print(f"evaluation {returns.mean():.1f} ({' '.join(f'{r:.1f}' for r in returns)})")
-            return 0
-        if args.resume:
-            only("resume")
-            args = open_run_dir(run_dir)
+        elif args.resume:
+            args = replace(changed_args(open_run_dir(run_dir), "resume"), resume=None)
             validate(args)
+            run(args, run_dir)
         else:
             validate(args)
-            args.env_id = canonical_id(args.env_id)
+            args = replace(args, env_id=canonical_id(args.env_id), run_dir=str(run_dir))
             create_run_dir(args, run_dir)
-        return run(args, run_dir)
-    except InputError as error:
-        print("error:", " ".join(str(error).split()), file=sys.stderr)
-        return 2
-    except (RunError, OSError) as error:
-        message = "\n" * sys.stdout.isatty() + f"error: {' '.join(str(error).split())}"
-        message += f"\nto go on: python {SCRIPT}.py --resume {run_dir}" * run_dir.exists()
-        print(message, file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        how = f"; to go on: python {SCRIPT}.py --resume {run_dir}" * run_dir.exists()
-        print(f"\nstopped{how}", file=sys.stderr)
-        return 130
+            run(args, run_dir)
+        return 0
+    except (Exception, KeyboardInterrupt) as error:
+        can_go_on = not args.evaluate and (run_dir / "checkpoint.pt").exists()
+        hint = f"to go on: python {SCRIPT}.py --resume {run_dir}" if can_go_on else ""
+        disk_full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        if not disk_full and not isinstance(error, (Stop, KeyboardInterrupt, torch.OutOfMemoryError)):
+            if hint:
+                error.add_note(hint)
+            raise  # a bug: Python's own traceback, and the hint below it
+        code, message = getattr(error, "code", 1), f"error: {' '.join(str(error).split())}"
+        if isinstance(error, KeyboardInterrupt):
+            code, message = 130, "stopped"
+        if sys.stdout.isatty():
+            print()  # end the progress line
+        print(f"{message}\n{hint}".strip() if code != 2 else message, file=sys.stderr)
+        return code
 
 
 if __name__ == "__main__":
