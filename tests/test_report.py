@@ -235,7 +235,7 @@ def test_short_runs_and_other_settings_are_never_mixed_in(tmp_path):
     write_run(runs / "shorter", [30.0], CHEETAH, steps=51_200, **DSPPO)
     write_run(runs / "long", [1.0], first_seed=5, steps=2_000_000, **DSPPO)
     write_run(runs / "bins", [2.0], first_seed=6, num_bins=7, **DSPPO)
-    write_run(runs / "control", [3.0], first_seed=7, alpha=20.5, beta=0.0)
+    write_run(runs / "weight", [3.0], first_seed=7, alpha=3.0, beta=0.0)
     write_run(runs / "noise", [4.0], first_seed=8, reward_noise_std=0.1, **DSPPO)
     write_run(runs / "beta", [5.0], first_seed=9, reward_noise_std=0.05, **DSPPO)
     text = make_report(runs)
@@ -251,11 +251,23 @@ def test_short_runs_and_other_settings_are_never_mixed_in(tmp_path):
     ]
     assert [row[1:] for row in rows(section(text, "Other settings"))] == [
         ["DSPPO", "none", "num_bins 7", "1,000,000", "2.00", "1"],
-        ["DPPO control", "none", "not in the paper, alpha 20.5", "1,001,472", "3.00", "1"],
+        ["DPPO control", "none", "alpha 3", "1,000,000", "3.00", "1"],
         ["DSPPO", "N(0, 0.05^2)", "beta 20", "1,000,000", "5.00", "1"],
         ["DSPPO", "N(0, 0.1^2)", "not in the paper, beta 20", "1,001,472", "4.00", "1"],
     ]
     assert "## Table 13" not in text
+
+
+def test_the_control_of_the_identity_has_a_row_of_its_own(tmp_path):
+    write_run(tmp_path / "runs" / "dsppo", [9000.0, 9200.0], **DSPPO)
+    write_run(tmp_path / "runs" / "control", [9000.0, 9100.0], alpha=20.5, beta=0.0)
+    table = section(make_report(tmp_path / "runs"), "Table 12")
+    assert [row[1:] for row in rows(table)] == [
+        ["DSPPO", "9100 ± 100", "2", "1,000,000", "9015 ± 101", "+0.60, within"],
+        ["DPPO control", "9050 ± 50", "2", "1,000,000", "-", "-"],
+    ]
+    assert "- DSPPO and DPPO control, 1 environment: interquartile mean" in table
+    assert "- DPPO control: the symmetric algorithm without its reverse loss, its policy loss times" in table
 
 
 def test_what_cannot_be_counted_is_listed(tmp_path):
@@ -384,13 +396,15 @@ def test_a_changed_copy_stands_beside_the_original_under_its_own_name(tmp_path):
 
 def test_a_changed_copy_of_a_language_script(tmp_path):
     write_language_run(tmp_path / "runs" / "ppo", [0.88, 0.90])
+    write_language_run(tmp_path / "runs" / "control", [0.89, 0.91], alpha=0.9)
     write_language_run(tmp_path / "runs" / "mine", [0.91, 0.93], alpha=0.5, beta=0.4)
     for path in (tmp_path / "runs" / "mine").rglob("result.json"):
         path.write_text(json.dumps(json.loads(path.read_text()) | {"script": "my_rlhf"}))
     text = make_report(tmp_path / "runs")
     table = rows(section(text, "Table 3"))
     assert ["IMDB", "my_rlhf", "score", "0.920 ± 0.010", "2", "-", "-"] in table
-    assert [row[0] for row in rows(section(text, "Language runs"))[:2]] == ["PPO", "my_rlhf"]
+    assert ["IMDB", "PPO control", "score", "0.900 ± 0.010", "2", "-", "-"] in table
+    assert [row[0] for row in rows(section(text, "Language runs"))[:3]] == ["PPO", "PPO control", "my_rlhf"]
 
 
 def test_missing_cells_are_written_between_the_marker_lines(tmp_path, capsys):

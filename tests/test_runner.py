@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shlex
 import signal
 import subprocess
@@ -503,6 +504,17 @@ def test_derived_sweeps_vary_what_their_tables_vary():
     assert set(weights.values()) == {22}
     for plain, without in zip(cells("advantage_norm")[::2], cells("advantage_norm")[1::2]):
         assert without == f"{plain} --no-norm-adv" and "--alpha 1 --beta 0" in plain
+
+
+@pytest.mark.parametrize("name", [name for name in SWEEPS if name not in ("beta_sensitivity", "advantage_norm")])
+def test_the_control_arms_are_the_symmetric_ones_without_reverse_loss(name):
+    added = set(cells(name, control=True)) - set(cells(name))
+    expected = set()
+    for line in cells(name):
+        if match := re.search("--alpha 0.5 --beta ([0-9.]+)", line):
+            alpha = 0.5 if "a2c" in name else 0.5 + float(match[1])  # alpha - beta Z
+            expected.add(line.replace(match[0], f"--alpha {alpha:g} --beta 0"))
+    assert added == expected and added
 
 
 @pytest.mark.parametrize("name", ALL_SWEEPS)
