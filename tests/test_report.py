@@ -270,6 +270,29 @@ def test_the_control_of_the_identity_has_a_row_of_its_own(tmp_path):
     assert "- DPPO control: the symmetric algorithm without its reverse loss, its policy loss times" in table
 
 
+def test_swimmer_has_two_gammas_and_one_stands_beside_the_cell(tmp_path):
+    script, weights = "sa2c_continuous_discretized", {"alpha": 0.5, "beta": 0.2}
+    write_run(tmp_path / "runs" / "theirs", [100.0], "Swimmer-v4", script, 2_000_000, gamma=0.9999, **weights)
+    write_run(tmp_path / "runs" / "default", [50.0], "Swimmer-v4", script, 2_000_000, gamma=0.99, **weights)
+    gaussian = {"script": "sb3_baseline", "steps": 2_000_000, "algo": "a2c"}
+    write_run(tmp_path / "runs" / "a2c", [90.0], "Swimmer-v4", gamma=0.9999, **gaussian)
+    write_run(tmp_path / "runs" / "older", [40.0], "Swimmer-v4", **gaussian)  # than the flag: gamma was 0.99
+    write_run(tmp_path / "runs" / "hopper", [300.0], "Hopper-v4", script, 2_000_000, gamma=0.9999, **weights)
+    text = make_report(tmp_path / "runs")
+    table = section(text, "Table 9")
+    swimmer = {algorithm: str(PAPER[9]["Swimmer-v4", algorithm, "none"]) for algorithm in ("A2C", "DSA2C")}
+    assert [(row[1], row[2], row[5]) for row in rows(table)] == [
+        ("A2C", "90.0", swimmer["A2C"]),
+        ("DSA2C", "100.0", swimmer["DSA2C"]),
+        ("A2C, gamma 0.99", "40.0", "-"),
+        ("DSA2C, gamma 0.99", "50.0", "-"),
+    ]
+    assert "- Swimmer-v4: the rows beside the paper's cells have gamma 0.9999" in table
+    assert [row[:4] for row in rows(section(text, "Other settings"))] == [
+        ["Hopper-v4", "DSA2C", "none", "gamma 0.9999"]
+    ]
+
+
 def test_what_cannot_be_counted_is_listed(tmp_path):
     runs = tmp_path / "runs"
     write_run(runs / "a", [9000.0, 9100.0], **DSPPO)
