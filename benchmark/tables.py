@@ -260,7 +260,8 @@ def length_section(kind: str, paper: dict, groups: dict[Group, Runs]) -> str:
     ]
     if kind == "longer":
         header.append("RL Zoo, 1e7 steps")
-        text[-2] += " RL Zoo's: one agent each, mean ± standard deviation over its episodes, for runs of 1e7 steps."
+        text[-2] += " [RL Zoo](https://github.com/DLR-RM/rl-baselines3-zoo/blob/master/benchmark.md)'s "
+        text[-2] += "scores after 1e7 steps are those of one agent each, mean ± standard deviation over its episodes."
     return "\n".join([*text, markdown_table(header, rows, right="|".join(header[3:])), ""])
 
 

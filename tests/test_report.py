@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import report
 import scores
-from cells import PAPER_NUMBERS, PARTS, TABLES, Cell, identify, parse, read_paper
+from cells import PAPER_NUMBERS, PARTS, TABLES, UNNORMALIZED, Cell, identify, parse, read_paper
 from conftest import ROOT, import_scripts
 from figures import bin_means
 from runs import JUDGE, read_curve
@@ -207,7 +207,7 @@ def test_figures_are_written_and_small(tmp_path):
         for game in sorted({game for game, *_ in PAPER[11]}):
             args = {"alpha": 0.5, "beta": 10.0 if noise else 1.0} | noise
             write_run(
-                tmp_path / "runs" / f"{game}{noise}", [1.0, 2.0], game, "sppo_atari", 10_000_384, curves=True, **args
+                tmp_path / "runs" / f"{game}{noise}", [1.0, 2.0], game, "sppo_atari", 5_000_192, curves=True, **args
             )
     text = make_report(tmp_path / "runs")
     figures = {path.name: path.stat().st_size for path in (tmp_path / "report").glob("*.png")}
@@ -268,6 +268,36 @@ def test_the_control_of_the_identity_has_a_row_of_its_own(tmp_path):
     ]
     assert "- DSPPO and DPPO control, 1 environment: interquartile mean" in table
     assert "- DPPO control: the symmetric algorithm without its reverse loss, its policy loss times" in table
+
+
+def test_atari_runs_of_1e7_steps_stand_beside_rl_zoo(tmp_path):
+    beam, alien = "BeamRiderNoFrameskip-v4", "AlienNoFrameskip-v4"
+    args = {"script": "sa2c_atari", "alpha": 1.0, "beta": 0.0}
+    write_run(tmp_path / "runs" / "5e6", [1100.0], beam, steps=5_000_000, **args)
+    write_run(tmp_path / "runs" / "1e7", [2900.0], beam, steps=10_000_000, **args)
+    write_run(tmp_path / "runs" / "noise", [2000.0], beam, steps=10_000_000, reward_flip_prob=0.1, **args)
+    write_run(tmp_path / "runs" / "8e6", [1000.0], alien, "sppo_atari", 8_000_000, alpha=1.0, beta=0.0)
+    text = make_report(tmp_path / "runs")
+    assert [row[1:4] for row in rows(section(text, "Table 8"))] == [["A2C", "none", "1100"]]
+    cells = [str(PAPER[table][key]) for table, key in ((11, (alien, "PPO", "none")), (8, (beam, "A2C", "none")))]
+    assert [(row[0], row[3], *row[6:]) for row in rows(section(text, "Longer than the paper"))[:2]] == [
+        ("Alien", "8,000,000 of 5,000,000", cells[0], "-"),
+        ("BeamRider", "10,000,000 of 5,000,000", cells[1], "2890 ± 1379"),
+    ]
+    assert rows(section(text, "Longer than the paper"))[2][7] == "-"  # with noise
+
+
+def test_ppo_on_atari_with_and_without_normalization(tmp_path):
+    for name, score, norm_adv in (("with", 1200.0, True), ("without", 1000.0, False)):
+        args = {"alpha": 1.0, "beta": 0.0, "norm_adv": norm_adv}
+        write_run(tmp_path / "runs" / name, [score], "AlienNoFrameskip-v4", "sppo_atari", 5_000_192, **args)
+    table = section(make_report(tmp_path / "runs"), "Table 11")
+    cell = str(PAPER[11]["AlienNoFrameskip-v4", "PPO", "none"])
+    assert [(*row[1:4], row[6]) for row in rows(table)] == [
+        ("PPO", "none", "1200", cell),
+        (UNNORMALIZED, "none", "1000", cell),
+    ]
+    assert f"- {UNNORMALIZED} is the baseline as the authors released it" in table
 
 
 def test_swimmer_has_two_gammas_and_one_stands_beside_the_cell(tmp_path):
@@ -332,7 +362,7 @@ def test_what_cannot_be_counted_is_listed(tmp_path):
 def test_table_4_and_its_rule(tmp_path):
     for name, args, score in (("ppo", DPPO, 100.0), ("1", {"beta": 1.0}, 110.0), ("5", {"beta": 5.0}, 1300.0)):
         args = {"alpha": 0.5} | args
-        write_run(tmp_path / "runs" / name, [score], "AlienNoFrameskip-v4", "sppo_atari", 10_000_384, **args)
+        write_run(tmp_path / "runs" / name, [score], "AlienNoFrameskip-v4", "sppo_atari", 5_000_192, **args)
     text = make_report(tmp_path / "runs")
     table = section(text, "Table 4")
     assert rows(table)[:3] == [
@@ -380,7 +410,8 @@ def test_discretized_runs_of_stable_baselines3_are_beside_no_cell():
 def test_default_arguments_are_the_papers(script):
     args = asdict(script.Args())
     env_id = "AlienNoFrameskip-v4" if script.SCRIPT.endswith("atari") else LANDER
-    result = {"script": script.SCRIPT, "env_id": env_id, "args": args, "total_timesteps": args["total_timesteps"]}
+    result = {"script": script.SCRIPT, "env_id": env_id, "args": args, "total_timesteps": 2_000_000}
+    result["total_timesteps"] = identify(result).paper_timesteps
     assert identify(result).kind == "paper"
     for change in ({"gamma": 0.9}, {"num_envs": 3}, {"Z": -2.0}, {"anneal_lr": not args["anneal_lr"]}):
         group = identify(result | {"args": args | change})
@@ -476,7 +507,7 @@ def test_sweeps_run_every_cell_of_the_paper():
         if sweep not in TABLES.values():
             continue
         plans = [parse(line) for line in sweep_cells(sweep)]
-        found = [(plan.environment, plan.algorithm, plan.noise) for plan in plans]
+        found = [(p.environment, p.algorithm, p.noise) for p in plans if p.algorithm != UNNORMALIZED]
         assert sorted(found) == sorted(cell for table in tables for cell in PAPER[table])
         assert {plan.seeds for plan in plans} == {5 if "atari" in sweep else 30}
 
