@@ -28,6 +28,7 @@ SYMMETRIC = {  # scripts, and what the paper calls the algorithm of each
 }
 BASELINES = {"SPPO": "PPO", "SA2C": "A2C", "DSPPO": "DPPO", "DSA2C": "DA2C"}  # the paper counts wins over these
 UNNORMALIZED = "PPO (without A normalization)"  # a row of Table 14; the other one is the PPO of Table 3
+IN_GROUP = ("env_id", "seed", "total_timesteps", "num_updates", "reward_noise_std", "reward_flip_prob")  # or its seeds
 OWN = ("alpha", "beta", "Z")  # what a changed copy of a script sets as it likes
 
 
@@ -99,7 +100,7 @@ class Group:
         return "steps"
 
     def difference_text(self) -> str:
-        texts = [f"{name} {value:{'g' if type(value) is float else ''}}" for name, value in self.differences]
+        texts = [setting_text(name, value) for name, value in self.differences]
         return ", ".join((["not in the paper"] if self.paper_timesteps is None else []) + texts)
 
 
@@ -120,6 +121,10 @@ class LanguageGroup(Group):
     def difference_text(self) -> str:
         others = tuple(difference for difference in self.differences if difference[0] not in MODELS)
         return Group.difference_text(replace(self, differences=others))
+
+
+def setting_text(name: str, value: object) -> str:
+    return f"{name} {value:g}" if isinstance(value, float) else f"{name} {value}"
 
 
 def short_name(environment: str) -> str:
@@ -199,7 +204,19 @@ def copy_name(script: str, origin: str, args: dict) -> str:
     except CellError:  # it is on another machine
         defaults = theirs
     own = [name for name in args if (name in OWN or name not in theirs) and name not in NOT_COMPARED]
-    return ", ".join([script, *(f"{name} {args[name]}" for name in own if args[name] != defaults.get(name))])
+    return ", ".join([script, *(setting_text(name, args[name]) for name in own if args[name] != defaults.get(name))])
+
+
+def settings_of(args: dict, plan: Planned | None, origin: str, changed: bool) -> tuple[dict, list[tuple[str, object]]]:
+    """Settings of a run, and those of them that are not the planned ones; without a plan, not the script's defaults."""
+    defaults = Script(origin, ROOT).defaults
+    expected = plan.settings if plan else defaults | {"beta": None}
+    settings = {name: args.get(name, value) for name, value in defaults.items()}  # a run may be older than a flag
+    ignored = {*NOT_COMPARED, *IN_GROUP} | (set(OWN) if changed else set())
+    if not changed and args.get("beta") == 0:
+        ignored |= {"beta", "Z"} | ({"alpha"} if args["alpha"] == 1 else set())  # without the reverse loss
+    differences = [(n, x) for n, x in settings.items() if n not in ignored and x != expected[n]]
+    return settings, [(n, tuple(x) if isinstance(x, list) else x) for n, x in differences]
 
 
 def identify(result: dict) -> Group:
@@ -207,27 +224,14 @@ def identify(result: dict) -> Group:
     script, args = result["script"], result["args"]
     changed = script not in SYMMETRIC and script != "sb3_baseline"
     origin = origin_of(args) if changed else script
-    family, noise, defaults = family_of(origin, args), noise_of(args), Script(origin, ROOT).defaults
+    family, noise = family_of(origin, args), noise_of(args)
     language = family in LANGUAGE
     environment = LANGUAGE[family] if language else result["env_id"]
     algorithm = copy_name(script, origin, args) if changed else algorithm_of(script, args)
-    like = SYMMETRIC[origin] if changed else algorithm
-    plan = planned().get((family, environment, like, noise))
-
-    not_compared = {*NOT_COMPARED, "env_id", "seed", "total_timesteps", "num_updates"}
-    not_compared |= {"reward_noise_std", "reward_flip_prob"}
-    if changed:
-        not_compared |= set(OWN)
-    elif args.get("beta") == 0:
-        not_compared |= {"beta", "Z"} | ({"alpha"} if args["alpha"] == 1 else set())  # without the reverse loss
-    expected = plan.settings if plan else defaults | {"beta": None}
-    found = {name: args.get(name, defaults[name]) for name in expected if name in defaults}  # or older than a flag
-    differences = [(n, found[n]) for n in found if n not in not_compared and found[n] != expected[n]]
-    differences = [(n, tuple(value) if isinstance(value, list) else value) for n, value in differences]
-    if plan and dict(differences) == {
-        "gamma": defaults["gamma"]
-    }:  # the script's, where the authors' files have another
-        algorithm, differences = f"{algorithm}, gamma {defaults['gamma']}", []
+    plan = planned().get((family, environment, SYMMETRIC[origin] if changed else algorithm, noise))
+    settings, differences = settings_of(args, plan, origin, changed)
+    if plan and differences == [("gamma", Script(origin, ROOT).defaults["gamma"])]:  # where a sweep has another
+        algorithm, differences = f"{algorithm}, gamma {settings['gamma']}", []
 
     timesteps = int(result["num_updates"] if language else result["total_timesteps"])
     full = plan.timesteps if plan else None
@@ -235,7 +239,7 @@ def identify(result: dict) -> Group:
         timesteps = full  # totals are rounded up to whole rollouts
     if not language:
         return Group(family, environment, algorithm, noise, timesteps, full, tuple(differences))
-    models = tuple(found[name] for name in MODELS)
-    if any(found[name] != expected[name] for name in MODELS):
+    models = tuple(settings[name] for name in MODELS)
+    if any(name in MODELS for name, _ in differences):
         environment = ", ".join(Path(model).name for model in models)
     return LanguageGroup(family, environment, algorithm, noise, timesteps, full, tuple(differences), models)

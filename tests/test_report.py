@@ -438,7 +438,7 @@ def test_a_changed_copy_stands_beside_the_original_under_its_own_name(tmp_path):
     mine = ["9400 ± 100", "2", "1,000,000", "-", "-"]
     assert [row[1] for row in rows(table)[:2]] == ["DPPO", "DSPPO"]
     assert [row[1:] for row in rows(table)[2:]] == [["my_loss", *mine]] + [
-        [f"my_loss, {own}", *mine] for own in ("beta 5.0", "tau 0.1")
+        [f"my_loss, {own}", *mine] for own in ("beta 5", "tau 0.1")
     ]
     assert "- DSPPO and my_loss, 1 environment: interquartile mean" in table
     assert [row[1:3] for row in rows(section(text, "Table 13"))] == [["my_loss", "9100"]]
