@@ -588,14 +588,14 @@ def lunar_runs(tmp_path_factory):
     return folder
 
 
-def evaluate_same_starts(*arguments) -> subprocess.CompletedProcess:
+def same_starts(*arguments) -> subprocess.CompletedProcess:
     command = [sys.executable, str(ROOT / "benchmark" / "evaluate_same_starts.py"), *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True)
 
 
-def test_evaluate_same_starts_plays_saved_agents_as_their_scripts_do(monkeypatch, tmp_path, lunar_runs):
+def test_same_starts_plays_saved_agents_as_their_scripts_do(monkeypatch, tmp_path, lunar_runs):
     out = tmp_path / "returns.csv"
-    done = evaluate_same_starts(lunar_runs, "--env-id", "LunarLanderContinuous-v3", "--episodes", 10, "--out", out)
+    done = same_starts(lunar_runs, "--env-id", "LunarLanderContinuous-v3", "--episodes", 10, "--out", out)
     assert done.returncode == 0, done.stderr
     header, *rows = csv.reader(out.open(newline=""))
     returns = np.array(rows, float)[:, 1:]  # (episodes, agents)
@@ -629,18 +629,16 @@ def test_evaluate_same_starts_plays_saved_agents_as_their_scripts_do(monkeypatch
         (("--env-id", "LunarLanderContinuous-v3", "--out", "."), "--out . is a folder"),
     ],
 )
-def test_evaluate_same_starts_refuses_in_one_line(lunar_runs, arguments, message):
-    done = evaluate_same_starts(lunar_runs, *arguments)
+def test_same_starts_refuses_in_one_line(lunar_runs, arguments, message):
+    done = same_starts(lunar_runs, *arguments)
     assert done.returncode == 2 and done.stdout == ""
     assert done.stderr.count("\n") == 1 and done.stderr.startswith("error: ") and message in done.stderr
 
 
-def test_evaluate_same_starts_names_a_damaged_model_and_a_full_disk(tmp_path, lunar_runs):
+def test_same_starts_names_a_damaged_model_and_a_full_disk(tmp_path, lunar_runs):
     (tmp_path / "model.safetensors").write_text("junk")
-    done = evaluate_same_starts(tmp_path, "--env-id", "LunarLanderContinuous-v3")
+    done = same_starts(tmp_path, "--env-id", "LunarLanderContinuous-v3")
     assert done.returncode == 2 and done.stderr.startswith(f"error: {tmp_path / 'model.safetensors'} is damaged")
-    done = evaluate_same_starts(
-        lunar_runs, "--env-id", "LunarLanderContinuous-v3", "--episodes", 2, "--out", "/dev/full"
-    )
+    done = same_starts(lunar_runs, "--env-id", "LunarLanderContinuous-v3", "--episodes", 2, "--out", "/dev/full")
     assert done.returncode == 1 and done.stderr == "error: --out /dev/full cannot be written: No space left on device\n"
     assert "best agent" in done.stdout
