@@ -11,15 +11,8 @@ if [ -z "$TASKS" ] && [ -n "$DATASET$POLICY$REWARD_MODEL" ]; then
 fi
 
 for task in ${TASKS:-imdb tldr}; do
-    case $task in
-        imdb) data=stanfordnlp/imdb more="--num-updates 60" ;;
-        tldr)
-            data=CarperAI/openai_summarize_tldr
-            more="--base-precision ${BASE_PRECISION:-4bit} --num-updates 100 --eval-every 10"
-            ;;
-    esac
-    cell="sppo_rlhf_$task --seeds 4 --dataset '${DATASET:-$data}' ${POLICY:+--policy '$POLICY'}"
-    cell="$cell ${REWARD_MODEL:+--reward-model '$REWARD_MODEL'} $more"
-    echo "$cell --target-coef 0.1 --alpha 1 --beta 0 $FLAGS"
-    echo "$cell --target-coef 0.1 --alpha 1 --beta 0 --no-norm-adv $FLAGS"
-done | "${PYTHON:-.venv/bin/python}" benchmark/runner.py "$@"
+    "benchmark/rlhf_$task.sh" --cells | grep -e "--alpha 1 --beta 0" | while read -r cell; do
+        echo "$cell"
+        echo "$cell --no-norm-adv"
+    done
+done | benchmark/run_cells.sh "$@"

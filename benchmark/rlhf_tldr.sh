@@ -5,6 +5,7 @@
 # BASE_PRECISION is the paper's 4bit (CUDA) unless set. Local models and data: BASE_PRECISION=float32
 # DATASET=assets/docstrings POLICY=assets/smollm2-135m REWARD_MODEL=assets/docstring-reward.
 # FLAGS="--learning-rate 1e-5" adds flags to every cell, or replaces them.
+# CONTROL=1 adds the control of the identity in docs/paper-notes.md: PPO's policy loss times alpha - beta Z.
 # SEEDS, ENVS (data sets), STEPS (updates) and WORKERS (default 1: one GPU) narrow it; runner.py --help has the flags.
 cd "$(dirname "$0")/.." || exit
 export WORKERS="${WORKERS:-1}"
@@ -16,4 +17,5 @@ cell="$cell --num-updates 100 --eval-every 10 --target-coef 0.1"
 {
     echo "$cell --alpha 1 --beta 0 $FLAGS"
     echo "$cell --alpha 0.5 --beta 0.2 $FLAGS"
-} | "${PYTHON:-.venv/bin/python}" benchmark/runner.py "$@"
+    [ "$CONTROL" != 1 ] || echo "$cell --alpha 0.7 --beta 0 $FLAGS"
+} | benchmark/run_cells.sh "$@"

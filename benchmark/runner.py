@@ -11,26 +11,25 @@ output of a run is in <run directory>.log, and its process holds a lock on that 
 process has ended, however it ends.
 """
 
-import ast
 import fcntl
 import json
+import math
 import os
 import re
 import shlex
 import shutil
 import signal
+import statistics
 import subprocess
 import sys
 import time
 from dataclasses import dataclass
-from functools import cache
-from itertools import pairwise, takewhile
+from itertools import pairwise
 from pathlib import Path
 
 import tyro
+from sweeps import NOT_COMPARED, CellError, Script, seconds, speeds, take_seeds
 
-NOT_COMPARED = ("run_dir", "num_seeds", "num_threads", "cuda", "compile")  # how a run is computed, not what
-NOT_COMPARED += ("cpu", "micro_batch_size", "rollout_batch_size", "checkpoint_every", "eval_every")
 NOT_IN_LABEL = ("env_id", "dataset", "total_timesteps", "num_updates", *NOT_COMPARED)
 SHORT = {"algo": "", "reward_noise_std": "noise", "reward_flip_prob": "flip"}  # in labels
 SHORT |= {"policy": "", "reward_model": "", "base_precision": "", "target_coef": "target"}
@@ -89,50 +88,6 @@ class Args:
     """internal: I/N is task I of an array of N and runs every N-th job"""
 
 
-class CellError(ValueError):
-    """A cell that cannot run: its one line is printed, and the others go on."""
-
-
-@cache
-class Script:
-    """A script and the defaults of its Args, read without importing it (torch takes seconds)."""
-
-    def __init__(self, name: str, root: Path):
-        path = next((p for p in (root / f"{name}.py", root / "benchmark" / f"{name}.py") if p.exists()), None)
-        if path is None:
-            raise CellError(f"there is no {name}.py in {root} or {root / 'benchmark'}")
-        self.name, self.path, self.defaults, self.types = name, path, {}, {}
-        tree = ast.parse(path.read_text())
-        args = next(node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == "Args")
-        for field in (node for node in args.body if isinstance(node, ast.AnnAssign)):
-            try:
-                self.defaults[field.target.id] = ast.literal_eval(field.value)
-            except ValueError:  # computed, such as a number of threads
-                self.defaults[field.target.id] = None
-            if isinstance(self.defaults[field.target.id], tuple):  # result.json has lists
-                self.defaults[field.target.id] = list(self.defaults[field.target.id])
-            annotation = ast.unparse(field.annotation).removesuffix(" | None")
-            self.types[field.target.id] = {"int": int, "float": float}.get(annotation, str)
-        self.length = "num_updates" if "num_updates" in self.defaults else "total_timesteps"
-
-    def parse(self, flags: list[str]) -> dict:
-        """["--beta", "20", "--no-norm-adv"] -> {"beta": 20.0, "norm_adv": False}, in the types of Args."""
-        given, rest = {}, list(flags)
-        while rest:
-            flag = rest.pop(0)
-            name = flag.removeprefix("--").replace("-", "_")
-            if isinstance(self.defaults.get(name.removeprefix("no_")), bool):
-                given[name.removeprefix("no_")] = not name.startswith("no_")
-            elif isinstance(self.defaults.get(name), list):
-                given[name] = list(takewhile(lambda value: not value.startswith("--"), rest))
-                del rest[: len(given[name])]
-            elif flag.startswith("--") and name in self.defaults and rest:
-                given[name] = self.types[name](rest.pop(0))
-            else:
-                raise CellError(f"{self.path} has no flag {flag}, or the flag has no value")
-        return given
-
-
 class Job:
     """One process to run: a script and all its flags, --seed and --run-dir among them."""
 
@@ -143,27 +98,28 @@ class Job:
         first, count = int(self.given["seed"]), self.given.get("num_seeds", 1)
         seeds = range(first, first + count)
         self.seed_dirs = {seed: self.run_dir / f"seed{seed}" if count > 1 else self.run_dir for seed in seeds}
-        self.steps = self.given.get(script.length, 1) * count
+        self.steps = (script.defaults | self.given)[script.length] * count
         self.steps_before, self.process = 0, None
 
     def state(self) -> str:
         """new, unfinished or finished. Raises CellError when the directory holds another run."""
-        held = {seed: path for seed, path in self.seed_dirs.items() if (path / "args.json").exists()}
+        finished = [path / "result.json" for path in self.seed_dirs.values() if (path / "result.json").exists()]
+        begun = [path / "args.json" for path in (self.run_dir, *self.seed_dirs.values())]
+        held = [*finished, *(path for path in begun if path.exists())]
         if not held and self.run_dir.exists() and any(self.run_dir.iterdir()):
             raise CellError(f"{self.run_dir} is in use, but there is no args.json in it")
-        for seed, path in held.items():
-            file = path / "result.json" if (path / "result.json").exists() else path / "args.json"
+        ours = {"script": self.script.name} | self.script.defaults | self.given
+        for file in held:
             try:
                 saved = json.loads(file.read_text())
                 theirs = {"script": saved["script"]} | saved["args"]
             except (OSError, ValueError, KeyError, TypeError):
                 raise CellError(f"{file} cannot be read") from None
-            ours = {"script": self.script.name} | self.script.defaults | self.given | {"seed": seed}
             for key, value in ours.items():
                 their = theirs.get(key, self.script.defaults.get(key))  # a run older than a flag has its default
-                if key not in NOT_COMPARED and their != value:
-                    raise CellError(f"{path} holds a run with {key} {their}, not {value}")
-        if held and all((path / "result.json").exists() for path in self.seed_dirs.values()):
+                if key not in ("seed", *NOT_COMPARED) and their != value:
+                    raise CellError(f"{file.parent} holds a run with {key} {their}, not {value}")
+        if len(finished) == len(self.seed_dirs):
             return "finished"
         return "unfinished" if held else "new"
 
@@ -224,6 +180,20 @@ class Job:
         lines = self.log.read_text(errors="replace").replace("\r", "\n").splitlines()[-LOG_TAIL:]
         return "\n    ".join([f"failed: {self.run_dir}: {how}; the end of {self.log}:", *lines])
 
+    def success(self) -> str:
+        """The score of its seeds."""
+        results = [json.loads((path / "result.json").read_text()) for path in self.seed_dirs.values()]
+        found = [result.get("eval_mean", result.get("eval_score")) for result in results]
+        scores = [score for score in found if isinstance(score, float) and math.isfinite(score)]
+        mean = f"{statistics.mean(scores):.4g}" if scores else "unknown"
+        se = f" ± {statistics.stdev(scores) / len(scores) ** 0.5:.4g} (n {len(scores)})" if len(scores) > 1 else ""
+        return f"finished: {self.run_dir}: score {mean}{se}; log: {self.log}"
+
+    def seconds(self, speed: dict[tuple[str, str], float]) -> float | None:
+        """How long the whole of it takes, by the speeds of finished runs."""
+        args = self.script.defaults | self.given
+        return seconds(speed, self.script.name, args.get("env_id") or args.get("policy"), self.steps)
+
 
 def batches(cell: Path, num_seeds: int, most: int) -> list[tuple[int, int]]:
     """(first, last) seed of each process: those that lie in cell already, then what is missing up to num_seeds."""
@@ -264,13 +234,11 @@ def part_of_label(key: str, value: bool | float | int | str | list) -> str:
 def expand(line: str, args: Args) -> list[Job]:
     """The jobs of a cell. A line that names its run directory is a job already."""
     name, *flags = shlex.split(line)
-    script, num_seeds = Script(name, args.root), args.seeds
+    script = Script(name, args.root)
     if "--run-dir" in flags:
         return [Job(script, flags)]
-    if "--seeds" in flags:
-        i = flags.index("--seeds")
-        num_seeds = num_seeds or int(flags[i + 1])
-        del flags[i : i + 2]
+    num_seeds, flags = take_seeds(flags)
+    num_seeds = args.seeds or num_seeds
     given = script.parse(flags)
     if "dataset" in script.defaults:
         env = Path(given.get("dataset") or script.defaults["dataset"]).name
@@ -286,7 +254,7 @@ def expand(line: str, args: Args) -> list[Job]:
         parts.append(f"steps{args.steps}")
     cell = args.out / "__".join(filter(None, (env, name, "_".join(parts))))
     jobs = []
-    for first, last in batches(cell, num_seeds or 1, args.batch if "num_seeds" in script.defaults else 1):
+    for first, last in batches(cell, num_seeds, args.batch if "num_seeds" in script.defaults else 1):
         several = ["--num-seeds", str(last - first + 1)] if last > first else []
         folder = f"seeds{first}-{last}" if several else f"seed{first}"
         jobs.append(Job(script, [*flags, "--seed", str(first), *several, "--run-dir", str(cell / folder)]))
@@ -332,6 +300,7 @@ def run(jobs: list[Job], args: Args, finished: int, failed: int) -> int:
             if job.has_finished():
                 finished += 1
                 ended.append(job)
+                progress.say(job.success())
             elif not signals:
                 failed += 1
                 progress.say(job.failure())
@@ -343,6 +312,7 @@ def run(jobs: list[Job], args: Args, finished: int, failed: int) -> int:
                     continue
                 if job.process:
                     running.append(job)
+                    progress.say(f"started: {job.run_dir}; log: {job.log}")
                 else:
                     finished += 1
             except CellError as error:
@@ -363,6 +333,9 @@ def run(jobs: list[Job], args: Args, finished: int, failed: int) -> int:
         time.sleep(0.2)
     if progress.terminal:
         print()
+    if finished:
+        report = os.path.relpath(Path(__file__).with_name("report.py"))
+        print(f"results: {args.out}; tables: {shlex.join([sys.executable, report, str(args.out)])}", flush=True)
     if not signals:
         return 1 if failed else 0
     print("stopped; the same command goes on", flush=True)
@@ -393,6 +366,31 @@ def job_array(jobs: list[Job], args: Args) -> str:
     body = [f"exec {shlex.join(command)} --task $SLURM_ARRAY_TASK_ID/{tasks} <<'JOBS'"]
     body += [shlex.join([job.script.name, *job.flags]) for job in jobs]
     return "\n".join([*header, *body, "JOBS"]) + "\n"
+
+
+def totals(jobs: list[Job], todo: list[Job], args: Args) -> str:
+    """Runs, steps, what is finished, and hours on this machine, as a comment of the shell."""
+    here, kept = speeds([args.out]), speeds([Path(__file__).with_name("results")])
+    measured, borrowed = ([job.seconds(speed) for job in todo] for speed in (here, kept))
+    elsewhere, unknown = set(), set()  # scripts
+    for job, own, other in zip(todo, measured, borrowed):
+        if own is None:
+            (unknown if other is None else elsewhere).add(job.script.name)
+    time = sum(own or other or 0 for own, other in zip(measured, borrowed))
+    at_once = min(len(todo), (args.array_limit or len(todo)) if args.slurm else args.workers)
+    runs, left = (sum(len(job.seed_dirs) for job in some) for some in (jobs, todo))
+    units = dict.fromkeys("updates" if job.script.length == "num_updates" else "steps" for job in jobs)
+    text = f"# {runs} runs, {runs - left} of them finished; {left} to do in {len(todo)} processes, "
+    text += f"{sum(job.steps for job in todo):,} {' and '.join(units)}"
+    if todo:
+        text += f", {time / 3600 / at_once:,.1f} hours with {at_once} at once"
+    for scripts, why in ((elsewhere, "at the speed of benchmark/results"), (unknown, "not counted, speed unknown")):
+        text += (
+            f" ({', '.join(sorted(scripts))}: {why}; a short run here, with STEPS and SEEDS=1, tells)"
+            if scripts
+            else ""
+        )
+    return text
 
 
 def main() -> int:
@@ -435,11 +433,10 @@ def main() -> int:
             print(f"failed: {error}", file=sys.stderr, flush=True)
     if not args.slurm and not args.dry_run:
         return run(todo, args, finished, failed)
-    if not args.slurm:
-        for job in todo:
-            print((f"rm -r {job.run_dir} && " if job.starts_over() else "") + shlex.join(job.command(args)))
-    elif args.dry_run:
-        print(job_array(todo, args), end="")
+    if args.dry_run:
+        commands = [(f"rm -r {job.run_dir} && " * job.starts_over()) + shlex.join(job.command(args)) for job in todo]
+        print(job_array(todo, args) if args.slurm else "".join(f"{command}\n" for command in commands), end="")
+        print(totals(jobs, todo, args))
     else:
         print(f"finished {finished} before, failed {failed}, to submit {len(todo)}", flush=True)
         args.out.mkdir(parents=True, exist_ok=True)

@@ -23,10 +23,15 @@ import gymnasium as gym
 import numpy as np
 import torch
 import tyro
-from stable_baselines3 import A2C, PPO
-from stable_baselines3.common.callbacks import BaseCallback
-from stable_baselines3.common.monitor import Monitor
-from stable_baselines3.common.vec_env import DummyVecEnv, VecEnvWrapper, VecNormalize
+
+try:
+    from stable_baselines3 import A2C, PPO
+    from stable_baselines3.common.callbacks import BaseCallback
+    from stable_baselines3.common.monitor import Monitor
+    from stable_baselines3.common.vec_env import DummyVecEnv, VecEnvWrapper, VecNormalize
+except ModuleNotFoundError as error:
+    print(f"error: there is no {error.name}: pip install -r requirements-benchmark.txt", file=sys.stderr)
+    sys.exit(2)
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from sppo_continuous_discretized import EVAL_EPISODES, EVALUATION, env_seeds, git_commit, make_env, write_json
@@ -51,6 +56,8 @@ class Args:
     """seed of everything random"""
     reward_noise_std: float = 0.0
     """standard deviation of the Gaussian noise on normalized training rewards (the paper's noise: 0.05)"""
+    gamma: float = 0.99
+    """discount factor, of the reward normalization too"""
     num_bins: int | None = None
     """bins of every action dimension; without, actions are Gaussian"""
     policy_coef: float = 1.0
@@ -135,9 +142,9 @@ def train(args: Args, run_dir: Path) -> dict:
     torch.set_num_threads(args.num_threads)
     ppo, a2c = (PPO, 1, weighted(args.policy_coef)), (A2C, 4, {"n_steps": 8})
     algorithm, num_envs, settings = ppo if args.algo == "ppo" else a2c
-    normalize = VecNormalize(DummyVecEnv([lambda: Monitor(make(args))] * num_envs))
+    normalize = VecNormalize(DummyVecEnv([lambda: Monitor(make(args))] * num_envs), gamma=args.gamma)
     envs = NoisyReward(normalize, args.reward_noise_std, args.seed)
-    model = algorithm("MlpPolicy", envs, seed=args.seed, device="cpu", **settings)
+    model = algorithm("MlpPolicy", envs, gamma=args.gamma, seed=args.seed, device="cpu", **settings)
     curves = Curves(run_dir / "curves.csv")
     train_start = time.monotonic()
     model.learn(args.total_timesteps, callback=curves)
@@ -192,6 +199,8 @@ def main() -> int:
         wrong = f"--env-id {args.env_id}: {(str(error) or repr(error)).splitlines()[0]}"
     if run_dir.exists() and (not run_dir.is_dir() or any(run_dir.iterdir())):
         wrong = f"--run-dir {run_dir} is in use: name another, or remove it to start over"
+    elif not 0 <= args.gamma <= 1:
+        wrong = f"--gamma must be between 0 and 1, not {args.gamma}"
     elif args.num_bins is not None and args.num_bins < 2:
         wrong = f"--num-bins must be at least 2, not {args.num_bins}"
     elif not 0 < args.policy_coef < math.inf or (args.policy_coef != 1 and args.algo != "ppo"):

@@ -4,9 +4,7 @@
 # SEEDS, ENVS, STEPS and WORKERS narrow the sweep; runner.py --help has the flags.
 cd "$(dirname "$0")/.." || exit
 
-"${PYTHON:-.venv/bin/python}" benchmark/runner.py "$@" <<'CELLS'
-sppo_atari --seeds 5 --env-id CrazyClimberNoFrameskip-v4 --total-timesteps 10000000 --alpha 1 --beta 0
-sppo_atari --seeds 5 --env-id WizardOfWorNoFrameskip-v4 --total-timesteps 10000000 --alpha 1 --beta 0
-sppo_continuous_discretized --seeds 30 --env-id Ant-v4 --total-timesteps 2000000 --alpha 1 --beta 0
-sppo_continuous_discretized --seeds 30 --env-id Walker2d-v4 --total-timesteps 5000000 --alpha 1 --beta 0
-CELLS
+{
+    benchmark/atari_ppo.sh --cells | grep -E -- "--env-id (CrazyClimber|WizardOfWor)"
+    benchmark/continuous_ppo.sh --cells | grep -E -- "--env-id (Ant|Walker2d)"
+} | grep -E -- "--alpha 1 --beta 0$" | benchmark/run_cells.sh "$@"

@@ -577,7 +577,7 @@ def lunar_runs(tmp_path_factory):
 
 
 def same_starts(*arguments) -> subprocess.CompletedProcess:
-    command = [sys.executable, str(ROOT / "benchmark" / "same_starts.py"), *map(str, arguments)]
+    command = [sys.executable, str(ROOT / "benchmark" / "evaluate_same_starts.py"), *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True)
 
 

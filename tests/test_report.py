@@ -1,4 +1,4 @@
-"""benchmark/report.py: the paper's numbers, hand-computed figures, and what must not be mixed."""
+"""benchmark/report.py and its parts: the paper's numbers, hand-computed figures, and what must not be mixed."""
 
 import csv
 import importlib
@@ -12,14 +12,19 @@ from dataclasses import asdict
 
 import numpy as np
 import pytest
+import report
+import scores
+from cells import PAPER_NUMBERS, PARTS, TABLES, UNNORMALIZED, Cell, identify, parse, read_paper
 from conftest import ROOT, import_scripts
-
-from benchmark import report
+from figures import bin_means
+from runs import JUDGE, read_curve
+from sweeps import SWEEPS
+from sweeps import cells as sweep_cells
 
 PENDULUM, CHEETAH, LANDER = "InvertedDoublePendulum-v4", "HalfCheetah-v4", "LunarLanderContinuous-v3"
 PPO_SCRIPT = "sppo_continuous_discretized"
 DPPO, DSPPO = {"alpha": 1.0, "beta": 0.0}, {"alpha": 0.5, "beta": 20.0}
-PAPER = report.read_paper()
+PAPER = read_paper()
 
 
 def write_run(folder, scores, env_id=PENDULUM, script=PPO_SCRIPT, steps=1_001_472, first_seed=1, curves=False, **args):
@@ -65,7 +70,7 @@ def write_language_run(folder, scores, script="sppo_rlhf_imdb", updates=None, cu
             lines += [f"{i},{score * i / updates},{f'{seed},30' if i == 10 else ','}" for i in range(1, updates + 1)]
             (run_dir / "curves.csv").write_text("\n".join([*lines, f"{updates},,{score},{perplexity}\n"]))
         if judge:
-            verdict = {"win_rate": judge[seed - 1], "win_rate_se": 0.05, "judge_model": report.JUDGE[0], "samples": 100}
+            verdict = {"win_rate": judge[seed - 1], "win_rate_se": 0.05, "judge_model": JUDGE[0], "samples": 100}
             (run_dir / "judge.json").write_text(json.dumps(verdict | {"against": "reference", "unparsed": 0}))
 
 
@@ -81,13 +86,13 @@ def section(text, title):
 
 
 def rows(text):
-    """Cells of the table in a section, header and rule left out."""
+    """Cells of the tables in a section, header and rule left out."""
     lines = [line for line in text.splitlines() if line.startswith("|")][2:]
     return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
 
 
 def test_paper_numbers_have_every_cell():
-    with report.PAPER_NUMBERS.open(newline="") as file:
+    with PAPER_NUMBERS.open(newline="") as file:
         cells = list(csv.DictReader(file))
     expected = {1: 32, 2: 24, 3: 15, 4: 10, 8: 88, 9: 27, 10: 27, 11: 88, 12: 27, 13: 27, 14: 4}
     assert Counter(int(cell["table"]) for cell in cells) == expected
@@ -96,7 +101,7 @@ def test_paper_numbers_have_every_cell():
     for cell in cells:
         float(cell["mean"])
         assert (cell["standard_error"] == "") == (cell["table"] == "4")
-    for part, whole in report.PARTS.items():
+    for part, whole in PARTS.items():
         assert PAPER[part].items() <= PAPER[whole].items()
 
 
@@ -107,35 +112,61 @@ def test_wins_of_the_paper_recomputed_from_its_cells(table, noise, wins):
     games = {game for game, *_ in PAPER[table]}
     baseline, symmetric = ("PPO", "SPPO") if table == 11 else ("A2C", "SA2C")
     pairs = [(PAPER[table][game, baseline, noise].mean, PAPER[table][game, symmetric, noise].mean) for game in games]
-    assert (report.count_wins(pairs), len(pairs)) == (wins, 22)
+    assert (scores.count_wins(pairs), len(pairs)) == (wins, 22)
 
 
 def test_hand_computed_statistics():
     values = np.array([90.0, 100.0, 110.0])  # variance 100
-    assert report.standard_error(values) == pytest.approx(10 / math.sqrt(3))
-    assert math.isnan(report.standard_error(values[:1]))
-    assert report.joint_difference(100, 3, report.Cell("110", "4")) == pytest.approx(-10 / 5)
-    assert math.isnan(report.joint_difference(100, math.nan, report.Cell("110", "4")))
-    assert report.format_difference(-2.0) == "-2.00, exceeds"
-    assert report.format_difference(1.0) == "+1.00, within"
+    assert scores.standard_error(values) == pytest.approx(10 / math.sqrt(3))
+    assert math.isnan(scores.standard_error(values[:1]))
+    assert scores.joint_difference(100, 3, Cell("110", "4")) == pytest.approx(-10 / 5)
+    assert math.isnan(scores.joint_difference(100, math.nan, Cell("110", "4")))
+    assert scores.format_difference(-2.0) == "-2.00, exceeds"
+    assert scores.format_difference(1.0) == "+1.00, within"
 
     pairs = [(100.0, 150.0), (200.0, 100.0), (-4.0, 2.0), (10.0, 10.0), (1.0, 21.0)]
-    assert report.count_wins(pairs) == 3  # a tie is no win
-    assert report.improvements(pairs) == pytest.approx([50, -50, 150, 0, 2000])
-    assert report.format_improvement(pairs) == "+430.0 % (+37.5 % without the 1 above 1000 %)"
+    assert scores.count_wins(pairs) == 3  # a tie is no win
+    assert scores.improvements(pairs) == pytest.approx([50, -50, 150, 0, 2000])
+    assert scores.format_improvement(pairs) == "+430.0 % (+37.5 % without the 1 above 1000 %)"
 
     first, second = np.array([0.0, 1.0, 2.0, 100.0]), np.array([3.0, 4.0, 5.0, -50.0])
-    assert report.interquartile_mean(first, second) == 2.5  # of 1, 2, 3, 4
+    assert scores.interquartile_mean(first, second) == 2.5  # of 1, 2, 3, 4
 
 
 def test_bootstrap_resamples_within_each_environment():
-    low, high = report.bootstrap_interval([np.zeros(4), np.ones(4)])
+    low, high = scores.bootstrap_interval([np.zeros(4), np.ones(4)])
     assert low == high == 0.5  # resampling all eight together would spread
-    assert report.bootstrap_interval([np.zeros(4), np.ones(1)]) is None
+    assert scores.bootstrap_interval([np.zeros(4), np.ones(1)]) is None
     samples = [np.arange(10.0), np.arange(5.0)]
-    low, high = report.bootstrap_interval(samples)
-    assert low < report.interquartile_mean(*samples) < high
-    assert (low, high) == report.bootstrap_interval(samples)
+    low, high = scores.bootstrap_interval(samples)
+    assert low < scores.interquartile_mean(*samples) < high
+    assert (low, high) == scores.bootstrap_interval(samples)
+
+
+def test_probability_of_improvement():
+    first, second = np.array([1.0, 2.0, 3.0]), np.array([2.0, 0.0])
+    # 1 > 0; 2 = 2 and 2 > 0; 3 > 2 and 3 > 0: 4.5 of 6
+    assert scores.probability_of_improvement(first, second) == pytest.approx(0.75)
+    # and in a second environment never: the mean of both
+    assert scores.probability_of_improvement(first, -first, second, first) == pytest.approx(0.375)
+    low, high = scores.bootstrap_interval([first, second], scores.probability_of_improvement)
+    assert 0 <= low < 0.75 < high <= 1
+
+
+def test_a_pair_is_compared_where_both_were_run(tmp_path):
+    write_run(tmp_path / "runs" / "a", [9000.0, 9200.0], **DSPPO)
+    write_run(tmp_path / "runs" / "b", [8700.0, 8900.0], **DPPO)
+    write_run(tmp_path / "runs" / "c", [200.0, 300.0], LANDER, steps=2_000_896, **DSPPO)
+    write_run(tmp_path / "runs" / "d", [300.0, 310.0], LANDER, steps=2_000_896, **DPPO)
+    before = section(make_report(tmp_path / "runs"), "Table 12")
+    write_run(tmp_path / "runs" / "gaussian", [8000.0, 8100.0], script="sb3_baseline", algo="ppo")
+    table = section(make_report(tmp_path / "runs"), "Table 12")
+    pairs = [line for line in table.splitlines() if "probability of improvement" in line]
+    assert [line.partition(":")[0] for line in pairs] == [
+        "- DSPPO and PPO, 1 environment",
+        "- DSPPO and DPPO, 2 environments",
+    ]
+    assert pairs[1] in before
 
 
 def test_a_table_beside_the_papers(tmp_path):
@@ -158,8 +189,9 @@ def test_a_table_beside_the_papers(tmp_path):
     # 100 (9150 / 8800 - 1) = 3.98 and 100 (250 / 300 - 1) = -16.67
     assert "DSPPO over DPPO: -6.3 %; the paper's cells: +2.4 % in these environments, +5.4 % in all 9" in table
     # DPPO: of 0.9745, 0.9969 and 1.2448 twice the middle two; DSPPO: of 0.8299, 1.0081, 1.0193, 1.0305, 1.0417, 1.2448
-    # the middle four, since a quarter of six is rounded down.
-    assert "over 2 environments: DPPO 1.121 [" in table and "], DSPPO 1.025 [" in table
+    # the middle four, since a quarter of six is rounded down. DSPPO: 8 of 8 pairs, and 1 of 4: two ties.
+    pair = section(table, "Table 12").partition("- DSPPO and DPPO, 2 environments: ")[2].partition("\n")[0]
+    assert "DPPO cell 1.025 [" in pair and "] and 1.121 [" in pair and "probability of improvement 0.625 [" in pair
     assert "- Not run: PPO: everywhere." in table
     assert "- Not run: DSPPO: Ant-v4, BipedalWalker-v3, HalfCheetah-v4" in table
     overview = {tuple(row[:3]): row[3:] for row in rows(text.split("\n## ")[0])}
@@ -175,7 +207,7 @@ def test_figures_are_written_and_small(tmp_path):
         for game in sorted({game for game, *_ in PAPER[11]}):
             args = {"alpha": 0.5, "beta": 10.0 if noise else 1.0} | noise
             write_run(
-                tmp_path / "runs" / f"{game}{noise}", [1.0, 2.0], game, "sppo_atari", 10_000_384, curves=True, **args
+                tmp_path / "runs" / f"{game}{noise}", [1.0, 2.0], game, "sppo_atari", 5_000_192, curves=True, **args
             )
     text = make_report(tmp_path / "runs")
     figures = {path.name: path.stat().st_size for path in (tmp_path / "report").glob("*.png")}
@@ -188,12 +220,12 @@ def test_figures_are_written_and_small(tmp_path):
 
 def test_curves_are_read_past_gaps_and_a_cut_line(tmp_path):
     write_run(tmp_path, [100.0], steps=5000, curves=True, **DSPPO)
-    steps, values = report.read_curve(tmp_path / "seed1", "charts/episodic_return")
+    steps, values = read_curve(tmp_path / "seed1", "charts/episodic_return")
     assert (len(steps), steps[0], steps[-1], values[0], values[-1]) == (50, 100, 5000, 2, 100)
-    means = report.bin_means(steps, values, np.array([120, 130, 5000]))
+    means = bin_means(steps, values, np.array([120, 130, 5000]))
     assert means == pytest.approx([2.5, 51.3])  # of the line 0.02 x, at edges between its points
-    assert len(report.read_curve(tmp_path / "seed1", "no/such_tag")[0]) == 0
-    assert len(report.read_curve(tmp_path / "seed2", "global_step")[0]) == 0
+    assert len(read_curve(tmp_path / "seed1", "no/such_tag")[0]) == 0
+    assert len(read_curve(tmp_path / "seed2", "global_step")[0]) == 0
 
 
 def test_short_runs_and_other_settings_are_never_mixed_in(tmp_path):
@@ -203,7 +235,7 @@ def test_short_runs_and_other_settings_are_never_mixed_in(tmp_path):
     write_run(runs / "shorter", [30.0], CHEETAH, steps=51_200, **DSPPO)
     write_run(runs / "long", [1.0], first_seed=5, steps=2_000_000, **DSPPO)
     write_run(runs / "bins", [2.0], first_seed=6, num_bins=7, **DSPPO)
-    write_run(runs / "control", [3.0], first_seed=7, alpha=20.5, beta=0.0)
+    write_run(runs / "weight", [3.0], first_seed=7, alpha=3.0, beta=0.0)
     write_run(runs / "noise", [4.0], first_seed=8, reward_noise_std=0.1, **DSPPO)
     write_run(runs / "beta", [5.0], first_seed=9, reward_noise_std=0.05, **DSPPO)
     text = make_report(runs)
@@ -214,14 +246,81 @@ def test_short_runs_and_other_settings_are_never_mixed_in(tmp_path):
         [CHEETAH, "DSPPO", "none", "51,200 of 2,000,000", "30.0", "1", "4104 ± 258"],
         [PENDULUM, "DSPPO", "none", "51,200 of 1,000,000", "15.0 ± 5.0", "2", "9015 ± 101"],
     ]
-    assert [row[2:] for row in rows(section(text, "Other settings"))] == [
-        ["none", "alpha 20.5, beta 0", "1,000,000", "3.00", "1"],
-        ["none", "num_bins 7", "1,000,000", "2.00", "1"],
-        ["none", "total_timesteps 2000000", "2,000,000", "1.00", "1"],
-        ["N(0, 0.05^2)", "beta 20", "1,000,000", "5.00", "1"],
-        ["N(0, 0.1^2)", "not in the paper, beta 20", "1,001,472", "4.00", "1"],
+    assert rows(section(text, "Longer than the paper")) == [
+        [PENDULUM, "DSPPO", "none", "2,000,000 of 1,000,000", "1.00", "1", "9015 ± 101", "-"]
+    ]
+    assert [row[1:] for row in rows(section(text, "Other settings"))] == [
+        ["DSPPO", "none", "num_bins 7", "1,000,000", "2.00", "1"],
+        ["DPPO control", "none", "alpha 3", "1,000,000", "3.00", "1"],
+        ["DSPPO", "N(0, 0.05^2)", "beta 20", "1,000,000", "5.00", "1"],
+        ["DSPPO", "N(0, 0.1^2)", "not in the paper, beta 20", "1,001,472", "4.00", "1"],
     ]
     assert "## Table 13" not in text
+
+
+def test_the_control_of_the_identity_has_a_row_of_its_own(tmp_path):
+    write_run(tmp_path / "runs" / "dsppo", [9000.0, 9200.0], **DSPPO)
+    write_run(tmp_path / "runs" / "control", [9000.0, 9100.0], alpha=20.5, beta=0.0)
+    table = section(make_report(tmp_path / "runs"), "Table 12")
+    assert [row[1:] for row in rows(table)] == [
+        ["DSPPO", "9100 ± 100", "2", "1,000,000", "9015 ± 101", "+0.60, within"],
+        ["DPPO control", "9050 ± 50", "2", "1,000,000", "-", "-"],
+    ]
+    assert "- DSPPO and DPPO control, 1 environment: interquartile mean" in table
+    assert "- DPPO control: the symmetric algorithm without its reverse loss, its policy loss times" in table
+
+
+def test_atari_runs_of_1e7_steps_stand_beside_rl_zoo(tmp_path):
+    beam, alien = "BeamRiderNoFrameskip-v4", "AlienNoFrameskip-v4"
+    args = {"script": "sa2c_atari", "alpha": 1.0, "beta": 0.0}
+    write_run(tmp_path / "runs" / "5e6", [1100.0], beam, steps=5_000_000, **args)
+    write_run(tmp_path / "runs" / "1e7", [2900.0], beam, steps=10_000_000, **args)
+    write_run(tmp_path / "runs" / "noise", [2000.0], beam, steps=10_000_000, reward_flip_prob=0.1, **args)
+    write_run(tmp_path / "runs" / "8e6", [1000.0], alien, "sppo_atari", 8_000_000, alpha=1.0, beta=0.0)
+    text = make_report(tmp_path / "runs")
+    assert [row[1:4] for row in rows(section(text, "Table 8"))] == [["A2C", "none", "1100"]]
+    cells = [str(PAPER[table][key]) for table, key in ((11, (alien, "PPO", "none")), (8, (beam, "A2C", "none")))]
+    assert [(row[0], row[3], *row[6:]) for row in rows(section(text, "Longer than the paper"))[:2]] == [
+        ("Alien", "8,000,000 of 5,000,000", cells[0], "-"),
+        ("BeamRider", "10,000,000 of 5,000,000", cells[1], "2890 ± 1379"),
+    ]
+    assert rows(section(text, "Longer than the paper"))[2][7] == "-"  # with noise
+
+
+def test_ppo_on_atari_with_and_without_normalization(tmp_path):
+    for name, score, norm_adv in (("with", 1200.0, True), ("without", 1000.0, False)):
+        args = {"alpha": 1.0, "beta": 0.0, "norm_adv": norm_adv}
+        write_run(tmp_path / "runs" / name, [score], "AlienNoFrameskip-v4", "sppo_atari", 5_000_192, **args)
+    table = section(make_report(tmp_path / "runs"), "Table 11")
+    cell = str(PAPER[11]["AlienNoFrameskip-v4", "PPO", "none"])
+    assert [(*row[1:4], row[6]) for row in rows(table)] == [
+        ("PPO", "none", "1200", cell),
+        (UNNORMALIZED, "none", "1000", cell),
+    ]
+    assert f"- {UNNORMALIZED} is the baseline as the authors released it" in table
+
+
+def test_swimmer_has_two_gammas_and_one_stands_beside_the_cell(tmp_path):
+    script, weights = "sa2c_continuous_discretized", {"alpha": 0.5, "beta": 0.2}
+    write_run(tmp_path / "runs" / "theirs", [100.0], "Swimmer-v4", script, 2_000_000, gamma=0.9999, **weights)
+    write_run(tmp_path / "runs" / "default", [50.0], "Swimmer-v4", script, 2_000_000, gamma=0.99, **weights)
+    gaussian = {"script": "sb3_baseline", "steps": 2_000_000, "algo": "a2c"}
+    write_run(tmp_path / "runs" / "a2c", [90.0], "Swimmer-v4", gamma=0.9999, **gaussian)
+    write_run(tmp_path / "runs" / "older", [40.0], "Swimmer-v4", **gaussian)  # than the flag: gamma was 0.99
+    write_run(tmp_path / "runs" / "hopper", [300.0], "Hopper-v4", script, 2_000_000, gamma=0.9999, **weights)
+    text = make_report(tmp_path / "runs")
+    table = section(text, "Table 9")
+    swimmer = {algorithm: str(PAPER[9]["Swimmer-v4", algorithm, "none"]) for algorithm in ("A2C", "DSA2C")}
+    assert [(row[1], row[2], row[5]) for row in rows(table)] == [
+        ("A2C", "90.0", swimmer["A2C"]),
+        ("DSA2C", "100.0", swimmer["DSA2C"]),
+        ("A2C, gamma 0.99", "40.0", "-"),
+        ("DSA2C, gamma 0.99", "50.0", "-"),
+    ]
+    assert "- Swimmer-v4: the rows beside the paper's cells have gamma 0.9999" in table
+    assert [row[:4] for row in rows(section(text, "Other settings"))] == [
+        ["Hopper-v4", "DSA2C", "none", "gamma 0.9999"]
+    ]
 
 
 def test_what_cannot_be_counted_is_listed(tmp_path):
@@ -229,7 +328,6 @@ def test_what_cannot_be_counted_is_listed(tmp_path):
     write_run(runs / "a", [9000.0, 9100.0], **DSPPO)
     write_run(runs / "copy", [9000.0], **DSPPO)
     write_run(runs / "nan", [math.nan], **DSPPO)
-    write_run(runs / "script", [1.0], script="sppo_other", **DSPPO)
     write_language_run(runs / "language", [math.nan])
     for name, content in (("cut", '{"script": "sp'), ("list", "[]"), ("empty", "{}")):
         (runs / name).mkdir()
@@ -238,29 +336,33 @@ def test_what_cannot_be_counted_is_listed(tmp_path):
         (runs / f"unfinished/seed{seed}").mkdir(parents=True)
         (runs / f"unfinished/seed{seed}/args.json").write_text("{}")
         (runs / f"unfinished/seed{seed}/curves.csv").write_text("global_step,charts/episodic_return\n2048,5\n4096,\n")
+    parent = {"script": PPO_SCRIPT, "args": {"seed": 4, "num_seeds": 3}}  # seed 4 finished, 5 and 6 did not
+    (runs / "several").mkdir()
+    (runs / "several/args.json").write_text(json.dumps(parent))
+    write_run(runs / "several", [9200.0], first_seed=4, **DSPPO)
     (runs / "updates").mkdir()
     (runs / "updates/args.json").write_text("{}")
     (runs / "updates/curves.csv").write_text("global_step,objective/kl\n7,0.5\n")
     text = make_report(runs)
-    assert "2 runs in" in text and "10 left out" in text
+    assert "3 runs in" in text and "11 left out" in text
     left_out = section(text, "Left out")
+    assert f"- `{runs}/several`, seed5, seed6: not finished, 0 steps so far" in left_out
     assert f"- `{runs}/unfinished`, seed1, seed2: not finished, 4,096 steps so far" in left_out
     assert f"- `{runs}/copy`, seed1: seed 1 again, as in {runs / 'a/seed1'}" in left_out
     for line in (
         "nan`, seed1: result.json: eval_mean is nan",
         "language`, seed1: result.json: eval_score is nan",
         "empty: result.json: lacks 'script'",
-        "no comparison for the script sppo_other",
         "updates: not finished, 7 updates so far",
     ):
         assert line in left_out
-    assert rows(section(text, "Table 12"))[0][2:4] == ["9050 ± 50", "2"]
+    assert rows(section(text, "Table 12"))[0][2:4] == ["9100 ± 58", "3"]
 
 
 def test_table_4_and_its_rule(tmp_path):
-    for name, args, scores in (("ppo", DPPO, [100.0]), ("1", {"beta": 1.0}, [110.0]), ("5", {"beta": 5.0}, [1300.0])):
+    for name, args, score in (("ppo", DPPO, 100.0), ("1", {"beta": 1.0}, 110.0), ("5", {"beta": 5.0}, 1300.0)):
         args = {"alpha": 0.5} | args
-        write_run(tmp_path / "runs" / name, scores, "AlienNoFrameskip-v4", "sppo_atari", 10_000_384, **args)
+        write_run(tmp_path / "runs" / name, [score], "AlienNoFrameskip-v4", "sppo_atari", 5_000_192, **args)
     text = make_report(tmp_path / "runs")
     table = section(text, "Table 4")
     assert rows(table)[:3] == [
@@ -289,8 +391,8 @@ def test_table_4_and_its_rule(tmp_path):
 )
 def test_runs_find_their_cell(script, env_id, args, algorithm):
     result = {"script": script, "env_id": env_id, "args": args, "total_timesteps": 10**6}
-    steps = report.identify(result, PAPER).paper_timesteps
-    group = report.identify(result | {"total_timesteps": steps}, PAPER)
+    steps = identify(result).paper_timesteps
+    group = identify(result | {"total_timesteps": steps})
     assert (group.algorithm, group.kind, group.differences) == (algorithm, "paper", ())
 
 
@@ -298,45 +400,116 @@ def test_discretized_runs_of_stable_baselines3_are_beside_no_cell():
     result = {"script": "sb3_baseline", "env_id": LANDER, "total_timesteps": 2_000_000}
     for change in ({}, {"policy_coef": 20.5}):
         args = {"algo": "ppo", "num_bins": 11, "policy_coef": 1.0} | change
-        group = report.identify(result | {"args": args}, PAPER)
-        differences = (("script", "sb3_baseline"), *change.items())
-        assert (group.algorithm, group.kind, group.differences) == ("DPPO", "other", differences)
-    assert report.identify(result | {"args": {"algo": "ppo", "num_bins": None}}, PAPER).kind == "paper"
+        group = identify(result | {"args": args})
+        assert (group.algorithm, group.kind) == ("PPO", "other")
+        assert group.differences == (("num_bins", 11), *change.items())
+    assert identify(result | {"args": {"algo": "ppo", "num_bins": None}}).kind == "paper"
 
 
 @pytest.mark.parametrize("script", import_scripts("s*_[ac]*.py"))
 def test_default_arguments_are_the_papers(script):
     args = asdict(script.Args())
     env_id = "AlienNoFrameskip-v4" if script.SCRIPT.endswith("atari") else LANDER
-    result = {"script": script.SCRIPT, "env_id": env_id, "args": args, "total_timesteps": args["total_timesteps"]}
-    assert report.identify(result, PAPER).kind == "paper"
+    result = {"script": script.SCRIPT, "env_id": env_id, "args": args, "total_timesteps": 2_000_000}
+    result["total_timesteps"] = identify(result).paper_timesteps
+    assert identify(result).kind == "paper"
     for change in ({"gamma": 0.9}, {"num_envs": 3}, {"Z": -2.0}, {"anneal_lr": not args["anneal_lr"]}):
-        group = report.identify(result | {"args": args | change}, PAPER)
+        group = identify(result | {"args": args | change})
         assert (group.kind, group.differences) == ("other", tuple(change.items()))
 
 
-@pytest.mark.parametrize(
-    ("sweep", "tables"),
-    [("atari_ppo", {11}), ("atari_a2c", {8}), ("continuous_ppo", {12, 13}), ("continuous_a2c", {9, 10})],
-)
-def test_sweeps_run_every_cell_with_the_papers_settings(tmp_path, sweep, tables):
-    python = tmp_path / "python"  # prints the cells instead of running them
-    python.write_text("#!/bin/sh\ncat\n")
-    python.chmod(0o755)
-    command = ["bash", str(ROOT / f"benchmark/{sweep}.sh")]
-    output = subprocess.run(
-        command, env=os.environ | {"PYTHON": str(python)}, capture_output=True, text=True, check=True
+def flags_of(script):
+    """A script's arguments, all at their defaults, but for the environment."""
+    return {name: x for name, x in asdict(importlib.import_module(script).Args()).items() if name != "env_id"}
+
+
+def test_a_changed_copy_stands_beside_the_original_under_its_own_name(tmp_path):
+    runs, defaults = tmp_path / "runs", flags_of(PPO_SCRIPT)
+    write_run(runs / "dppo", [8700.0, 8900.0], curves=True, **defaults | DPPO)
+    write_run(runs / "dsppo", [9000.0, 9200.0], curves=True, **defaults | DSPPO)
+    for name, own in (("default", {}), ("beta", {"beta": 5.0}), ("flag", {"tau": 0.1})):
+        write_run(runs / name, [9300.0, 9500.0], script="my_loss", curves=True, **defaults | own)
+    write_run(runs / "bins", [9600.0], script="my_loss", **defaults | {"num_bins": 7})
+    write_run(runs / "noise", [9100.0], script="my_loss", **defaults | {"reward_noise_std": 0.05})
+    write_run(runs / "short", [10.0], script="my_loss", steps=51_200, **defaults)
+    write_run(runs / "a2c", [200.0], LANDER, "my_a2c", 2_000_000, **flags_of("sa2c_continuous_discretized"))
+    text = make_report(runs)
+    table = section(text, "Table 12")
+    mine = ["9400 ± 100", "2", "1,000,000", "-", "-"]
+    assert [row[1] for row in rows(table)[:2]] == ["DPPO", "DSPPO"]
+    assert [row[1:] for row in rows(table)[2:]] == [["my_loss", *mine]] + [
+        [f"my_loss, {own}", *mine] for own in ("beta 5", "tau 0.1")
+    ]
+    assert "- DSPPO and my_loss, 1 environment: interquartile mean" in table
+    assert [row[1:3] for row in rows(section(text, "Table 13"))] == [["my_loss", "9100"]]
+    assert [row[1:3] for row in rows(section(text, "Table 9"))] == [["my_a2c", "200.0"]]
+    assert [row[1:4] for row in rows(section(text, "Other settings"))] == [["my_loss", "none", "num_bins 7"]]
+    assert rows(section(text, "Shorter"))[0][1:4] == ["my_loss", "none", "51,200 of 1,000,000"]
+    assert (tmp_path / "report" / "curves_continuous_ppo.png").exists()
+
+
+def test_a_changed_copy_of_a_language_script(tmp_path):
+    write_language_run(tmp_path / "runs" / "ppo", [0.88, 0.90])
+    write_language_run(tmp_path / "runs" / "control", [0.89, 0.91], alpha=0.9)
+    write_language_run(tmp_path / "runs" / "mine", [0.91, 0.93], alpha=0.5, beta=0.4)
+    for path in (tmp_path / "runs" / "mine").rglob("result.json"):
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"script": "my_rlhf"}))
+    text = make_report(tmp_path / "runs")
+    table = rows(section(text, "Table 3"))
+    assert ["IMDB", "my_rlhf", "score", "0.920 ± 0.010", "2", "-", "-"] in table
+    assert ["IMDB", "PPO control", "score", "0.900 ± 0.010", "2", "-", "-"] in table
+    assert [row[0] for row in rows(section(text, "Language runs"))[:3]] == ["PPO", "PPO control", "my_rlhf"]
+
+
+def test_missing_cells_are_written_between_the_marker_lines(tmp_path, capsys):
+    runs, document = tmp_path / "runs", tmp_path / "results.md"
+    timing = {"sps": 100.0, "wall_seconds": 9000.0}
+    write_run(runs / "dsppo", [9000.0, 9200.0], **DSPPO)
+    for path in runs.rglob("result.json"):  # two seeds side by side: 200 steps per second
+        path.write_text(json.dumps(json.loads(path.read_text()) | timing))
+    command = [str(runs), "--missing", str(document)]
+    document.write_text("# Results\n")
+    assert report.main(command) == 2 and "it has no lines <!-- missing cells: begin -->" in capsys.readouterr().err
+    document.write_text("# Results\n<!-- missing cells: begin -->\nold\n<!-- missing cells: end -->\nMore.\n")
+    for _ in range(2):
+        assert report.main(command) == 0
+        text = document.read_text()
+        assert text.startswith("# Results\n<!-- missing cells: begin -->\n") and "\nold\n" not in text
+        assert text.endswith("\n<!-- missing cells: end -->\nMore.\n") and text.count("| Table") == 1
+    listed = rows(text)
+    # 30 seeds of 1e6 steps at 200 steps per second; no run tells how fast Stable-Baselines3 is
+    dppo = "sppo_continuous_discretized --seeds 30 --env-id InvertedDoublePendulum-v4 --total-timesteps 1000000"
+    dppo = f'`benchmark/run_cells.sh <<< "{dppo} --alpha 1 --beta 0"`'
+    assert ["12, 13", PENDULUM, "DPPO", "30", dppo, "42"] in listed
+    assert next(row[2:] for row in listed if row[:2] == ["12, 13", PENDULUM])[::3] == ["PPO", "-"]
+    assert ["3", "IMDB", "PPO, SPPO", "4", "`ENVS=imdb benchmark/rlhf_imdb.sh`", "-"] in listed
+    names = "SPPO beta 0.5, SPPO beta 5, SPPO beta 10, SPPO beta 25"
+    assert [row[2] for row in listed if row[:2] == ["4", "Alien"]] == [
+        f"{names}; with noise: SPPO beta 0.5, SPPO beta 1, SPPO beta 5, SPPO beta 25"
+    ]
+    assert not any(row[:3] == ["12, 13", PENDULUM, "DSPPO"] for row in listed)
+    assert not (tmp_path / "report").exists()
+
+
+@pytest.mark.parametrize("module", ["matplotlib", "scipy"])
+def test_a_missing_package_is_named_with_its_requirements_file(tmp_path, module):
+    (tmp_path / f"{module}.py").write_text(f"raise ModuleNotFoundError(name={module!r})")
+    command = [sys.executable, str(ROOT / "benchmark/report.py"), str(tmp_path)]
+    done = subprocess.run(command, env=os.environ | {"PYTHONPATH": str(tmp_path)}, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (
+        2,
+        f"error: there is no {module}: pip install -r requirements-benchmark.txt\n",
     )
-    groups = []
-    for line in output.stdout.splitlines():
-        script, *flags = line.split()
-        args = {flag.strip("-").replace("-", "_"): value for flag, value in zip(flags[::2], flags[1::2])}
-        args |= {name: float(args[name]) for name in args.keys() - {"env_id", "algo"}}
-        result = {"script": script, "env_id": args["env_id"], "args": args, "total_timesteps": args["total_timesteps"]}
-        groups.append(report.identify(result, PAPER))
-        assert args["seeds"] == (5 if "atari" in sweep else 30)
-    assert {group.kind for group in groups} == {"paper"}
-    assert sorted(group.cell for group in groups) == sorted(cell for table in tables for cell in PAPER[table])
+
+
+def test_sweeps_run_every_cell_of_the_paper():
+    for sweep, tables in SWEEPS.items():
+        if sweep not in TABLES.values():
+            continue
+        plans = [parse(line) for line in sweep_cells(sweep)]
+        found = [(p.environment, p.algorithm, p.noise) for p in plans if p.algorithm != UNNORMALIZED]
+        assert sorted(found) == sorted(cell for table in tables for cell in PAPER[table])
+        assert {plan.seeds for plan in plans} == {5 if "atari" in sweep else 30}
 
 
 def test_tables_of_the_language_tasks(tmp_path):
@@ -348,7 +521,7 @@ def test_tables_of_the_language_tasks(tmp_path):
     write_language_run(runs / "tldr-ppo", [5.9, 6.0], **tldr)
     write_language_run(runs / "tldr-sppo", [6.1, 6.2], alpha=0.5, beta=0.2, judge=[0.5, 0.54], **tldr)
     text = make_report(runs)
-    assert "10 runs in" in text and "10 at the paper's settings and length, 0 shorter, 0 at other settings" in text
+    assert "10 runs in" in text and "10 at the paper's settings and length, 0 shorter, 0 longer, 0 at other" in text
     # 0.89 and 0.93, SE 0.01; PPO of TL;DR after 10 updates: 1 and 2; the initial policies: 0.5 and 33.
     assert rows(section(text, "Table 3")) == [
         ["IMDB", "initial policy", "score", "0.500 ± 0.000", "2", "0.54 ± 0.00", "-"],
@@ -396,7 +569,9 @@ def test_local_models_and_other_judges_are_never_beside_the_papers(tmp_path):
         verdict = {"win_rate": 0.55, "judge_model": "another", "samples": 10, "against": against}
         (runs / "judged" / "seed1" / name).write_text(json.dumps(verdict))
     text = make_report(runs)
-    assert "8 runs in" in text and "2 at the paper's settings and length, 1 shorter, 5 at other settings" in text
+    assert (
+        "8 runs in" in text and "2 at the paper's settings and length, 1 shorter, 0 longer, 5 at other settings" in text
+    )
     table = section(text, "Table 3")
     assert {tuple(row[:3]) for row in rows(table)} == {
         ("IMDB", algorithm, metric) for algorithm in ("initial policy", "SPPO") for metric in ("score", "perplexity")
@@ -420,27 +595,26 @@ def test_local_models_and_other_judges_are_never_beside_the_papers(tmp_path):
 def test_default_arguments_of_a_language_script_are_the_papers(script):
     args = json.loads(json.dumps(asdict(script.Args())))
     result = {"script": script.SCRIPT, "args": args | {"target_coef": 0.1}, "num_updates": args["num_updates"]}
-    assert report.identify(result, PAPER).kind == "paper"
+    assert identify(result).kind == "paper"
     for change in ({"gamma": 0.9}, {"Z": -2.0}, {"kl_coef": 0.0}, {"target_coef": 0.0}, {"norm_adv": False}):
-        group = report.identify(result | {"args": result["args"] | change}, PAPER)
+        group = identify(result | {"args": result["args"] | change})
         assert (group.kind, group.differences) == ("other", tuple(change.items()))
-    for updates, kind in ((args["num_updates"] - 1, "shorter"), (args["num_updates"] + 1, "other")):
-        assert report.identify(result | {"num_updates": updates}, PAPER).kind == kind
+    for updates, kind in ((args["num_updates"] - 1, "shorter"), (args["num_updates"] + 1, "longer")):
+        assert identify(result | {"num_updates": updates}).kind == kind
 
 
-def test_the_kept_report_is_what_the_kept_results_make_and_the_readme_has_its_tables(tmp_path, monkeypatch):
+def test_the_kept_report_is_what_the_kept_results_make_and_is_quoted_right(tmp_path, monkeypatch):
     monkeypatch.chdir(ROOT)
     assert report.main(["benchmark/results", "--out", str(tmp_path)]) == 0
     made = (tmp_path / "report.md").read_text(encoding="utf-8")
     kept = ROOT / "benchmark" / "results"
     assert made == (kept / "report.md").read_text(encoding="utf-8")
     assert {path.name for path in tmp_path.glob("*.png")} == {path.name for path in kept.glob("*.png")}
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    document = ROOT / "docs" / "results.md"
+    quoted = rows((document if document.exists() else ROOT / "README.md").read_text(encoding="utf-8"))
     tables = [part for part in made.split("\n## ")[1:] if part.startswith("Table ")]
-    for text in tables:
-        table = "\n".join(line for line in text.splitlines() if line.startswith("|"))
-        assert table in readme, text.splitlines()[0]
-    assert tables
+    beside = [row for table in tables for row in rows(table) if row[-1] != "-"]
+    assert beside and all(row in quoted for row in beside)
 
 
 def test_folders_without_results(tmp_path, capsys):
@@ -466,20 +640,15 @@ def test_kept_runs_have_result_thinned_curves_and_every_evaluation(tmp_path):
     (run_dir / "model.safetensors").write_text("large")
     rows = [f"{step},{step / 10},{step if step % 333 == 0 else ''}\n" for step in range(1, 1001)]
     (run_dir / "curves.csv").write_text("global_step,charts/SPS,eval/episodic_return\n" + "".join(rows))
-    keep = [
-        sys.executable,
-        str(ROOT / "benchmark" / "keep.py"),
-        str(tmp_path / "runs"),
-        "--out",
-        str(tmp_path / "kept"),
-    ]
-    assert subprocess.run(keep, capture_output=True).returncode == 0
+    script = str(ROOT / "benchmark" / "thin_results.py")
+    thin = [sys.executable, script, str(tmp_path / "runs"), "--out", str(tmp_path / "kept")]
+    assert subprocess.run(thin, capture_output=True).returncode == 0
     kept = tmp_path / "kept" / "cell" / "seed1"
     assert sorted(path.name for path in kept.iterdir()) == ["curves.csv", "result.json"]
     lines = (kept / "curves.csv").read_text().splitlines()[1:]
     assert len(lines) == 100 + 3 and set(lines) <= {row.strip() for row in rows}
     assert [line for line in lines if not line.endswith(",")] == [f"{s},{s / 10},{s}" for s in (333, 666, 999)]
-    assert subprocess.run([*keep[:2], str(tmp_path / "kept" / "nothing")], capture_output=True).returncode == 2
+    assert subprocess.run([*thin[:2], str(tmp_path / "kept" / "nothing")], capture_output=True).returncode == 2
 
 
 def test_kept_language_runs_have_the_judges_verdict_and_no_samples(tmp_path):
@@ -487,14 +656,9 @@ def test_kept_language_runs_have_the_judges_verdict_and_no_samples(tmp_path):
     run_dir = tmp_path / "runs" / "cell" / "seed1"
     for name in ("eval_samples.jsonl", "judgments-judge-reference.jsonl", "policy"):
         (run_dir / name).write_text("large")
-    keep = [
-        sys.executable,
-        str(ROOT / "benchmark" / "keep.py"),
-        str(tmp_path / "runs"),
-        "--out",
-        str(tmp_path / "kept"),
-    ]
-    assert subprocess.run(keep, capture_output=True).returncode == 0
+    script = str(ROOT / "benchmark" / "thin_results.py")
+    thin = [sys.executable, script, str(tmp_path / "runs"), "--out", str(tmp_path / "kept")]
+    assert subprocess.run(thin, capture_output=True).returncode == 0
     kept = tmp_path / "kept" / "cell" / "seed1"
     assert sorted(path.name for path in kept.iterdir()) == ["curves.csv", "judge.json", "result.json"]
     lines, all_lines = ((folder / "curves.csv").read_text().splitlines() for folder in (kept, run_dir))

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shlex
 import signal
 import subprocess
@@ -13,18 +14,19 @@ from pathlib import Path
 import gymnasium as gym
 import numpy as np
 import pytest
+import sb3_baseline
+from runner import batches
+from sb3_baseline import Discretized, NoisyReward
 from stable_baselines3 import A2C, PPO
 from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
+from sweeps import SWEEPS, Script, cells, take_seeds
 
-from benchmark import sb3_baseline
-from benchmark.runner import Script, batches
-from benchmark.sb3_baseline import Discretized, NoisyReward
 from sppo_continuous_discretized import EVALUATION, action_bins, env_seeds, make_env
 
 ROOT = Path(__file__).resolve().parent.parent
 RUNNER = ROOT / "benchmark" / "runner.py"
 NARROWING = ("SEEDS", "ENVS", "STEPS", "WORKERS", "BATCH", "TASKS", "DATASET", "POLICY", "REWARD_MODEL", "FLAGS")
-NARROWING += ("BASE_PRECISION",)
+NARROWING += ("BASE_PRECISION", "CONTROL")
 
 FAKE = """
 import argparse, json, os, signal, sys, threading, time
@@ -49,48 +51,49 @@ for name in Args.__annotations__:
 parser.add_argument("--no-norm-adv", dest="norm_adv", action="store_false")
 args = parser.parse_args()
 run_dir = Path(args.resume or args.run_dir)
-if args.resume:
-    folders = [run_dir] if (run_dir / "args.json").exists() else sorted(run_dir.glob("seed*"))
-else:
-    seeds = range(args.seed, args.seed + args.num_seeds)
-    folders = [run_dir / f"seed{s}" if args.num_seeds > 1 else run_dir for s in seeds]
-    for seed, folder in zip(seeds, folders):
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(f".{os.getpid()}")  # as in the scripts: another runner sees all or nothing
-        temporary.mkdir()
-        own = vars(args) | {"seed": seed, "num_seeds": 1}
-        (temporary / "args.json").write_text(json.dumps({"script": Path(__file__).stem, "args": own}))
-        os.replace(temporary, folder)
-with (folders[0] / "history").open("a") as history:
+if not args.resume:
+    run_dir.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(f".{os.getpid()}")  # as in the scripts: another runner sees all or nothing
+    temporary.mkdir()
+    (temporary / "args.json").write_text(json.dumps({"script": Path(__file__).stem, "args": vars(args)}))
+    os.replace(temporary, run_dir)
+saved = json.loads((run_dir / "args.json").read_text())
+first, count = saved["args"]["seed"], saved["args"].get("num_seeds", 1)
+folders = {seed: run_dir / f"seed{seed}" if count > 1 else run_dir for seed in range(first, first + count)}
+with (run_dir / "history").open("a") as history:
     history.write(f"{'resume' if args.resume else 'start'} {os.getpid()}\\n")
 stopped = threading.Event()
-def finish():
-    for folder in folders:
-        (folder / "result.json").write_text((folder / "args.json").read_text())
+def finish(but=None):
+    for seed, folder in folders.items():
+        folder.mkdir(exist_ok=True)
+        result = saved | {"seed": seed, "eval_mean": 10.0 * seed, "env_id": saved["args"].get("env_id"), "sps": 2.0}
+        if seed != but:
+            (folder / "result.json").write_text(json.dumps(result | {"wall_seconds": first + 0.5}))
 """
 FAKES = {
     "succeed": "finish()",
     "crash": "print('\\n'.join(f'line {i}' for i in range(40)), flush=True); sys.exit('boom')",
+    "diverge": "finish(but=2); sys.exit('error: seed 2: the loss is not finite')",
     # Killed at first; --resume finishes.
     "killed": "finish() if args.resume else os.kill(os.getpid(), signal.SIGKILL)",
     # Waits for the file go in the working directory, and ends with a checkpoint on SIGINT and SIGTERM.
     "wait": """
 for number in (signal.SIGINT, signal.SIGTERM):
     signal.signal(number, lambda *_: stopped.set())
-(folders[0] / "ready").touch()
+(run_dir / "ready").touch()
 while not Path("go").exists() and not stopped.is_set():
     time.sleep(0.02)
 if stopped.is_set():
-    (folders[0] / "checkpoint.pt").touch()
+    (run_dir / "checkpoint.pt").touch()
     sys.exit(130)
 time.sleep(0.3)
 finish()""",
     "hang": """
-signal.signal(signal.SIGINT, lambda *_: (folders[0] / "asked").touch())
-(folders[0] / "ready").touch()
+signal.signal(signal.SIGINT, lambda *_: (run_dir / "asked").touch())
+(run_dir / "ready").touch()
 while True: time.sleep(1)""",
 }
-ONE_BY_ONE = FAKE.replace("    num_seeds: int = 1\n", "").replace("args.num_seeds", "1")
+ONE_BY_ONE = FAKE.replace("    num_seeds: int = 1\n", "")
 NO_RESUME = ONE_BY_ONE.replace("    resume: str = None\n", "").replace("args.resume", "None")
 
 
@@ -199,10 +202,50 @@ def test_a_killed_run_is_reported_and_resumed(fake):
     assert code == 1 and "seeds1-2: killed by SIGKILL" in output, output
     code, output = run(["killed --seeds 2"], "--dry-run")
     assert code == 0
-    assert shlex.split(output)[1:] == ["killed.py", "--resume", "runs/Toy-v0__killed/seeds1-2"]
+    assert shlex.split(output, comments=True)[1:] == ["killed.py", "--resume", "runs/Toy-v0__killed/seeds1-2"]
     code, output = run(["killed --seeds 2"])
     assert code == 0, output
-    assert history(fake / "runs/Toy-v0__killed/seeds1-2/seed1") == ["start", "resume"]
+    assert history(fake / "runs/Toy-v0__killed/seeds1-2") == ["start", "resume"]
+
+
+def test_a_seed_that_diverged_is_reported_again_and_the_others_are_kept(fake):
+    for launches in (["start"], ["start", "resume"]):
+        code, output = run(["diverge --seeds 3"])
+        assert code == 1 and "failed: runs/Toy-v0__diverge/seeds1-3: exit code 1" in output, output
+        assert "    error: seed 2: the loss is not finite\n" in output
+        assert history(fake / "runs/Toy-v0__diverge/seeds1-3") == launches
+        assert sorted(path.parent.name for path in fake.rglob("result.json")) == ["seed1", "seed3"]
+
+
+def test_runs_of_the_former_layout_are_finished(fake):
+    """args.json in every seed's directory, none in their parent."""
+    for seed in (1, 2):
+        run_dir = fake / f"runs/Toy-v0__succeed/seeds1-2/seed{seed}"
+        run_dir.mkdir(parents=True)
+        args = {"env_id": "Toy-v0", "total_timesteps": 10, "seed": seed, "num_seeds": 1, "beta": 1.0, "norm_adv": True}
+        for name in ("args.json", "result.json"):
+            (run_dir / name).write_text(json.dumps({"script": "succeed", "args": args}))
+    assert "finished 2 (1 before)" in run(["succeed --seeds 3"])[1]
+    job = "succeed --seed 1 --num-seeds 2 --beta 2 --run-dir runs/Toy-v0__succeed/seeds1-2"
+    assert "seeds1-2/seed1 holds a run with beta 1.0, not 2.0" in run([job])[1]
+
+
+def test_a_changed_copy_runs_as_the_original_does(fake):
+    (fake / "my_loss.py").write_text((fake / "succeed.py").read_text().replace("beta: float = 1.0", "tau: float = 0.5"))
+    code, output = run(["my_loss --seeds 5 --env-id Hopper-v4 --tau 0.1", "succeed --env-id Hopper-v4"])
+    assert code == 0 and "finished 2 (0 before), failed 0" in output, output
+    result = json.loads((fake / "runs/Hopper-v4__my_loss__tau0.1/seeds1-5/seed5/result.json").read_text())
+    assert (result["script"], result["seed"], result["args"]["tau"]) == ("my_loss", 5, 0.1)
+
+
+def test_a_sweep_names_cells_scores_and_logs_and_says_how_to_go_on(fake):
+    _, output = run(["succeed --seeds 3", "single --env-id Ant-v4"])
+    lines = output.splitlines()
+    for cell, score in (("Toy-v0__succeed/seeds1-3", "20 ± 5.774 (n 3)"), ("Ant-v4__single/seed1", "10")):
+        assert f"started: runs/{cell}; log: runs/{cell}.log" in lines
+        assert f"finished: runs/{cell}: score {score}; log: runs/{cell}.log" in lines
+    tables = shlex.split(lines[-1].removeprefix("results: runs; tables: "))
+    assert Path(tables[1]).resolve() == ROOT / "benchmark" / "report.py" and tables[2] == "runs"
 
 
 def test_a_script_without_resume_starts_over(fake):
@@ -294,14 +337,16 @@ def test_another_run_in_the_directory_is_an_error(fake):
 
 def test_language_cells_go_by_data_set_and_updates(fake):
     language = FAKE.replace("total_timesteps", "num_updates").replace("    num_seeds: int = 1\n", "")
-    language = language.replace("args.num_seeds", "1").replace('env_id: str = "Toy-v0"', 'dataset: str = "hub/imdb"')
+    language = language.replace('env_id: str = "Toy-v0"', 'dataset: str = "hub/imdb"')
     language = language.replace(
         "    beta: float", '    targets: tuple = ("q", "v")\n    policy: str = "hub/gpt2"\n    beta: float'
     )
     language = language.replace(
         "default = getattr(Args, name)", 'default = getattr(Args, name) if name != "targets" else ""'
     )
-    language = language.replace('"args": own', '"args": own | {"targets": own["targets"].split() or ["q", "v"]}')
+    language = language.replace(
+        '"args": vars(args)', '"args": vars(args) | {"targets": args.targets.split() or ["q", "v"]}'
+    )
     (fake / "lm.py").write_text(language + "finish()")
     cells = ["lm --seeds 2 --num-updates 60", "lm --dataset some/reviews --policy some/small --num-updates 60 --beta 2"]
     code, output = run(cells, STEPS="3")
@@ -315,7 +360,7 @@ def test_language_cells_go_by_data_set_and_updates(fake):
     assert "finished 1 (1 before)" in run(cells, ENVS="some/reviews", STEPS="3")[1]
     assert "ENVS: this sweep has no Ant" in run(cells, ENVS="Ant")[1]
     code, output = run(["lm --num-updates 3 --targets q k", "lm --num-updates 3 --targets q v"], "--dry-run")
-    assert [line.split("runs/")[1].split("/")[0] for line in output.splitlines()] == [
+    assert [line.split("runs/")[1].split("/")[0] for line in output.splitlines()[:-1]] == [
         "imdb__lm__targetsq-k",
         "imdb__lm__targetsq-v",
     ]
@@ -335,11 +380,25 @@ def test_defaults_are_compared_and_the_number_of_threads_is_not(fake):
 def test_dry_run_prints_commands_that_run_as_they_are(fake):
     code, output = run(["single --seeds 2", "succeed --seeds 3"], "--dry-run", STEPS="5")
     lines = output.splitlines()
-    assert code == 0 and len(lines) == 3 and not (fake / "runs").exists()
+    assert code == 0 and len(lines) == 4 and not (fake / "runs").exists()
     for line in lines:
         subprocess.run(line, shell=True, check=True)
     assert len(list(fake.glob("runs/*__steps5/**/result.json"))) == 5
-    assert run(["single --seeds 2", "succeed --seeds 3"], "--dry-run", STEPS="5") == (0, "")
+    code, output = run(["single --seeds 2", "succeed --seeds 3"], "--dry-run", STEPS="5")
+    assert (code, output) == (0, "# 5 runs, 5 of them finished; 0 to do in 0 processes, 0 steps\n")
+
+
+def test_a_dry_run_ends_with_totals(fake):
+    cells = ["succeed --seeds 3 --total-timesteps 360000", "single --seeds 2"]
+    totals = run(cells, "--dry-run", "--workers", "1")[1].splitlines()[-1]
+    assert totals.startswith(
+        "# 5 runs, 0 of them finished; 5 to do in 3 processes, 1,080,020 steps, 0.0 hours with 1 at"
+    )
+    assert "(single, succeed: not counted, speed unknown; a short run here, with STEPS and SEEDS=1, tells)" in totals
+    assert run(cells, STEPS="4")[0] == 0  # three seeds in one process at 2 steps per second each
+    assert run(cells[1:])[0] == 0
+    totals = run(cells, "--dry-run", "--workers", "1")[1].splitlines()[-1]
+    assert totals == "# 5 runs, 2 of them finished; 3 to do in 1 processes, 1,080,000 steps, 50.0 hours with 1 at once"
 
 
 @pytest.mark.parametrize(
@@ -359,20 +418,16 @@ def test_bad_input(fake, cells, environment, message):
 
 # The sweeps
 
-TABLE_6 = {  # steps of SPPO; beta of SPPO and of SA2C, without and with noise
-    "Ant-v4": (2_000_000, (20, 20), (0.2, 0.2)),
-    "BipedalWalker-v3": (1_000_000, (20, 25), (0.5, 10)),
-    "HalfCheetah-v4": (2_000_000, (20, 25), (5, 10)),
-    "Hopper-v4": (2_000_000, (20, 50), (0.2, 10)),
-    "HumanoidStandup-v4": (10_000_000, (20, 25), (0.5, 10)),
-    "InvertedDoublePendulum-v4": (1_000_000, (20, 25), (5, 10)),
-    "LunarLanderContinuous-v3": (2_000_000, (20, 20), (5, 5)),
-    "Swimmer-v4": (2_000_000, (20, 50), (0.2, 10)),
-    "Walker2d-v4": (5_000_000, (20, 25), (0.2, 10)),
+ALL_SWEEPS = (*SWEEPS, "sign_flips")
+CONTROL_SWEEPS = [name for name in ALL_SWEEPS if "rlhf" not in name and name != "advantage_norm"]
+LANGUAGE_SWEEPS = ("rlhf_imdb", "rlhf_tldr", "advantage_norm")
+IMDB, TLDR = "sppo_rlhf_imdb", "sppo_rlhf_tldr"
+TABLE_7 = {
+    IMDB: {"num_trajectories": 112, "update_epochs": 5, "minibatch_size": 28, "gamma": 0.99},
+    TLDR: {"num_trajectories": 64, "update_epochs": 4, "minibatch_size": 32, "gamma": 1.0},
 }
-GAMES = """Alien Assault Asterix BeamRider Centipede CrazyClimber DemonAttack Frostbite Gopher Gravitar Krull MsPacman
-NameThisGame Qbert Riverraid RoadRunner Seaquest StarGunner TimePilot UpNDown VideoPinball WizardOfWor""".split()
-SA2C_NOISE_BETA_1 = "Alien Assault Gravitar MsPacman Qbert StarGunner TimePilot UpNDown VideoPinball".split()
+for table in TABLE_7.values():
+    table |= {"learning_rate": 5e-6, "gae_lambda": 0.95, "clip_coef": 0.2, "Z": -1.0, "target_coef": 0.1}
 
 
 def sweep(name, out, *flags, **environment):
@@ -382,149 +437,101 @@ def sweep(name, out, *flags, **environment):
 
 
 def dry_run(name, out, **environment):
-    """(script, {flag: value}) of every command."""
+    """(script, all its arguments, which were given) of every command."""
     process = sweep(name, out, "--dry-run", **environment)
     assert process.returncode == 0, process.stderr
-    commands = [shlex.split(line) for line in process.stdout.splitlines()]
-    return [(Path(c[1]).stem, dict(zip(c[2::2], c[3::2]))) for c in commands]
-
-
-def settings(commands):
-    """(script, algo, env_id, steps, alpha, beta, noise) of every command, sorted."""
-    found = []
-    for script, flags in commands:
-        noise = float(flags.get("--reward-noise-std", flags.get("--reward-flip-prob", 0)))
-        weights = [float(flags[k]) for k in ("--alpha", "--beta")] if "--alpha" in flags else [0.0, 0.0]
-        steps = int(flags["--total-timesteps"])
-        found.append((script, flags.get("--algo", ""), flags["--env-id"], steps, *weights, noise))
-    return sorted(found)
-
-
-def continuous(script, algo, env_id, steps, betas):
-    """The cells of an environment: Gaussian, discretized baseline and ours, without and with noise."""
-    cells = []
-    for noise, beta in zip((0.0, 0.05), betas):
-        cells.append(("sb3_baseline", algo, env_id, steps, 0.0, 0.0, noise))
-        cells += [(script, "", env_id, steps, *weights, noise) for weights in ((1.0, 0.0), (0.5, beta))]
-    return cells
-
-
-def atari(script, game, betas, noisy_betas):
-    cells = []
-    for noise, values in ((0.0, betas), (0.1, noisy_betas)):
-        for weights in ((1.0, 0.0), *((0.5, beta) for beta in values)):
-            cells.append((script, "", f"{game}NoFrameskip-v4", 10_000_000, *weights, noise))
-    return cells
-
-
-SWEEPS = {
-    "continuous_ppo": [
-        cell
-        for env_id, (steps, betas, _) in TABLE_6.items()
-        for cell in continuous("sppo_continuous_discretized", "ppo", env_id, steps, betas)
-    ],
-    "continuous_a2c": [
-        cell
-        for env_id, (_, _, betas) in TABLE_6.items()
-        for cell in continuous("sa2c_continuous_discretized", "a2c", env_id, 2_000_000, betas)
-    ],
-    "atari_ppo": [cell for game in GAMES for cell in atari("sppo_atari", game, (1,), (10,))],
-    "atari_a2c": [
-        cell for game in GAMES for cell in atari("sa2c_atari", game, (5,), (1 if game in SA2C_NOISE_BETA_1 else 5,))
-    ],
-    "beta_sensitivity": [
-        cell for game in GAMES for cell in atari("sppo_atari", game, (0.5, 1, 5, 10, 25), (0.5, 1, 5, 10, 25))
-    ],
-    "sign_flips": [
-        *(atari("sppo_atari", game, (), ())[0] for game in ("CrazyClimber", "WizardOfWor")),
-        ("sppo_continuous_discretized", "", "Ant-v4", 2_000_000, 1.0, 0.0, 0.0),
-        ("sppo_continuous_discretized", "", "Walker2d-v4", 5_000_000, 1.0, 0.0, 0.0),
-    ],
-}
-
-
-@pytest.mark.parametrize("name", SWEEPS)
-def test_a_sweep_is_what_the_paper_ran(name, tmp_path):
-    commands = dry_run(name, tmp_path)
-    assert set(settings(commands)) == set(SWEEPS[name])
-    seeds = Counter()  # of every cell
-    for setting, command in zip(settings(commands), sorted(commands, key=lambda c: settings([c]))):
-        first, count = int(command[1]["--seed"]), int(command[1].get("--num-seeds", 1))
-        seeds.update((setting, seed) for seed in range(first, first + count))
-    expected = {(s, seed) for s in SWEEPS[name] for seed in range(1, 6 if "atari" in s[0] else 31)}
-    assert set(seeds) == expected and set(seeds.values()) == {1}
-    assert len({command[1]["--run-dir"] for command in commands}) == len(commands)
-
-
-@pytest.mark.parametrize("name", SWEEPS)
-def test_the_smoke_form_of_a_sweep(name, tmp_path):
-    env_id = SWEEPS[name][-1][2]
-    commands = dry_run(name, tmp_path, SEEDS="1", STEPS="4096", ENVS=env_id.replace("NoFrameskip-v4", ""))
-    cells = [(*s[:3], 4096, *s[4:]) for s in SWEEPS[name] if s[2] == env_id]
-    assert settings(commands) == sorted(cells)
-    assert all(flags["--run-dir"].endswith("steps4096/seed1") for _, flags in commands)
-
-
-def test_sweeps_share_the_runs_they_have_in_common(tmp_path):
-    run_dirs = {
-        name: {flags["--run-dir"] for _, flags in dry_run(name, tmp_path)}
-        for name in ("atari_ppo", "beta_sensitivity", "continuous_ppo", "sign_flips")
-    }
-    assert run_dirs["atari_ppo"] <= run_dirs["beta_sensitivity"]
-    assert run_dirs["sign_flips"] <= run_dirs["atari_ppo"] | run_dirs["continuous_ppo"]
-
-
-TABLE_7 = {
-    "sppo_rlhf_imdb": {
-        "num_updates": 60,
-        "num_trajectories": 112,
-        "update_epochs": 5,
-        "minibatch_size": 28,
-        "gamma": 0.99,
-    },
-    "sppo_rlhf_tldr": {
-        "num_updates": 100,
-        "num_trajectories": 64,
-        "update_epochs": 4,
-        "minibatch_size": 32,
-        "gamma": 1.0,
-    },
-}
-for table in TABLE_7.values():
-    table |= {"learning_rate": 5e-6, "gae_lambda": 0.95, "clip_coef": 0.2, "Z": -1.0, "target_coef": 0.1}
-IMDB, TLDR = TABLE_7
-LANGUAGE_SWEEPS = {  # script, alpha, beta, advantage normalization
-    "rlhf_imdb": [(IMDB, 1.0, 0.0, True), (IMDB, 0.5, 0.4, True)],
-    "rlhf_tldr": [(TLDR, 1.0, 0.0, True), (TLDR, 0.5, 0.2, True)],
-    "advantage_norm": [(script, 1.0, 0.0, norm_adv) for script in TABLE_7 for norm_adv in (True, False)],
-}
-
-
-def language_dry_run(name, out, *flags, **environment):
-    """(script, all its arguments, which were given) of every command."""
-    process = sweep(name, out, "--dry-run", *flags, **environment)
-    assert process.returncode == 0, process.stderr
+    *lines, totals = process.stdout.splitlines()
+    assert totals.startswith("# ")
     commands = []
-    for line in process.stdout.splitlines():
-        words = shlex.split(line)
+    for words in map(shlex.split, lines):
         script = Script(Path(words[1]).stem, ROOT)
         given = script.parse(words[2:])
         commands.append((script.name, script.defaults | given, given))
     return commands
 
 
+def seeds_of(script, args):
+    """(script, what decides the result, seed) of every seed."""
+    rest = {k: v for k, v in args.items() if k not in ("seed", "num_seeds", "num_threads", "run_dir")}
+    return [(script, json.dumps(rest), args["seed"] + i) for i in range(args.get("num_seeds", 1))]
+
+
+def all_seeds(lines):
+    """seeds_of the lines of a sweep."""
+    found = []
+    for name, *flags in map(shlex.split, lines):
+        seeds, flags = take_seeds(flags)
+        script = Script(name, ROOT)
+        args = script.defaults | script.parse(flags)
+        found += [run for seed in range(1, seeds + 1) for run in seeds_of(name, args | {"seed": seed, "num_seeds": 1})]
+    return found
+
+
+@pytest.mark.parametrize("name", ALL_SWEEPS)
+def test_a_sweep_starts_every_seed_of_every_cell_once(name, tmp_path):
+    commands = dry_run(name, tmp_path)
+    started = Counter(run for script, args, _ in commands for run in seeds_of(script, args))
+    assert started == Counter(dict.fromkeys(all_seeds(cells(name)), 1))
+    assert len({args["run_dir"] for _, args, _ in commands}) == len(commands)
+
+
+@pytest.mark.parametrize("name", CONTROL_SWEEPS)
+def test_the_smoke_form_of_a_sweep(name, tmp_path):
+    env_id = shlex.split(cells(name)[-1])[4]
+    commands = dry_run(name, tmp_path, SEEDS="1", STEPS="4096", ENVS=env_id.replace("NoFrameskip-v4", ""))
+    assert len(commands) == len({line for line in cells(name) if f" {env_id} " in line})
+    for _, args, _ in commands:
+        assert (args["env_id"], args["total_timesteps"]) == (env_id, 4096)
+        assert args["run_dir"].endswith("steps4096/seed1")
+
+
+def test_sweeps_share_the_runs_they_have_in_common(tmp_path):
+    run_dirs = {name: {args["run_dir"] for _, args, _ in dry_run(name, tmp_path)} for name in ALL_SWEEPS}
+    assert {path for path in run_dirs["atari_ppo"] if "no_norm_adv" not in path} <= run_dirs["beta_sensitivity"]
+    assert run_dirs["sign_flips"] <= run_dirs["atari_ppo"] | run_dirs["continuous_ppo"]
+    for name in ("rlhf_imdb", "rlhf_tldr"):
+        assert len(run_dirs["advantage_norm"] & run_dirs[name]) == 4
+
+
+def test_derived_sweeps_vary_what_their_tables_vary():
+    assert Counter(line.split()[4] for line in cells("sign_flips")) == dict.fromkeys(
+        ("CrazyClimberNoFrameskip-v4", "WizardOfWorNoFrameskip-v4", "Ant-v4", "Walker2d-v4"), 1
+    )
+    parsed = [Script(line.split()[0], ROOT).parse(line.split()[3:]) for line in cells("beta_sensitivity")]
+    weights = Counter((args["alpha"], args["beta"], args.get("reward_flip_prob", 0)) for args in parsed)
+    for noise in (0, 0.1):
+        assert {w[:2] for w in weights if w[2] == noise} == {(1, 0), *((0.5, beta) for beta in (0.5, 1, 5, 10, 25))}
+    assert set(weights.values()) == {22}
+    for plain, without in zip(cells("advantage_norm")[::2], cells("advantage_norm")[1::2]):
+        assert without == f"{plain} --no-norm-adv" and "--alpha 1 --beta 0" in plain
+
+
+@pytest.mark.parametrize("name", [name for name in SWEEPS if name not in ("beta_sensitivity", "advantage_norm")])
+def test_the_control_arms_are_the_symmetric_ones_without_reverse_loss(name):
+    added = set(cells(name, control=True)) - set(cells(name))
+    expected = set()
+    for line in cells(name):
+        if match := re.search("--alpha 0.5 --beta ([0-9.]+)", line):
+            alpha = 0.5 if "a2c" in name else 0.5 + float(match[1])  # alpha - beta Z
+            expected.add(line.replace(match[0], f"--alpha {alpha:g} --beta 0"))
+    assert added == expected and added
+
+
+@pytest.mark.parametrize("name", ALL_SWEEPS)
+def test_a_sweep_without_an_interpreter_says_so(name, tmp_path):
+    process = sweep(name, tmp_path, PYTHON="no/python")
+    assert process.returncode == 2 and process.stdout == ""
+    assert process.stderr.startswith("error: there is no no/python") and process.stderr.count("\n") == 1
+    assert "PYTHON=" in process.stderr and "requirements-benchmark.txt" in process.stderr
+
+
 @pytest.mark.parametrize("name", LANGUAGE_SWEEPS)
-def test_a_language_sweep_is_what_the_paper_ran(name, tmp_path):
-    commands = language_dry_run(name, tmp_path)
-    cells = [(script, args["alpha"], args["beta"], args["norm_adv"]) for script, args, _ in commands]
-    assert cells == [cell for cell in LANGUAGE_SWEEPS[name] for _ in range(4)]
-    assert [int(args["seed"]) for _, args, _ in commands] == [1, 2, 3, 4] * (len(commands) // 4)
-    for script, args, given in commands:
+def test_a_language_sweep_has_the_settings_of_table_7(name, tmp_path):
+    for script, args, given in dry_run(name, tmp_path):
         assert {key: args[key] for key in TABLE_7[script]} == TABLE_7[script]
         assert args["dataset"] == Script(script, ROOT).defaults["dataset"]
         assert not {"policy", "reward_model"} & given.keys()
         assert script == IMDB or (args["base_precision"], args["eval_every"]) == ("4bit", 10)
-    assert len({args["run_dir"] for _, args, _ in commands}) == len(commands)
 
 
 @pytest.mark.parametrize("name", LANGUAGE_SWEEPS)
@@ -532,7 +539,7 @@ def test_the_smoke_form_of_a_language_sweep_with_local_models(name, tmp_path):
     local = {"DATASET": "assets/my reviews", "POLICY": "assets/policy", "REWARD_MODEL": "assets/reward"}
     local |= {"BASE_PRECISION": "float32", "FLAGS": "--learning-rate 1e-4 --target-coef 0 --cpu", "STEPS": "1"}
     task = {"rlhf_imdb": "imdb"}.get(name, "tldr")
-    commands = language_dry_run(name, tmp_path, SEEDS="1", TASKS=task, **local)
+    commands = dry_run(name, tmp_path, SEEDS="1", TASKS=task, **local)
     assert len(commands) == 2
     for script, args, _ in commands:
         assert script == f"sppo_rlhf_{task}" and (args["num_updates"], args["target_coef"]) == (1, 0)
@@ -540,14 +547,12 @@ def test_the_smoke_form_of_a_language_sweep_with_local_models(name, tmp_path):
         assert args["learning_rate"] == 1e-4 and args["cpu"] and args.get("base_precision", "float32") == "float32"
         label = "policy_reward" + ("_float32" if task == "tldr" else "") + "_target0_alpha"
         assert args["run_dir"].startswith(f"{tmp_path}/my reviews__{script}__{label}")
-        assert args["run_dir"].endswith("_learning_rate0.0001_steps1/seed1")
+        end = "_learning_rate0.0001" + ("" if args["norm_adv"] else "_no_norm_adv")
+        assert args["run_dir"].endswith(f"{end}_steps1/seed1")
 
 
-def test_language_sweeps_share_the_runs_they_have_in_common(tmp_path):
-    run_dirs = {name: {args["run_dir"] for _, args, _ in language_dry_run(name, tmp_path)} for name in LANGUAGE_SWEEPS}
-    assert len(run_dirs["advantage_norm"] & run_dirs["rlhf_imdb"]) == 4
-    assert len(run_dirs["advantage_norm"] & run_dirs["rlhf_tldr"]) == 4
-    assert [script for script, *_ in language_dry_run("advantage_norm", tmp_path, SEEDS="1", ENVS="imdb")] == [IMDB] * 2
+def test_advantage_norm_takes_one_task(tmp_path):
+    assert [script for script, *_ in dry_run("advantage_norm", tmp_path, SEEDS="1", ENVS="imdb")] == [IMDB] * 2
     process = sweep("advantage_norm", tmp_path, "--dry-run", POLICY="assets/policy")
     assert process.returncode == 2 and "need TASKS=imdb or TASKS=tldr" in process.stderr
 
@@ -557,7 +562,7 @@ def test_a_command_line_in_full(tmp_path):
     flags = "--env-id Hopper-v4 --total-timesteps 2000000 --alpha 0.5 --beta 50 --reward-noise-std 0.05"
     cell = f"{tmp_path}/Hopper-v4__sppo_continuous_discretized__alpha0.5_beta50_noise0.05"
     command = f"{sys.executable} sppo_continuous_discretized.py {flags}"
-    assert process.stdout.splitlines()[-2:] == [
+    assert process.stdout.splitlines()[-3:-1] == [
         f"{command} --seed 1 --num-seeds 10 --run-dir {cell}/seeds1-10 --num-threads 1",
         f"{command} --seed 11 --num-seeds 2 --run-dir {cell}/seeds11-12 --num-threads 1",
     ]
@@ -609,12 +614,14 @@ def baseline(tmp_path):
 
 @pytest.mark.parametrize("algo, settings", [("ppo", (1, 2048, 0.5, 3e-4)), ("a2c", (4, 8, 0.5, 7e-4))])
 def test_the_gaussian_baseline_is_stable_baselines3_with_the_papers_rollout(baseline, algo, settings):
-    run_dir, args, result = baseline("run", algo=algo)
+    gamma = {"ppo": 0.99, "a2c": 0.9999}[algo]
+    run_dir, args, result = baseline("run", algo=algo, gamma=gamma)
     model = {"ppo": PPO, "a2c": A2C}[algo].load(run_dir / "model.zip")
     assert (model.n_envs, model.n_steps, model.vf_coef, model.learning_rate) == settings
     assert isinstance(model.action_space, gym.spaces.Box)
     # What was saved, evaluated as Stable-Baselines3 does it: normalized observations, most likely actions.
     envs = VecNormalize.load(run_dir / "vecnormalize.pkl", DummyVecEnv([lambda: make_env(args.env_id)]))
+    assert model.gamma == envs.gamma == gamma
     envs.training = envs.norm_reward = False
     for seed, expected in zip(env_seeds([args.seed], 10, EVALUATION), result["eval_returns"]):
         envs.seed(seed)
@@ -653,6 +660,7 @@ def test_flags_have_the_types_that_result_files_have():
     "flags, words",
     [
         (["--num-bins", "1"], "--num-bins must be "),
+        (["--gamma", "1.1"], "--gamma must be between 0 and 1"),
         (["--policy-coef", "0"], "--policy-coef must be "),
         (["--policy-coef", "2", "--algo", "a2c"], "--policy-coef must be "),
         (["--env-id", "NoSuchEnv-v4"], "--env-id NoSuchEnv-v4: "),
@@ -664,6 +672,15 @@ def test_stable_baselines3_refuses_what_it_cannot_do(tmp_path, flags, words):
     process = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert process.returncode == 2 and process.stderr.startswith(f"error: {words}")
     assert process.stderr.count("\n") == 1 and not (tmp_path / "run").exists()
+
+
+def test_the_baseline_without_its_package_names_the_requirements_file(tmp_path):
+    (tmp_path / "stable_baselines3.py").write_text("raise ModuleNotFoundError(name='stable_baselines3')")
+    command = [sys.executable, "benchmark/sb3_baseline.py", "--run-dir", tmp_path / "run"]
+    environment = os.environ | {"PYTHONPATH": str(tmp_path)}
+    process = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    message = "error: there is no stable_baselines3: pip install -r requirements-benchmark.txt\n"
+    assert (process.returncode, process.stderr) == (2, message)
 
 
 def test_bins_of_the_baseline_are_those_of_the_scripts():
@@ -698,13 +715,14 @@ def test_a_job_array_lists_its_jobs(fake):
     options += " --notice 600"
     code, output = run(["single --seeds 3"], *options.split())
     lines = output.splitlines()
-    assert code == 0 and lines[0] == "#!/bin/bash" and lines[-1] == "JOBS"
-    assert lines[-4] == "single --seed 1 --run-dir runs/Toy-v0__single/seed1"
+    assert code == 0 and lines[0] == "#!/bin/bash" and lines[-2] == "JOBS"
+    assert lines[-1].startswith("# 3 runs, 0 of them finished; 3 to do in 3 processes, 30 steps")
+    assert lines[-5] == "single --seed 1 --run-dir runs/Toy-v0__single/seed1"
     for (
         option
     ) in "requeue array=1-3%8 partition=cpu time=1:00:00 cpus-per-task=4 gpus-per-task=1 signal=B:USR1@600".split():
         assert f"#SBATCH --{option}" in lines
-    jobs = lines[-4:-1]
+    jobs = lines[-5:-2]
     assert run(jobs, "--task", "1/2")[0] == 0
     assert {path.parent.name for path in fake.rglob("result.json")} == {"seed1", "seed3"}
 

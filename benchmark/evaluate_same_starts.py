@@ -4,7 +4,7 @@ Prints every agent's mean return, and last what the best agent of each start, pi
 which none of them does. Needs numpy, gymnasium, safetensors and tyro alone, also old ones: the same agents can be
 tried in an environment's older versions.
 
-python benchmark/same_starts.py runs/benchmark --env-id LunarLanderContinuous-v3 --out same_starts.csv
+python benchmark/evaluate_same_starts.py runs/benchmark --env-id LunarLanderContinuous-v3 --out same_starts.csv
 """
 
 import csv

@@ -2,7 +2,7 @@
 
 Of language runs the verdict of the judge as well (judge.json), not the samples.
 
-python benchmark/keep.py runs/benchmark                # the folders below it keep their names
+python benchmark/thin_results.py runs/benchmark        # the folders below it keep their names
 python benchmark/report.py benchmark/results/
 """
 

@@ -1,0 +1,77 @@
+"""What of the paper was not run: every such cell, the command that runs it, and how long that takes."""
+
+from collections import defaultdict
+from pathlib import Path
+
+from cells import Group, Planned, identify, parse, short_name
+from sweeps import SWEEPS, cells, seconds, speeds
+from tables import markdown_table
+
+BEGIN, END = "<!-- missing cells: begin -->", "<!-- missing cells: end -->"
+
+
+def group_of(plan: Planned) -> Group:
+    """The group of the runs that a line of a sweep makes."""
+    lengths = {"total_timesteps": plan.timesteps, "num_updates": plan.timesteps}
+    return identify({"script": plan.script, "env_id": plan.environment, "args": plan.settings} | lengths)
+
+
+def cell_names(groups: list[Group]) -> str:
+    """PPO, SPPO; with noise: SPPO."""
+    names = defaultdict(list)
+    for group in groups:
+        names["with noise: " * (group.noise != "none")].append(f"{group.algorithm} {group.difference_text()}".strip())
+    return "; ".join(prefix + ", ".join(algorithms) for prefix, algorithms in names.items())
+
+
+def hours(plans: list[Planned], speed: dict) -> float | None:
+    """Of one process after the other."""
+    wheres = [plan.settings.get("env_id", plan.settings.get("policy")) for plan in plans]
+    times = [seconds(speed, p.script, where, p.seeds * p.timesteps) for p, where in zip(plans, wheres)]
+    return None if None in times else sum(times) / 3600
+
+
+def missing_section(folders: list[Path], run: set[Group]) -> str:
+    """A row for each environment of a sweep of which nothing was run, and for each cell that others lack."""
+    speed, rows, seen, total, unknown = speeds(folders), [], set(), 0.0, 0
+    for sweep, tables in SWEEPS.items():
+        environments = defaultdict(dict)  # environment: {group: (line, plan)}, without what an earlier sweep has
+        for line in cells(sweep):
+            plan = parse(line)
+            if (group := group_of(plan)) not in seen:
+                environments[plan.environment][group] = line, plan
+                seen.add(group)
+        for found in environments.values():
+            missing = {group: cell for group, cell in found.items() if group not in run}
+            if len(missing) == len(found):
+                (_, plan), *_ = found.values()
+                name = short_name(plan.settings.get("env_id") or Path(plan.settings["dataset"]).name)
+                parts = [(list(missing), f"ENVS={name} benchmark/{sweep}.sh")]
+            else:
+                parts = [
+                    ([g], f'benchmark/run_cells.sh <<< "{" ".join(line.split())}"') for g, (line, _) in missing.items()
+                ]
+            for groups, command in parts:
+                plans = [missing[group][1] for group in groups]
+                time = hours(plans, speed)
+                total, unknown = total + (time or 0), unknown + (time is None)
+                estimate = "-" if time is None else f"{time:,.{0 if time >= 10 else 1}f}"
+                place = [", ".join(map(str, tables)), short_name(plans[0].environment), cell_names(groups)]
+                rows.append([*place, str(plans[0].seeds), f"`{command}`", estimate])
+    header = ["Table", "Environment", "Cells", "Seeds", "Command", "Hours"]
+    names = ", ".join(f"`{folder}`" for folder in folders)
+    return (
+        f"{len(seen - run)} of the {len(seen)} cells of the sweeps have no run at the paper's settings and length. "
+        f"Hours are those of one process after the other, at the speeds of the runs in {names}: {total:,.0f} in all, "
+        f"without the {unknown} rows for which no run has told a speed. `benchmark/judge.py` finds the win rates of "
+        f"Table 3 when the runs are there.\n\n{markdown_table(header, rows, right='Seeds|Hours')}\n"
+    )
+
+
+def replace_section(text: str, section: str) -> str:
+    """text with the section between its marker lines. Raises ValueError where it has none."""
+    before, begin, rest = text.partition(f"{BEGIN}\n")
+    _, end, after = rest.partition(f"{END}\n")
+    if not (begin and end):
+        raise ValueError(f"it has no lines {BEGIN} and {END}")
+    return before + begin + section + end + after

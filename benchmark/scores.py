@@ -1,0 +1,91 @@
+"""Statistics of scores over seeds, and how they are printed."""
+
+import math
+
+import numpy as np
+from cells import Cell
+from scipy import stats
+
+FAILURE = 1000  # percent; an improvement above says that the baseline failed, not how good the other one is
+
+
+def standard_error(values: np.ndarray) -> float:
+    """Of the mean over seeds; nan for a single one."""
+    return np.std(values, ddof=1) / math.sqrt(len(values)) if len(values) > 1 else math.nan
+
+
+def joint_difference(mean: float, se: float, paper: Cell) -> float:
+    """Ours minus the paper's, in units of sqrt(SE_ours^2 + SE_paper^2); nan where there is no such unit."""
+    joint = math.hypot(se, paper.se)
+    return (mean - paper.mean) / joint if joint > 0 else math.nan
+
+
+def count_wins(pairs: list[tuple[float, float]]) -> int:
+    """Pairs (baseline mean, symmetric mean): as in the paper, the higher mean wins, whatever the standard errors."""
+    return sum(symmetric > baseline for baseline, symmetric in pairs)
+
+
+def improvements(pairs: list[tuple[float, float]]) -> np.ndarray:
+    """Percent by which the symmetric mean exceeds the baseline mean; pairs with a baseline of 0 are left out."""
+    return np.array([100 * (symmetric - baseline) / abs(baseline) for baseline, symmetric in pairs if baseline])
+
+
+def interquartile_mean(*samples: np.ndarray, axis: int = -1) -> np.ndarray:
+    """Mean of the middle half of all runs; each sample holds the normalized scores of one environment, (..., seeds)."""
+    return stats.trim_mean(np.concatenate(samples, axis=axis), 0.25, axis=axis)
+
+
+def probability_of_improvement(*samples: np.ndarray, axis: int = -1) -> np.ndarray:
+    """How often a run of the first half of the samples scores above one of the second half, a tie counting half.
+
+    A sample is an environment's; the mean over environments is taken. axis is the last one, as scipy names it.
+    """
+    half = len(samples) // 2
+    pairs = [(x[..., :, None], y[..., None, :]) for x, y in zip(samples[:half], samples[half:])]
+    return np.mean([((x > y) + 0.5 * (x == y)).mean((-2, -1)) for x, y in pairs], axis=0)
+
+
+def bootstrap_interval(samples: list[np.ndarray], statistic=interquartile_mean) -> tuple[float, float] | None:
+    """95 % interval of a statistic, seeds resampled within each environment; None if one has one seed."""
+    if min(len(sample) for sample in samples) < 2:
+        return None
+    interval = stats.bootstrap(
+        samples, statistic, n_resamples=2000, method="percentile", rng=np.random.default_rng(0)
+    ).confidence_interval
+    return interval.low, interval.high
+
+
+def format_number(value: float, like: float | None = None) -> str:
+    """No decimals from 1000 up, one from 10 up, two from 1 up, else three, by the size of like."""
+    size = abs(value if like is None else like)
+    return f"{value:.{0 if size >= 1000 else 1 if size >= 10 else 2 if size >= 1 else 3}f}"
+
+
+def format_mean(values: np.ndarray) -> str:
+    mean, se = values.mean(), standard_error(values)
+    return format_number(mean) + (f" ± {format_number(se, like=mean)}" if math.isfinite(se) else "")
+
+
+def format_difference(difference: float) -> str:
+    if math.isnan(difference):
+        return "-"
+    return f"{difference:+.2f}, {'exceeds' if abs(difference) > 1 else 'within'}"
+
+
+def format_improvement(pairs: list[tuple[float, float]]) -> str:
+    percent = improvements(pairs)
+    if not len(percent):
+        return "undefined for a baseline of 0"
+    without = percent[percent <= FAILURE]
+    text = f"{percent.mean():+.1f} %"
+    if len(without) < len(percent):
+        rest = f"{without.mean():+.1f} %" if len(without) else "nothing left"
+        text += f" ({rest} without the {len(percent) - len(without)} above {FAILURE} %)"
+    return text
+
+
+def format_interval(samples: list[np.ndarray], statistic=interquartile_mean) -> str:
+    """A statistic with its interval."""
+    interval = bootstrap_interval(samples, statistic)
+    bounds = f"[{interval[0]:.3f}, {interval[1]:.3f}]" if interval else "(one seed: no interval)"
+    return f"{statistic(*samples):.3f} {bounds}"

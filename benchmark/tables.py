@@ -1,0 +1,362 @@
+"""The tables of the report."""
+
+import math
+from collections import defaultdict
+
+import numpy as np
+from cells import (
+    BASELINES,
+    LANGUAGE_TABLES,
+    PARTS,
+    TABLES,
+    UNNORMALIZED,
+    Cell,
+    Group,
+    LanguageGroup,
+    planned,
+    read_rl_zoo,
+    short_name,
+)
+from runs import JUDGE, SFT_UPDATES, Results, Runs, language_cells
+from scores import (
+    count_wins,
+    format_difference,
+    format_improvement,
+    format_interval,
+    format_mean,
+    interquartile_mean,
+    joint_difference,
+    probability_of_improvement,
+    standard_error,
+)
+
+PRINTED_WINS = {(8, "none"): 12, (8, "BSC(0.1)"): 15, (11, "none"): 16, (11, "BSC(0.1)"): 19}
+RL_ZOO_TIMESTEPS = 10_000_000
+METRICS = {"rm_score": "score", "perplexity": "perplexity", "win_rate": "win rate (%)"}
+
+
+def markdown_table(header: list[str], rows: list[list[str]], right: str = "") -> str:
+    """Padded, so that it reads well as plain text too; right: the header's names that are aligned to the right."""
+    widths = [max(3, *(len(row[i]) for row in [header, *rows])) for i in range(len(header))]
+    aligned = [name in right.split("|") for name in header]
+
+    def line(row: list[str]) -> str:
+        texts = [text.rjust(width) if r else text.ljust(width) for text, width, r in zip(row, widths, aligned)]
+        return f"| {' | '.join(texts)} |"
+
+    rule = [("-" * (width - 1) + ":") if r else "-" * width for width, r in zip(widths, aligned)]
+    return "\n".join([line(header), line(rule), *map(line, rows)])
+
+
+def sort_key(group: Group) -> tuple:
+    order = (UNNORMALIZED, "PPO", "A2C", "DPPO", "DA2C", "SPPO", "SA2C", "DSPPO", "DSA2C")
+    rank = order.index(group.algorithm) if group.algorithm in order else len(order)
+    return group.environment, group.noise != "none", rank, group.algorithm, group.timesteps, str(group)
+
+
+def table_title(table: int, cells: dict) -> str:
+    algorithms = list(dict.fromkeys(algorithm for _, algorithm, _ in cells))
+    noises = list(dict.fromkeys(noise for *_, noise in cells))
+    noise = "without noise" if noises == ["none"] else f"with noise {noises[0]}" if len(noises) == 1 else ""
+    domain = "Atari" if table in (8, 11) else "MuJoCo and Box2D"
+    return ", ".join(filter(None, [f"Table {table}: {', '.join(algorithms)}", domain, noise]))
+
+
+def overview_section(paper: dict, results: Results, shorter: set, table_4_run: bool) -> str:
+    ours = results.paper_cells()
+    rows = []
+    for table in TABLES:
+        for noise in dict.fromkeys(noise for *_, noise in paper[table]):
+            cells = {key: cell for key, cell in paper[table].items() if key[2] == noise}
+            values = [(ours[key][1].values, cell) for key, cell in cells.items() if key in ours]
+            differences = [joint_difference(v.mean(), standard_error(v), cell) for v, cell in values]
+            algorithms = ", ".join(dict.fromkeys(algorithm for _, algorithm, _ in cells))
+            counts = [f"{len(values)} of {len(cells)}", str(len(shorter & cells.keys() - ours.keys()))]
+            rows.append([str(table), algorithms, noise, *counts, str(sum(abs(d) > 1 for d in differences))])
+    full, short = (language_cells(results, kind) for kind in ("paper", "shorter"))
+    for table in LANGUAGE_TABLES:
+        cells = paper[table]
+        values = [(full[key], cell) for key, cell in cells.items() if key in full]
+        differences = [joint_difference(v.mean(), standard_error(v), cell) for v, cell in values]
+        counts = [f"{len(values)} of {len(cells)}", str(len(short.keys() & cells.keys() - full.keys()))]
+        algorithms = ", ".join(dict.fromkeys(algorithm for _, algorithm, _ in cells))
+        rows.append([str(table), algorithms, "none", *counts, str(sum(abs(d) > 1 for d in differences))])
+    header = ["Table", "Algorithms", "Noise", "Cells run", "Shorter only", "Beyond the joint SE"]
+    table = markdown_table(header, rows, right="Table|Cells run|Shorter only|Beyond the joint SE")
+    parts = "; ".join(f"Table {part} is a part of Table {whole}" for part, whole in PARTS.items())
+    table_4 = "" if table_4_run else " No cell of Table 4 was run."
+    return f"{table}\n\n{parts}.{table_4}\n"
+
+
+def paper_cell(cells: dict, key: tuple[str, str, str]) -> Cell | None:
+    """The cell beside which a row stands; that of PPO has two rows, with and without advantage normalization."""
+    environment, algorithm, noise = key
+    return cells.get((environment, "PPO" if algorithm == UNNORMALIZED else algorithm, noise))
+
+
+def row_keys(table: int, cells: dict, ours: dict) -> list[tuple[str, str, str]]:
+    """What was run of a table: its cells, and after those of each environment and noise what the paper has not."""
+    keys = []
+    for environment, noise in dict.fromkeys((environment, noise) for environment, _, noise in cells):
+        keys += [key for key in cells if key[0::2] == (environment, noise) and key in ours]
+        others = [group for key, (group, _) in ours.items() if key[0::2] == (environment, noise) and key not in cells]
+        keys += [group.cell for group in sorted(others, key=sort_key) if group.family == TABLES[table]]
+    return keys
+
+
+def table_section(table: int, cells: dict, ours: dict, shorter: set) -> str:
+    """One table of the paper as far as it was run, and what follows from its cells."""
+    names = 2 if len({noise for *_, noise in cells}) == 1 else 3  # the title has the noise
+    keys, rows = row_keys(table, cells, ours), []
+    for key in keys:
+        group, runs = ours[key]
+        cell = paper_cell(cells, key)
+        mean, se = runs.values.mean(), standard_error(runs.values)
+        difference = format_difference(joint_difference(mean, se, cell) if cell else math.nan)
+        texts = [format_mean(runs.values), str(len(runs.values)), f"{group.timesteps:,}", str(cell or "-"), difference]
+        rows.append([*group.columns[:names], *texts])
+    header = ["Environment", "Algorithm", "Noise"][:names]
+    header += ["Ours", "n", "Timesteps", "Paper", "Difference / joint SE"]
+    text = [f"## {table_title(table, cells)}", "", markdown_table(header, rows, right="Ours|n|Timesteps|Paper"), ""]
+    for noise in dict.fromkeys(noise for *_, noise in cells):
+        text += noise_summary(table, cells, ours, noise)
+    text += explanations(table, keys)
+
+    missing = defaultdict(list)
+    for environment, algorithm, noise in cells.keys() - ours.keys():
+        what = "Shorter runs only" if (environment, algorithm, noise) in shorter else "Not run"
+        missing[what, algorithm if names == 2 else f"{algorithm}, noise {noise}"].append(short_name(environment))
+    per_column = len(cells) // len({key[1:] for key in cells})
+    for (what, column), environments in sorted(missing.items()):
+        where = "everywhere" if len(environments) == per_column else ", ".join(sorted(environments))
+        text.append(f"- {what}: {column}: {where}.")
+    return "\n".join(text) + "\n"
+
+
+def explanations(table: int, keys: list[tuple[str, str, str]]) -> list[str]:
+    """Of rows that need it, as bullets."""
+    text, algorithms = [], dict.fromkeys(algorithm for _, algorithm, _ in keys)
+    gammas = {p.environment: p.settings["gamma"] for key, p in planned().items() if key[0] == TABLES[table]}
+    for environment in dict.fromkeys(environment for environment, *_ in keys):
+        if gammas[environment] != 0.99:
+            text.append(
+                f"- {environment}: the rows beside the paper's cells have gamma {gammas[environment]}, which the "
+                "authors' files have and the paper does not name; those with gamma 0.99 say so."
+            )
+    if UNNORMALIZED in algorithms:
+        text.append(f"- {UNNORMALIZED} is the baseline as the authors released it, PPO is that of the paper's text.")
+    for control in (algorithm for algorithm in algorithms if algorithm.endswith(" control")):
+        factor = "alpha" if "A2C" in control else "alpha - beta Z"
+        text.append(
+            f"- {control}: the symmetric algorithm without its reverse loss, its policy loss times the {factor} of the "
+            "symmetric row (--beta 0; docs/paper-notes.md says why)."
+        )
+    return text
+
+
+def noise_summary(table: int, cells: dict, ours: dict, noise: str) -> list[str]:
+    """Wins, improvement and pairs of algorithms of one table and noise, ours beside the paper's, as bullets."""
+    algorithms = list(dict.fromkeys(algorithm for _, algorithm, _ in cells))
+    symmetric = algorithms[-1]
+    baseline = BASELINES[symmetric]
+    environments = [e for e in dict.fromkeys(e for e, *_ in cells) if (e, symmetric, noise) in cells]
+    paper_pairs = {e: (cells[e, baseline, noise].mean, cells[e, symmetric, noise].mean) for e in environments}
+    both = [e for e in environments if (e, baseline, noise) in ours and (e, symmetric, noise) in ours]
+    prefix = "" if noise == "none" or table not in (8, 11) else f"Noise {noise}: "
+    text = []
+    if both:
+        our_pairs = [tuple(ours[e, a, noise][1].values.mean() for a in (baseline, symmetric)) for e in both]
+        same_pairs = [paper_pairs[e] for e in both]
+        all_pairs = list(paper_pairs.values())
+        recomputed, printed = count_wins(all_pairs), PRINTED_WINS.get((table, noise))
+        misprint = f" (the paper prints {printed})" if printed not in (None, recomputed) else ""
+        wins, improvement = count_wins(same_pairs), format_improvement(same_pairs)
+        these, everywhere = f" in {wins} of these", f" {improvement} in these environments"
+        if len(both) < len(environments):
+            these, everywhere = f"{these} and in", f"{everywhere},"
+        else:
+            these, everywhere = " in", ""
+        text += [
+            f"- {prefix}{symmetric} has the higher mean than {baseline} in {count_wins(our_pairs)} of {len(both)} "
+            f"environments; in the paper's cells{these} {recomputed} of all {len(all_pairs)}{misprint}.",
+            f"- {prefix}Average improvement of {symmetric} over {baseline}: {format_improvement(our_pairs)}; "
+            f"the paper's cells:{everywhere} {format_improvement(all_pairs)} in all {len(all_pairs)}.",
+        ]
+    others = [algorithm for _, algorithm, n in row_keys(table, cells, ours) if n == noise]
+    for other in dict.fromkeys([*algorithms[:-1], *others]):
+        common = [e for e in environments if (e, other, noise) in ours and (e, symmetric, noise) in ours]
+        if other == symmetric or not common:
+            continue
+        samples = [[ours[e, a, noise][1].values for e in common] for a in (symmetric, other)]
+        unit = [cells[e, baseline, noise].mean for e in common]
+        means = [format_interval([s / u for s, u in zip(own, unit)], interquartile_mean) for own in samples]
+        text.append(
+            f"- {prefix}{symmetric} and {other}, {len(common)} environment{'s' * (len(common) > 1)}: interquartile "
+            f"mean of score / the paper's {baseline} cell {means[0]} and {means[1]}; probability of improvement "
+            f"{format_interval(samples[0] + samples[1], probability_of_improvement)}."
+        )
+    return text
+
+
+def table_4_section(paper: dict, results: Results) -> str | None:
+    """Improvement of SPPO over PPO for each beta, and what Table 11's cells say about the paper's rule."""
+    ours = defaultdict(dict)  # (beta or None for PPO, noise): {environment: mean}
+    for group, runs in results.groups.items():
+        differences = dict(group.differences)
+        if group.family != "atari_ppo" or group.timesteps != group.paper_timesteps:
+            continue
+        if group.algorithm == "PPO" and not differences:
+            ours[None, group.noise][group.environment] = runs.values.mean()
+        elif group.algorithm == "SPPO" and differences.keys() <= {"beta"}:
+            plan = planned()["atari_ppo", group.environment, "SPPO", group.noise]
+            beta = differences.get("beta", plan.settings["beta"])
+            ours[beta, group.noise][group.environment] = runs.values.mean()
+    rows = []
+    for (_, algorithm, noise), cell in paper[4].items():
+        beta = float(algorithm.removeprefix("SPPO (beta ").removesuffix(")"))
+        both = sorted(ours[None, noise].keys() & ours[beta, noise].keys())
+        pairs = [(ours[None, noise][e], ours[beta, noise][e]) for e in both]
+        text = format_improvement(pairs) if pairs else "not run"
+        rows.append([f"{beta:g}", noise, text, f"{len(both)} of 22", f"{cell} %"])
+    if not any(ours.values()):
+        return None
+    rule = []
+    for noise, beta in (("none", 1.0), ("BSC(0.1)", 10.0)):
+        environments = [e for e, a, n in paper[11] if (a, n) == ("PPO", noise)]
+        pairs = [(paper[11][e, "PPO", noise].mean, paper[11][e, "SPPO", noise].mean) for e in environments]
+        printed = paper[4]["22 Atari games", f"SPPO (beta {beta})", noise]
+        rule.append(f"{format_improvement(pairs)} for beta {beta:g} (noise: {noise}) where Table 4 prints {printed} %")
+    header = ["beta", "Noise", "Ours", "Games", "Paper"]
+    return "\n".join(
+        [
+            "## Table 4: improvement of SPPO over PPO, alpha 0.5",
+            "",
+            markdown_table(header, rows, right="beta|Games|Paper"),
+            "",
+            "- Table 4's own rule (very large improvements left out of the average) does not reproduce from Table 11's "
+            f"cells. They give {'; '.join(rule)}.",
+            "",
+        ]
+    )
+
+
+def length_section(kind: str, paper: dict, groups: dict[Group, Runs]) -> str:
+    """Shorter or longer runs at the paper's settings."""
+    cells = {key: cell for table in TABLES for key, cell in paper[table].items()}
+    rl_zoo, rows = read_rl_zoo(), []
+    for group in sorted(groups, key=sort_key):
+        values, cell = groups[group].values, paper_cell(cells, group.cell)
+        steps = f"{group.timesteps:,} of {group.paper_timesteps:,}"
+        rows.append([*group.columns, steps, format_mean(values), str(len(values)), str(cell or "-")])
+        if kind == "longer":
+            same = group.noise == "none" and RL_ZOO_TIMESTEPS <= group.timesteps <= 1.01 * RL_ZOO_TIMESTEPS
+            rows[-1].append(rl_zoo.get((group.environment, group.algorithm), "-") if same else "-")
+    header = ["Environment", "Algorithm", "Noise", "Timesteps", f"Ours, {kind}", "n", "Paper, full length"]
+    text = [
+        f"## {kind.capitalize()} than the paper",
+        "",
+        "The paper's settings, but not its length: no comparison.",
+        "",
+    ]
+    if kind == "longer":
+        header.append("RL Zoo, 1e7 steps")
+        text[-2] += " [RL Zoo](https://github.com/DLR-RM/rl-baselines3-zoo/blob/master/benchmark.md)'s "
+        text[-2] += "scores after 1e7 steps are those of one agent each, mean ± standard deviation over its episodes."
+    return "\n".join([*text, markdown_table(header, rows, right="|".join(header[3:])), ""])
+
+
+def other_section(groups: dict[Group, Runs]) -> str:
+    rows = []
+    for group in sorted(groups, key=sort_key):
+        values = groups[group].values
+        steps = f"{group.timesteps:,}"
+        if group.paper_timesteps and group.timesteps < group.paper_timesteps:
+            steps += f" of {group.paper_timesteps:,}"
+        rows.append([*group.columns, group.difference_text(), steps, format_mean(values), str(len(values))])
+    header = ["Environment", "Algorithm", "Noise", "Not the paper's", "Timesteps", "Ours", "n"]
+    table = markdown_table(header, rows, right="Timesteps|Ours|n")
+    return f"## Other settings\n\nNot the paper's for these cells, so they are in no table above.\n\n{table}\n"
+
+
+def language_table_section(table: int, paper: dict, ours: dict) -> str:
+    """Table 3 or 14 as far as it was run."""
+    cells = paper[table]
+    title = {3: "language models", 14: "PPO without and with advantage normalization, language models"}[table]
+    labels = {("IMDB", "SFT"): "initial policy", ("TL;DR", "SFT"): f"PPO after {SFT_UPDATES} updates"}
+    known = {algorithm for other in LANGUAGE_TABLES for _, algorithm, _ in paper[other]}
+    keys = [key for key in ours if key[1] not in known] if table == 3 else []  # initial policies, controls, copies
+    tasks = list(dict.fromkeys(task for task, _, _ in cells))
+    rows = []
+    for task, algorithm, metric in sorted([*keys, *cells], key=lambda key: tasks.index(key[0])):
+        key = task, algorithm, metric
+        if key not in ours:
+            continue
+        values, cell = ours[key], cells.get(key)
+        difference = joint_difference(values.mean(), standard_error(values), cell) if cell else math.nan
+        texts = [format_mean(values), str(len(values)), str(cell or "-"), format_difference(difference)]
+        rows.append([task, labels.get((task, algorithm), algorithm), METRICS[metric], *texts])
+    header = ["Task", "Algorithm", "Metric", "Ours", "n", "Paper", "Difference / joint SE"]
+    text = [f"## Table {table}: {title}", "", markdown_table(header, rows, right="Ours|n|Paper"), ""]
+    if table == 3:
+        text += [
+            f"- Beside the paper's SFT: of IMDB the initial policy; of TL;DR the policy after {SFT_UPDATES} updates "
+            "(Section 5.3), which does not say whether of PPO or SPPO: here of PPO.",
+            f"- Win rates stand here if {JUDGE[0]} judged {JUDGE[1]} samples against the references.",
+        ]
+    missing = defaultdict(list)
+    for task, algorithm, metric in cells.keys() - ours.keys():
+        missing[task, labels.get((task, algorithm), algorithm)].append(METRICS[metric])
+    for (task, algorithm), metrics in sorted(missing.items()):
+        text.append(f"- Not run: {task}, {algorithm}: {', '.join(sorted(metrics))}.")
+    return "\n".join(text) + "\n"
+
+
+def format_change(runs: Runs, name: str, factor: float = 1) -> str:
+    """A metric before and after training."""
+    both = [factor * runs.metric(prefix + name) for prefix in ("before_", "")]
+    return " → ".join(format_mean(values) for values in both if len(values)) or "-"
+
+
+def language_section(groups: dict[LanguageGroup, Runs]) -> str:
+    """All language runs, the paper's settings or not, with what the reward model gives to other texts."""
+    text = [
+        "## Language runs",
+        "",
+        "Before → after training. Below each table, what the reward model gives to texts other than the policy's: the "
+        'references, nothing at all (IMDB: the prompt alone), and the policy\'s response cut in half; "wins" is how '
+        "often such a text scores above the policy's whole response (compare Figure 1 and Table 15).",
+        "",
+    ]
+    combinations = dict.fromkeys((group.task, group.models) for group in sorted(groups, key=sort_key))
+    for task, models in sorted(combinations, key=lambda combination: combination[0]):
+        policy, data, reward = models
+        text += [f"### {task}: policy `{policy}`, data set `{data}`, reward model `{reward}`", ""]
+        rouge = ("rouge1", "rouge2", "rougeL") if task == "TL;DR" else ()
+        rows, errors, judged = [], [], []
+        for group in sorted(groups, key=sort_key):
+            if (group.task, group.models) != (task, models):
+                continue
+            runs, updates = groups[group], f"{group.timesteps} of {group.paper_timesteps}"
+            if group.timesteps >= group.paper_timesteps:
+                updates = str(group.timesteps)
+            names = [group.algorithm, group.difference_text(), updates, str(len(runs.scores))]
+            changes = [format_change(runs, name) for name in ("score", "perplexity")]
+            rows.append([*names, *changes, *(format_change(runs, name, 100) for name in rouge)])
+            fixed = [runs.metric(f"score_{name}") for name in ("reference", "empty")]  # the same after as before
+            errors.append([*names, *(format_mean(values) if len(values) else "-" for values in fixed)])
+            errors[-1].append(format_change(runs, "score_truncated"))
+            errors[-1] += [format_change(runs, f"{name}_wins", 100) for name in ("empty", "truncated")]
+            for (against, judge, samples), by_seed in sorted(runs.judged.items()):
+                against = "the references" if against == "reference" else against
+                values = np.array([by_seed[seed] for seed in sorted(by_seed)])
+                judged.append(
+                    f"- Win rate of {', '.join(filter(None, names[:2]))}, {updates} updates, against {against}: "
+                    f"{format_mean(values)} % (n {len(values)}), {samples} samples judged by {judge}."
+                )
+        header = ["Algorithm", "Not the paper's", "Updates", "n"]
+        scores = ["Score", "Perplexity", *(f"ROUGE-{name[5:]}" for name in rouge)]
+        others = ["References", "Empty", "Cut in half", "Empty wins (%)", "Cut in half wins (%)"]
+        for names, table in ((scores, rows), (others, errors)):
+            text += [markdown_table([*header, *names], table, right="|".join(["Updates", "n", *names])), ""]
+        text += [*judged, ""] if judged else []
+    return "\n".join(text)
