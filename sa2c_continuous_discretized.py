@@ -706,8 +706,8 @@ def load_checkpoint(run_dir: Path) -> dict | None:
         return None
     try:
         checkpoint = dict(torch.load(path, map_location="cpu", weights_only=True))
-    except (RuntimeError, EOFError, ValueError, TypeError, LookupError, pickle.UnpicklingError):
-        raise Stop(f"{path} is damaged") from None
+    except (RuntimeError, EOFError, OSError, ValueError, TypeError, LookupError, pickle.UnpicklingError) as error:
+        raise Stop(f"{path} cannot be read as a checkpoint ({type(error).__name__})") from None
     version = checkpoint.get("version", 1)
     require(version == VERSION, f"{path} was written by version {version} of {SCRIPT}.py: continue it with that one")
     return checkpoint
@@ -829,7 +829,7 @@ def validate(args: Args) -> None:
             value = getattr(args, name)
             require(is_allowed(value), f"--{name.replace('_', '-')} must be {allowed}, got {value}")
     rollout = args.num_envs * args.num_steps
-    message = f"a rollout of {rollout} steps, --num-envs times --num-steps, must be "
+    message = f"--total-timesteps must be at least one rollout, {rollout} steps, got {args.total_timesteps}"
     require(args.total_timesteps >= rollout, message)
     require(not args.cuda or torch.cuda.is_available(), "--cuda needs a CUDA device, and torch sees none")
     compiler = any(map(shutil.which, (os.environ.get("CXX", "c++"), "g++", "clang++")))

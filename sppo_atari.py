@@ -646,8 +646,8 @@ def load_checkpoint(run_dir: Path) -> dict | None:
         return None
     try:
         checkpoint = dict(torch.load(path, map_location="cpu", weights_only=True))
-    except (RuntimeError, EOFError, ValueError, TypeError, LookupError, pickle.UnpicklingError):
-        raise Stop(f"{path} is damaged") from None
+    except (RuntimeError, EOFError, OSError, ValueError, TypeError, LookupError, pickle.UnpicklingError) as error:
+        raise Stop(f"{path} cannot be read as a checkpoint ({type(error).__name__})") from None
     version = checkpoint.get("version", 1)
     require(version == VERSION, f"{path} was written by version {version} of {SCRIPT}.py: continue it with that one")
     return checkpoint

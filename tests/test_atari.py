@@ -4,6 +4,7 @@ import json
 import signal
 import subprocess
 import sys
+from contextlib import nullcontext
 from copy import deepcopy
 from itertools import pairwise
 
@@ -580,7 +581,7 @@ def test_run_killed_before_its_result_resumes_to_the_same_model(script, tmp_path
 @both
 def test_full_disk_stops_the_run_in_one_line(script, tmp_path, monkeypatch, capsys):
     run_dir = tmp_path / "run"
-    monkeypatch.setattr(sys, "argv", command(script, "--run-dir", run_dir)[1:])
+    monkeypatch.setattr(sys, "argv", command(script, "--run-dir", run_dir, "--checkpoint-every", "128")[1:])
     save_checkpoint, saved = script.save_checkpoint, []
 
     def save_until_full(*args):
