@@ -1,6 +1,5 @@
 """The scripts through their command line: output, determinism, survival, bad input, learning, likeness."""
 
-import ast
 import csv
 import importlib
 import json
@@ -12,7 +11,7 @@ import subprocess
 import sys
 from contextlib import nullcontext
 from importlib.metadata import version
-from itertools import combinations, pairwise
+from itertools import pairwise
 from pathlib import Path
 
 import gymnasium as gym
@@ -22,10 +21,6 @@ import pytest
 import torch
 from conftest import (
     CONTINUOUS,
-    CONTROL,
-    LANGUAGE,
-    ROOT,
-    SCRIPTS,
     import_scripts,
     largest_file,
     wait_for_the_next_second,
@@ -978,162 +973,6 @@ def test_short_run_learns_to_balance_the_pendulum(script, call, tmp_path):
     assert call(*flags, *LEARN[script.SCRIPT].split())[0] == 0
     means = [read_result(tmp_path / "run" / f"seed{seed}")["eval_mean"] for seed in (1, 2)]
     assert min(means) > 150, means  # untrained: 31 at most over 30 seeds; with the sign of the loss flipped: 3
-
-
-DIFFERENT_ALGORITHM = {  # what the SPPO and the SA2C script of a domain call the same and write differently
-    "module docstring",
-    "Args.alpha",
-    "Args.beta",
-    "Args.learning_rate",
-    "Args.num_envs",
-    "Args.num_steps",
-    "Args.gae_lambda",
-    "gradients",
-    "Learner.__init__",
-    "train",
-    "validate",
-}
-DIFFERENT_IN = {
-    "continuous_discretized": DIFFERENT_ALGORITHM,
-    "atari": DIFFERENT_ALGORITHM | {"Args.anneal_lr", "Args.vf_coef"},
-}
-SPPO_ONLY = {
-    "symmetric_ppo_loss",
-    "Args.num_minibatches",
-    "Args.update_epochs",
-    "Args.norm_adv",
-    "Args.clip_coef",
-    "Args.anneal_clip",
-}
-SA2C_ONLY = {"continuous_discretized": {"symmetric_a2c_loss"}, "atari": {"symmetric_a2c_loss", "RMSpropTF"}}
-DIFFERENT_DOMAIN = {  # what scripts of different domains write differently besides Args and Learner
-    "Import",
-    "ImportFrom",
-    "PACKAGES",
-    "env_seeds",
-    "Agent",
-    "logprob_and_entropy",
-    "evaluate",
-    "evaluate_saved",
-    "load_model",
-    "save_results",
-    "run",
-    "main",
-}
-DIFFERENT_LANGUAGE = {  # what the language scripts write differently from the control scripts besides that
-    "(TRAINING, EVALUATION)",
-    "symmetric_ppo_loss",  # 2-D and masked; test_loss.py compares it with the others
-    "gae",
-    "Progress",
-    "create_run_dir",  # the Atari scripts, without --num-seeds, write it into one function
-    "open_run_dir",
-}
-DIFFERENT_TASK = {  # what the language scripts write differently from each other
-    "module docstring",
-    "ImportFrom",
-    "PACKAGES",
-    "OOM_HINT",  # what to lower when memory is short
-    "TOKENIZERS",
-    "ActorCritic",
-    "generate",
-    "Learner.docstring",
-    "Learner.__init__",
-    "rollout",
-    "train",
-    "evaluate",
-    "summary",
-    "save_policy",
-    "validate",
-    "run",
-}
-DIFFERENT_DEFAULTS = """
-policy reward_model dataset num_updates beta kl_coef target_coef prompt_length response_length min_response_length top_k
-num_trajectories update_epochs minibatch_size micro_batch_size rollout_batch_size weight_decay gamma vf_coef
-max_grad_norm eval_samples
-"""
-IMDB_ONLY = {"encode_targets", "first_half", "Reward"}
-TLDR_ONLY = {
-    "PROMPT_END",
-    "ROUGE",
-    "Args.base_precision",
-    "Args.lora_rank",
-    "Args.lora_alpha",
-    "Args.lora_targets",
-    "encode_labels",
-    "encode_prompts",
-    "reward_text",
-    "ClassifierReward",
-    "AdapterReward",
-    "load_base",
-}
-
-
-def parts(path):
-    """{name: source with the comments above it} of a script's statements in order; Args and Learner by member."""
-    source = path.read_text()
-    lines, result = source.splitlines(), {}
-
-    def split(body, start, prefix, name):
-        for node in body:
-            if isinstance(node, ast.ClassDef) and node.name in ("Args", "Learner"):
-                first = node.body[0].lineno - 1
-                result[f"class {node.name}"] = "\n".join(lines[start:first]).strip()
-                split(node.body, first, f"{node.name}.", f"{node.name}.docstring")
-            else:
-                if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
-                    name = prefix + node.name
-                elif isinstance(node, (ast.Assign, ast.AnnAssign)):
-                    name = prefix + ast.unparse(node.targets[0] if isinstance(node, ast.Assign) else node.target)
-                elif not isinstance(node, ast.Expr):  # a field's docstring belongs to the field
-                    name = type(node).__name__
-                result[name] = "\n".join([result.get(name, ""), *lines[start : node.end_lineno]]).strip()
-            start = node.end_lineno
-
-    split(ast.parse(source).body, 0, "", "module docstring")
-    return result
-
-
-PARTS = {name: parts(ROOT / f"{name}.py") for name in SCRIPTS}
-DOMAINS = sorted({name.split("_", 1)[1] for name in CONTROL})
-
-
-@pytest.mark.parametrize("domain", DOMAINS)
-def test_sppo_and_sa2c_of_a_domain_differ_where_the_algorithms_do_and_nowhere_else(domain):
-    assert domain in DIFFERENT_IN, "name its allowed differences in DIFFERENT_IN and SA2C_ONLY"
-    sppo, sa2c = PARTS[f"sppo_{domain}"], PARTS[f"sa2c_{domain}"]
-    assert {name for name in sppo if name in sa2c and sppo[name] != sa2c[name]} == DIFFERENT_IN[domain]
-    assert set(sppo) - set(sa2c) == SPPO_ONLY
-    assert set(sa2c) - set(sppo) == SA2C_ONLY[domain]
-    assert [name for name in sppo if name in sa2c] == [name for name in sa2c if name in sppo]
-
-
-def drifted(one, other, allowed):
-    """What two scripts call the same and write differently, Args and the methods of Learner left aside."""
-    common = {name for name in PARTS[one] if name in PARTS[other] and not name.startswith(("Args.", "Learner."))}
-    assert len(common - allowed) > 10
-    return {name for name in common - allowed if PARTS[one][name] != PARTS[other][name]}
-
-
-@pytest.mark.parametrize("one, other", list(combinations(CONTROL, 2)))
-def test_helpers_of_two_scripts_with_the_same_name_are_the_same(one, other):
-    assert not drifted(one, other, DIFFERENT_ALGORITHM | DIFFERENT_DOMAIN)
-
-
-def test_language_scripts_differ_where_their_tasks_do_and_nowhere_else():
-    imdb, tldr = (PARTS[f"sppo_rlhf_{task}"] for task in ("imdb", "tldr"))
-    common = [name for name in imdb if name in tldr]
-    assert common == [name for name in tldr if name in imdb]
-    different = {name for name in common if imdb[name] != tldr[name]}
-    assert {name for name in different if not name.startswith("Args.")} == DIFFERENT_TASK
-    assert different - DIFFERENT_TASK == {f"Args.{name}" for name in DIFFERENT_DEFAULTS.split()}
-    assert set(imdb) - set(tldr) == IMDB_ONLY
-    assert set(tldr) - set(imdb) == TLDR_ONLY
-
-
-@pytest.mark.parametrize("language", LANGUAGE)
-@pytest.mark.parametrize("control", CONTROL)
-def test_helpers_of_language_and_control_scripts_with_the_same_name_are_the_same(language, control):
-    assert not drifted(language, control, DIFFERENT_ALGORITHM | DIFFERENT_DOMAIN | DIFFERENT_LANGUAGE)
 
 
 @pytest.mark.parametrize("script", import_scripts("s*_[ac]*.py"))
