@@ -65,7 +65,7 @@ class Args:
         "BreakoutNoFrameskip-v4"  # the game: BreakoutNoFrameskip-v4, ALE/Breakout-v5 and breakout are the same
     )
     sticky_actions: bool = False  # repeat the previous action with probability 0.25
-    total_timesteps: int = 10_000_000  # environment steps of 4 frames each, rounded up to whole rollouts
+    total_timesteps: int = 5_000_000  # environment steps of 4 frames each, rounded up to whole rollouts
     seed: int = 1  # seed of everything random
     alpha: float = 0.5  # weight of the A2C loss in Eq. 9
     beta: float = 5.0  # weight of the reverse A2C loss in Eq. 9; alpha 1 and beta 0 is plain A2C
@@ -157,7 +157,7 @@ class Games:
     def reset(self, seeds: list[int]) -> np.ndarray:
         """Start every game; frames (num_games, 4, 84, 84), uint8."""
         obs, info = self.envs.reset(seed=np.array(seeds))
-        self.frame_number = info["episode_frame_number"].copy()
+        self.game_start = info["frame_number"] - info["episode_frame_number"]
         self.must_fire = np.zeros(len(seeds), dtype=bool)
         return obs
 
@@ -168,8 +168,9 @@ class Games:
         """
         obs, rewards, terminated, truncated, infos = self.envs.step(actions)
         # Lives cannot tell: at game over they are the next game's, and games award extra ones. Frame numbers can.
-        game_over = infos["episode_frame_number"] <= self.frame_number
-        self.frame_number = infos["episode_frame_number"].copy()
+        game_start = infos["frame_number"] - infos["episode_frame_number"]  # frames before the running game
+        game_over = game_start != self.game_start
+        self.game_start = game_start
         self.must_fire = terminated & ~game_over & (self.fire is not None)
         return obs, rewards, terminated, truncated, game_over, infos
 
@@ -267,14 +268,16 @@ def gradients(
 ) -> tuple[list[torch.Tensor], dict[str, torch.Tensor]]:
     """Clipped gradients on a batch, and its losses as {tag: ()}.
 
-    batch: frames (batch, 4, 84, 84) and (batch,) of actions, advantages and returns.
+    batch: frames (batch, 4, 84, 84) and (batch,) of actions, whether the policy chose them (1 or 0),
+    advantages and returns. Actions that it did not choose train the value alone.
     """
-    obs, actions, advantages, returns = batch
+    obs, actions, chosen, advantages, returns = batch
     logits, values = agent(obs)
     logprob, entropy = logprob_and_entropy(logits, actions)
-    policy_loss = symmetric_a2c_loss(logprob, advantages, args.alpha, args.beta, args.Z)
+    A = advantages * chosen
+    policy_loss = symmetric_a2c_loss(logprob, A, args.alpha, args.beta, args.Z)
     value_loss = (values - returns).square().mean(-1)  # as in Stable-Baselines3: no 0.5, no clipping
-    entropy = entropy.mean(-1)
+    entropy = (entropy * chosen).mean(-1)
     loss = policy_loss + args.vf_coef * value_loss
     if args.ent_coef:
         loss = loss - args.ent_coef * entropy
@@ -377,6 +380,7 @@ def train(args: Args, run_dir: Path) -> None:
     # Channels-last in memory, so that no minibatch has to be reordered.
     obs_buf = torch.zeros((T, E, 84, 84, 4), dtype=torch.uint8, device=device).permute(0, 1, 4, 2, 3)
     action_buf = torch.zeros((T, E), dtype=torch.int64, device=device)
+    chosen_buf = torch.ones((T, E), device=device)  # 0 where FIRE was forced, an action that the policy did not choose
     value_buf = torch.zeros((T, E), device=device)
     reward_buf = np.zeros((T, E), np.float32)
     done_buf = np.zeros((T, E), bool)
@@ -394,6 +398,7 @@ def train(args: Args, run_dir: Path) -> None:
             obs_buf[t] = torch.from_numpy(obs).to(device, non_blocking=True)
             logits, value_buf[t] = agent(obs_buf[t])
             action_buf[t] = (logits + gumbel[t]).argmax(-1)
+            chosen_buf[t] = torch.from_numpy(~games.must_fire)
             if games.must_fire.any():
                 action_buf[t][torch.from_numpy(games.must_fire)] = games.fire
             obs, raw_reward, terminated, truncated, game_over, infos = games.step(action_buf[t].cpu().numpy())
@@ -415,7 +420,7 @@ def train(args: Args, run_dir: Path) -> None:
         last_value = agent(torch.from_numpy(obs).to(device))[1].cpu().numpy()
         advantages, returns = gae(reward_buf, values, done_buf, last_value, args.gamma, args.gae_lambda)
         b_advantages, b_returns = (torch.from_numpy(x).to(device).flatten() for x in (advantages, returns))
-        batch = (obs_buf.flatten(0, 1), action_buf.flatten(), b_advantages, b_returns)
+        batch = (obs_buf.flatten(0, 1), action_buf.flatten(), chosen_buf.flatten(), b_advantages, b_returns)
 
         # Update
         global_step += rollout_size
@@ -443,7 +448,7 @@ def train(args: Args, run_dir: Path) -> None:
         sps = counters["train_steps"] / max(counters["train_seconds"], 1e-9)
         eval_returns = None
         if args.eval_every and global_step % args.eval_every < rollout_size and global_step < total_timesteps:
-            eval_returns = evaluate(learner, args, run_dir, f"step{global_step}")
+            eval_returns = evaluate(learner, args, run_dir, global_step)
         if global_step - last_log >= LOG_EVERY or global_step == total_timesteps or eval_returns is not None:
             metrics = {tag: torch.stack([s[tag] for s in stats]).mean().item() for tag in stats[0]}
             metrics["losses/explained_variance"] = 1 - (returns - values).var() / (returns.var() + 1e-8)
@@ -472,13 +477,16 @@ def train(args: Args, run_dir: Path) -> None:
 
 
 @torch.no_grad()
-def evaluate(learner: Learner, args: Args, run_dir: Path, name: str = "final") -> np.ndarray:
+def evaluate(learner: Learner, args: Args, run_dir: Path, step: int | None = None) -> np.ndarray:
     """Raw scores (10,) of the first whole game in each of 10 environments of its own; actions are sampled.
 
-    With args.capture_video the first of these games is recorded into videos/<name>.
+    An evaluation during training, at a step, has starts and draws of its own. With args.capture_video the first of the
+    games is recorded.
     """
+    name = "final" if step is None else f"step{step}"
+    stream = (EVALUATION,) if step is None else (EVALUATION, step)
     agent, device = learner.agent, learner.device
-    seeds = env_seeds(args.seed, EVAL_EPISODES, EVALUATION)
+    seeds = env_seeds(args.seed, EVAL_EPISODES, *stream)
     generator = torch.Generator().manual_seed(seeds[0])
     games = Games(args, EVAL_EPISODES)
     obs = games.reset(seeds)

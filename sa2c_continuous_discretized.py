@@ -484,7 +484,7 @@ def train(args: Args, run_dir: Path) -> None:
         sps = counters["train_steps"] / max(counters["train_seconds"], 1e-9)
         eval_returns = None
         if args.eval_every and global_step % args.eval_every < rollout_size and global_step < total_timesteps:
-            eval_returns = evaluate(learner, args, run_dir, f"step{global_step}")
+            eval_returns = evaluate(learner, args, run_dir, global_step)
         if global_step - last_log >= LOG_EVERY or global_step == total_timesteps or eval_returns is not None:
             means = {tag: torch.stack([s[tag] for s in stats]).mean(0).tolist() for tag in stats[0]}
             unexplained = (returns - values).var((0, 2)) / (returns.var((0, 2)) + 1e-8)
@@ -521,24 +521,26 @@ def train(args: Args, run_dir: Path) -> None:
 
 
 @torch.no_grad()
-def evaluate(learner: Learner, args: Args, run_dir: Path, name: str = "final") -> np.ndarray:
+def evaluate(learner: Learner, args: Args, run_dir: Path, step: int | None = None) -> np.ndarray:
     """Raw returns (num_agents, 10) of the first episode in each of 10 environments of its own per agent.
 
-    The most likely bin of every action dimension is taken, and the normalization statistics are frozen. With
-    args.capture_video the first episode of each agent is recorded into videos/<name>.
+    The most likely bin of every action dimension is taken, and the normalization statistics are frozen. An evaluation
+    during training, at a step, has starts of its own. With args.capture_video each agent's first episode is recorded.
     """
+    name = "final" if step is None else f"step{step}"
+    stream = (EVALUATION,) if step is None else (EVALUATION, step)
     seeds = seeds_of(args)
     videos = [seed_dir(args, run_dir, seed) / "videos" / name for seed in seeds] if args.capture_video else []
     envs = make_envs(args.env_id, len(seeds) * EVAL_EPISODES, videos)
     bins = action_bins(envs.single_action_space, args.num_bins)
-    raw_obs, _ = envs.reset(seed=env_seeds(seeds, EVAL_EPISODES, EVALUATION))
+    raw_obs, _ = envs.reset(seed=env_seeds(seeds, EVAL_EPISODES, *stream))
     returns = np.zeros(envs.num_envs)
     running = np.ones(envs.num_envs, dtype=bool)
-    for step in range(EVAL_MAX_STEPS + 1):
+    for t in range(EVAL_MAX_STEPS + 1):
         if not running.any():
             break
-        if step == EVAL_MAX_STEPS:
-            print(f"evaluation: {running.sum()} episodes of {args.env_id} were cut off after {step:,} steps")
+        if t == EVAL_MAX_STEPS:
+            print(f"evaluation: {running.sum()} episodes of {args.env_id} were cut off after {t:,} steps")
             break
         obs = learner.normalizer.obs(raw_obs.reshape(len(seeds), EVAL_EPISODES, -1), update=False)
         actions = learner.agent.logits(torch.from_numpy(obs).to(learner.device)).argmax(-1).cpu().numpy()

@@ -66,14 +66,16 @@ def test_an_extra_life_is_no_new_game_and_a_reset_is_one():
     class Emulator:
         def step(self, actions):
             frames, lives = self.script.pop(0)
-            info = {"episode_frame_number": np.array([frames]), "lives": np.array([lives])}
-            return None, np.zeros(1), np.array([lives < 3]), np.zeros(1, bool), info
+            total = frames + (120 if len(self.script) < 3 else 0) + (8 if len(self.script) < 1 else 0)
+            info = {"episode_frame_number": np.array([frames]), "frame_number": np.array([total])}
+            return None, np.zeros(1), np.array([lives < 3]), np.zeros(1, bool), info | {"lives": np.array([lives])}
 
     games = sppo_atari.Games(sppo_atari.Args(), 1)
     games.reset([1])
-    games.envs, games.frame_number = Emulator(), np.array([100])
-    games.envs.script = [(104, 3), (108, 4), (112, 2), (17, 3)]
-    assert [bool(games.step(np.array([0]))[4][0]) for _ in range(4)] == [False, False, False, True]
+    games.envs, games.game_start = Emulator(), np.array([0])
+    # An extra life, a lost one; game over; and again after 8 frames, fewer than the next game's no-ops.
+    games.envs.script = [(104, 3), (108, 4), (112, 2), (5, 3), (9, 3), (29, 3)]
+    assert [bool(games.step(np.array([0]))[4][0]) for _ in range(6)] == [False, False, False, True, False, True]
 
 
 def test_the_frame_limit_truncates_and_ends_the_game():
@@ -155,7 +157,7 @@ def captured_training(script, tmp_path, monkeypatch, **options):
 
 
 @both
-def test_fire_after_a_lost_life_is_stored_with_its_own_logprob(script, tmp_path, monkeypatch):
+def test_fire_after_a_lost_life_is_stored_with_its_own_logprob_and_as_not_chosen(script, tmp_path, monkeypatch):
     steps = []
     step = script.Games.step
 
@@ -171,6 +173,8 @@ def test_fire_after_a_lost_life_is_stored_with_its_own_logprob(script, tmp_path,
     assert (
         captured["minibatches"][0][1].bincount().tolist() == np.bincount(np.concatenate([a for _, a in steps])).tolist()
     )
+    chosen = captured["minibatches"][0][2]
+    assert (chosen == 0).sum() == len(forced) and (captured["minibatches"][0][1][chosen == 0] == 1).all()
     if script is sa2c_atari:
         return
     # Before the first step the policy is that of the rollout: the ratio is 1 for every stored action, forced or not,
@@ -240,7 +244,7 @@ def test_every_epoch_has_each_sample_once_with_its_own_advantage_and_rollout_log
     orders = []
     for epoch in np.array_split(np.arange(len(captured["minibatches"])), epochs):
         batches = zip(*(captured["minibatches"][k] for k in epoch))
-        obs, actions, *old_logprob, advantages, returns = (torch.cat(x) for x in batches)
+        obs, actions, _, *old_logprob, advantages, returns = (torch.cat(x) for x in batches)
         with torch.no_grad():
             logits, values = agent(obs)
         torch.testing.assert_close(returns - advantages, values, rtol=1e-4, atol=1e-5)
@@ -323,8 +327,8 @@ def test_runs_differ_by_seed_and_by_nothing_else(script, tmp_path, monkeypatch):
 @both
 def test_games_start_after_their_own_number_of_no_ops(script):
     games = script.Games(script.Args(env_id="MsPacman", num_threads=1), 40)
-    games.reset(list(range(40)))
-    assert set(games.frame_number) <= set(range(30)) and len(set(games.frame_number)) > 10
+    _, info = games.envs.reset(seed=np.arange(40))
+    assert set(info["frame_number"]) <= set(range(30)) and len(set(info["frame_number"])) > 10
 
 
 @both
@@ -351,6 +355,7 @@ def test_optimizer_is_that_of_the_published_runs(script):
 @pytest.mark.parametrize("norm_adv", [True, False])
 @pytest.mark.parametrize("beta", [0.0, 1.0, 10.0])
 def test_network_and_gradient_step_equal_plain_torch(script, beta, norm_adv):
+    """Every fourth action was forced upon the policy: it counts in the value loss and in the means' denominators."""
     torch.manual_seed(0)
     agent = script.Agent(6, torch.Generator().manual_seed(1))
     for name, gain in (("trunk.0", 2**0.5), ("trunk.7", 2**0.5), ("actor", 0.01), ("critic", 1.0)):
@@ -368,7 +373,8 @@ def test_network_and_gradient_step_equal_plain_torch(script, beta, norm_adv):
     features = reference["trunk"](obs.float() / 255)
     policy = torch.distributions.Categorical(logits=reference["actor"](features))
     value_loss = nn.functional.mse_loss(reference["critic"](features).flatten(), returns)
-    logprob, entropy = policy.log_prob(actions), policy.entropy().mean()
+    chosen = (torch.arange(32) % 4 > 0).float()
+    logprob, entropy = policy.log_prob(actions), policy.entropy()[chosen > 0].sum() / 32
     alpha, Z = (1.0, -1.0) if beta == 0 else (0.5, -2.0)
     if script is sppo_atari:
         args = script.Args(alpha=alpha, beta=beta, Z=Z, norm_adv=norm_adv)
@@ -379,15 +385,16 @@ def test_network_and_gradient_step_equal_plain_torch(script, beta, norm_adv):
         L_ppo = -torch.min(pi / pi_old * used, (pi / pi_old).clamp(0.9, 1.1) * used)
         active = torch.where(used > 0, pi / pi_old < 1.1, pi / pi_old > 0.9)
         assert 0 < active.sum() < 32
-        policy_loss = (alpha * L_ppo + beta * -used * Z * (1 - pi) / pi_old * active).mean()
-        batch = [obs, actions, old_logprob, advantages, returns]
+        policy_loss = (alpha * L_ppo + beta * -used * Z * (1 - pi) / pi_old * active)[chosen > 0].sum() / 32
+        batch = [obs, actions, chosen, old_logprob, advantages, returns]
         grads, losses = script.gradients(agent, batch, torch.tensor(0.1), args)
         flips = ((advantages > 0) != (used > 0)).float().mean().item()
         assert losses["losses/sign_flips"].item() == pytest.approx(flips) and (flips > 0) == norm_adv
     else:
         args = script.Args(alpha=alpha, beta=beta, Z=Z)
-        policy_loss = (alpha * -advantages * logprob + beta * -advantages * Z * (1 - logprob.exp())).mean()
-        grads, _ = script.gradients(agent, [obs, actions, advantages, returns], args)
+        loss = alpha * -advantages * logprob + beta * -advantages * Z * (1 - logprob.exp())
+        policy_loss = loss[chosen > 0].sum() / 32
+        grads, _ = script.gradients(agent, [obs, actions, chosen, advantages, returns], args)
     (policy_loss + args.vf_coef * value_loss - 0.01 * entropy).backward()
     nn.utils.clip_grad_norm_(reference.parameters(), 0.5)
     for (name, p), g in zip(reference.named_parameters(), grads):

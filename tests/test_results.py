@@ -1,0 +1,20 @@
+"""The trained agents kept in benchmark/results/ score what is written beside them."""
+
+import importlib
+import json
+
+import pytest
+from conftest import ROOT
+
+MODELS = sorted((ROOT / "benchmark/results").rglob("model.safetensors"))
+
+
+@pytest.mark.parametrize("path", MODELS, ids=lambda path: path.parent.parent.name)
+def test_kept_agent_plays_to_its_kept_score(path):
+    result = json.loads((path.parent / "result.json").read_text())
+    script = importlib.import_module(result["script"])
+    args, tensors = script.load_model(path)
+    returns = script.evaluate_saved(args, tensors, path)
+    # Another processor rounds differently, which a long episode magnifies; here the returns are equal.
+    assert returns.mean() == pytest.approx(result["eval_mean"], rel=0.05)
+    assert path.stat().st_size < 150_000
