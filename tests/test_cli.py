@@ -19,12 +19,7 @@ import imageio.v2 as imageio
 import numpy as np
 import pytest
 import torch
-from conftest import (
-    CONTINUOUS,
-    import_scripts,
-    largest_file,
-    wait_for_the_next_second,
-)
+from conftest import CONTINUOUS, CONTROL, largest_file, wait_for_the_next_second
 from pausing import interrupt
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -45,7 +40,7 @@ TAGS = {
 SPPO_TAGS = TAGS | {"losses/approx_kl", "losses/clipfrac", "losses/sign_flips"}
 PENDULUM = ("--env-id", "InvertedDoublePendulum-v4")
 SPPO_UPDATE = ("--num-minibatches", "4", "--update-epochs", "2")
-sppo_only = pytest.mark.parametrize("script", CONTINUOUS[:1], indirect=True)
+both = pytest.mark.parametrize("script", CONTINUOUS, indirect=True)
 RESULT_KEYS = {
     "script",
     "env_id",
@@ -127,8 +122,9 @@ class PlainEnv(ToyEnv):
         super().__init__()
 
 
-@pytest.fixture(scope="session", params=CONTINUOUS)
+@pytest.fixture(scope="session", params=CONTINUOUS[:1])
 def script(request):
+    """SPPO's script, with which the other has in common what is no matter of the algorithm (test_siblings.py)."""
     return importlib.import_module(request.param)
 
 
@@ -231,6 +227,7 @@ def unfinished(finished, tmp_path):
     return run_dir
 
 
+@both
 def test_finished_run_leaves_the_agreed_files_and_nothing_else(finished):
     cwd, _, err = finished
     assert err == ""
@@ -241,6 +238,7 @@ def test_finished_run_leaves_the_agreed_files_and_nothing_else(finished):
     assert names - events == {"args.json", "checkpoint.pt", "model.safetensors", "curves.csv", "result.json"}
 
 
+@both
 def test_result_has_the_agreed_keys_and_total_rounds_up_to_whole_rollouts(script, finished):
     cwd, out, _ = finished
     result = read_result(cwd / "run")
@@ -258,6 +256,7 @@ def test_result_has_the_agreed_keys_and_total_rounds_up_to_whole_rollouts(script
     assert "5,120" in out and f"{result['eval_mean']:.1f}" in out and "run" in out
 
 
+@both
 def test_curves_hold_the_same_values_as_tensorboard(script, finished):
     run_dir = finished[0] / "run"
     tags = SPPO_TAGS if script.SCRIPT.startswith("sppo") else TAGS
@@ -270,6 +269,7 @@ def test_curves_hold_the_same_values_as_tensorboard(script, finished):
         np.testing.assert_allclose([v for _, v in points], [v for _, v in events[tag]], rtol=1e-5, err_msg=tag)
 
 
+@both
 def test_periodic_evaluations_and_the_final_one_are_logged(finished):
     points = curve_points(finished[0] / "run")["eval/episodic_return"]
     assert [step for step, _ in points] == [2048, 4096, 5120]
@@ -281,12 +281,13 @@ def test_evaluate_prints_the_returns_of_the_final_evaluation(script, finished, c
     result = read_result(run_dir)
     line = f"evaluation {result['eval_mean']:.1f} ({' '.join(f'{r:.1f}' for r in result['eval_returns'])})\n"
     before = snapshot(finished[0])
-    assert run_script(script, finished[0], "--evaluate", "run") == (0, line, "")
+    assert call("--evaluate", run_dir) == (0, line, "")
     assert call("--evaluate", run_dir / "model.safetensors") == (0, line, "")
     assert script.evaluate_saved(*script.load_model(run_dir), run_dir).tolist() == result["eval_returns"]
     assert snapshot(finished[0]) == before
 
 
+@both
 def test_saved_model_is_enough_to_act_with_numpy_alone(script, finished):
     run_dir = finished[0] / "run"
     with safe_open(run_dir / "model.safetensors", "numpy") as file:
@@ -310,6 +311,7 @@ def test_saved_model_is_enough_to_act_with_numpy_alone(script, finished):
     np.testing.assert_allclose(returns, read_result(run_dir)["eval_returns"], rtol=1e-6)
 
 
+@both
 def test_same_seed_gives_the_same_run_another_seed_does_not(script, finished, call, tmp_path):
     flags = (*PENDULUM, *small(script, 256), "--total-timesteps", "5000", "--eval-every", "2048")
     assert call(*flags, "--seed", 3, "--run-dir", "same")[0] == 0
@@ -325,6 +327,7 @@ def test_same_seed_gives_the_same_run_another_seed_does_not(script, finished, ca
     assert not set(other[1]) & set(expected[1])
 
 
+@both
 def test_periodic_evaluation_does_not_change_training(script, finished, call, tmp_path):
     assert call(*PENDULUM, *FINISHED_STEPS, *small(script, 256), "--run-dir", "without")[0] == 0
     with_eval, without = (load_file(d / "model.safetensors") for d in (finished[0] / "run", tmp_path / "without"))
@@ -488,9 +491,8 @@ def test_ctrl_c_leaves_a_checkpoint_and_says_how_to_go_on(survivor):
     assert survivor["killed_at"] < step_of(survivor["stopped_rows"][-1]) <= survivor["stopped_at"] < 12_288
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-@pytest.mark.parametrize("control", import_scripts("s*_[ac]*.py"))
-def test_either_signal_stops_after_the_rollout_with_a_checkpoint(control, number, monkeypatch, capsys, tmp_path):
+@pytest.mark.parametrize("name, number", zip(CONTROL, (signal.SIGINT, signal.SIGTERM, signal.SIGTERM, signal.SIGINT)))
+def test_either_signal_stops_after_the_rollout_with_a_checkpoint(name, number, monkeypatch, capsys, tmp_path):
     def unhandled(*_):
         pytest.fail("the script does not handle this signal")
 
@@ -498,10 +500,12 @@ def test_either_signal_stops_after_the_rollout_with_a_checkpoint(control, number
         os.kill(os.getpid(), number)
         return gae(*inputs)
 
+    control = importlib.import_module(name)
     gae = control.gae
     monkeypatch.setattr(control, "gae", gae_with_signal)
     game = "Breakout" if "atari" in control.SCRIPT else PENDULUM[1]
-    flags = ("--env-id", game, *small(control), "--checkpoint-every", 10**6, "--run-dir", tmp_path / "run")
+    flags = ("--env-id", game, *small(control), "--num-threads", 1, "--checkpoint-every", 10**6)
+    flags = (*flags, "--run-dir", tmp_path / "run")
     monkeypatch.setattr(sys, "argv", [control.__file__, *map(str, flags)])
     handlers = {n: signal.signal(n, unhandled) for n in (signal.SIGINT, signal.SIGTERM)}
     try:
@@ -578,6 +582,7 @@ def flat(tree):
     return {f"{key}/{path}": leaf for key, value in items for path, leaf in flat(value).items()}
 
 
+@both
 def test_learner_state_round_trip_is_exact_and_training_goes_on_as_before(script, tmp_path):
     args = script.Args(num_bins=5, num_envs=2)
     learner = script.Learner(args, [7, 8], 4, 2)
@@ -600,6 +605,7 @@ def test_learner_state_round_trip_is_exact_and_training_goes_on_as_before(script
     assert not any(torch.equal(ours[path], before[path]) for path in tensors if path.startswith("agent/"))
 
 
+@both
 def test_checkpoint_holds_parameters_statistics_and_counters_of_the_run(script, finished):
     run_dir = finished[0] / "run"
     checkpoint = script.load_checkpoint(run_dir)
@@ -801,6 +807,7 @@ BAD_SPPO_INPUT = [
 ]
 
 
+@both
 @pytest.mark.parametrize("flags, words", [(flags, words) for flags, *words in BAD_INPUT])
 def test_bad_input_is_refused_in_one_line_before_anything_is_written(call, tmp_path, flags, words):
     code, out, err = call(*flags.split())
@@ -810,7 +817,6 @@ def test_bad_input_is_refused_in_one_line_before_anything_is_written(call, tmp_p
 
 
 @pytest.mark.parametrize("flags, words", [(flags, words) for flags, *words in BAD_SPPO_INPUT])
-@sppo_only
 def test_rollouts_that_do_not_make_minibatches_are_refused(call, tmp_path, flags, words):
     code, out, err = call(*flags.split())
     assert_refused(code, err, *words)
@@ -818,7 +824,6 @@ def test_rollouts_that_do_not_make_minibatches_are_refused(call, tmp_path, flags
     assert list(tmp_path.iterdir()) == []
 
 
-@sppo_only
 def test_minibatches_of_one_sample_are_fine_without_advantage_normalization(call, tmp_path):
     flags = (*PENDULUM, "--num-steps", 4, "--num-minibatches", 4, "--update-epochs", 1, "--total-timesteps", 8)
     assert call(*flags, "--no-norm-adv", "--run-dir", "run")[0] == 0
@@ -930,6 +935,7 @@ def test_loss_that_is_not_finite_stops_the_run_with_advice(script, call, tmp_pat
     assert not (tmp_path / "run" / "result.json").exists()
 
 
+@both
 def test_numbers_of_the_environment_that_are_not_finite_stop_the_run_and_are_blamed_on_it(script, call, tmp_path):
     flags = ("--env-id", "ToyNaN-v0", *small(script), "--total-timesteps", 640, "--seed", 6, "--run-dir", "run")
     code, _, err = call(*flags)
@@ -968,6 +974,7 @@ LEARN = {
 }
 
 
+@both
 def test_short_run_learns_to_balance_the_pendulum(script, call, tmp_path):
     flags = ("--env-id", "InvertedPendulum-v4", "--total-timesteps", 20_480, "--num-seeds", 2, "--run-dir", "run")
     assert call(*flags, *LEARN[script.SCRIPT].split())[0] == 0
@@ -975,7 +982,6 @@ def test_short_run_learns_to_balance_the_pendulum(script, call, tmp_path):
     assert min(means) > 150, means  # untrained: 31 at most over 30 seeds; with the sign of the loss flipped: 3
 
 
-@pytest.mark.parametrize("script", import_scripts("s*_[ac]*.py"))
 def test_progress_on_a_terminal_is_one_line_that_ends_with_the_run(script, monkeypatch, capsys):
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
     progress = script.Progress(100, "step")
