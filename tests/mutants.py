@@ -18,14 +18,15 @@ from typing import NamedTuple
 ROOT = Path(__file__).parents[1]
 IGNORED = shutil.ignore_patterns(".*", "__pycache__", "runs", "wandb", "results", "report", "assets")
 
-# What breaks | script | test file. The lines after - have exactly one place in the script; those after + replace them.
+# What breaks | script | test file, perhaps with pytest's -k. The lines after - have exactly one place in the script, and
+# those after + replace them.
 MUTANTS = r"""
 # The loss
 loss: sign | sppo_continuous_discretized | loss
 - L_ppo = -torch.min(
 + L_ppo = torch.min(
 
-loss: sign of the reverse loss | sppo_atari | loss
+loss: sign of the reverse loss | sppo_continuous_discretized | loss
 - Z * unclipped
 + -Z * unclipped
 
@@ -33,7 +34,7 @@ loss: sign | sa2c_continuous_discretized | loss
 - L_a2c = -advantages
 + L_a2c = advantages
 
-loss: sign of the reverse loss | sa2c_atari | loss
+loss: sign of the reverse loss | sa2c_continuous_discretized | loss
 - advantages * Z * torch
 + -advantages * Z * torch
 
@@ -41,7 +42,7 @@ loss: Z ignored | sa2c_continuous_discretized | loss
 - advantages * Z * torch
 + -advantages * torch
 
-loss: nothing is clipped | sppo_atari | loss
+loss: nothing is clipped | sppo_continuous_discretized | loss
 - -torch.min(unclipped, clipped)
 + -unclipped
 
@@ -49,9 +50,17 @@ clip mask: every sample active | sppo_continuous_discretized | loss
 - unclipped <= clipped
 + unclipped == unclipped
 
-clip mask: the clipped ones active | sppo_atari | loss
+clip mask: the clipped ones active | sppo_continuous_discretized | loss
 - unclipped <= clipped
 + unclipped >= clipped
+
+clip mask: in one script alone | sppo_atari | siblings
+- unclipped <= clipped
++ unclipped < clipped
+
+loss: sign in one script alone | sa2c_atari | siblings
+- advantages * Z * torch
++ -advantages * Z * torch
 
 clip mask: every sample active | sppo_rlhf_imdb | loss
 - unclipped <= clipped
@@ -61,7 +70,7 @@ alpha and beta swapped | sppo_continuous_discretized | loss
 - (alpha * L_ppo + beta * L_rppo)
 + (beta * L_ppo + alpha * L_rppo)
 
-alpha and beta swapped | sa2c_atari | loss
+alpha and beta swapped | sa2c_continuous_discretized | loss
 - alpha * L_a2c + beta * L_ra2c)
 + beta * L_a2c + alpha * L_ra2c)
 
@@ -74,11 +83,11 @@ gradient clip: small gradients scaled up | sppo_continuous_discretized | referen
 - scale = (args.max_grad_norm / (grad_norm + 1e-6)).clamp(max=1)
 + scale = (args.max_grad_norm / (grad_norm + 1e-6))
 
-gradient clip: small gradients scaled up | sppo_atari | atari
+gradient clip: small gradients scaled up | sppo_atari | references_atari
 - scale = (args.max_grad_norm / (grad_norm + 1e-6)).clamp(max=1)
 + scale = (args.max_grad_norm / (grad_norm + 1e-6))
 
-gradient clip: by the value | sa2c_atari | atari
+gradient clip: by the value | sa2c_atari | references_atari
 - [g * scale for g in grads]
 + [g.clamp(-0.5, 0.5) for g in grads]
 
@@ -90,11 +99,11 @@ entropy: sign | sa2c_continuous_discretized | references
 - loss - args.ent_coef * entropy
 + loss + args.ent_coef * entropy
 
-entropy: sign | sppo_atari | atari
+entropy: sign | sppo_atari | references_atari
 - loss - args.ent_coef * entropy
 + loss + args.ent_coef * entropy
 
-value loss: halved | sa2c_atari | atari
+value loss: halved | sa2c_atari | references_atari
 - (values - returns).square().mean(-1)
 + (values - returns).square().mean(-1) / 2
 
@@ -102,7 +111,7 @@ advantages: one mean of all agents | sppo_continuous_discretized | references
 - (advantages - advantages.mean(-1, keepdim=True))
 + (advantages - advantages.mean())
 
-advantages: biased deviation | sppo_atari | atari
+advantages: biased deviation | sppo_atari | references_atari
 - advantages.std(-1, keepdim=True)
 + advantages.std(-1, keepdim=True, correction=0)
 
@@ -114,15 +123,15 @@ optimizer: eps | sa2c_continuous_discretized | references
 - alpha=0.99, eps=1e-5
 + alpha=0.99, eps=1e-8
 
-optimizer: eps | sppo_atari | atari
+optimizer: eps | sppo_atari | references_atari
 - args.learning_rate, eps=1e-5
 + args.learning_rate, eps=1e-8
 
-optimizer: square average starts at zero | sa2c_atari | atari
+optimizer: square average starts at zero | sa2c_atari | references_atari
 - torch.ones_like(p)
 + torch.zeros_like(p)
 
-optimizer: eps outside the root | sa2c_atari | atari
+optimizer: eps outside the root | sa2c_atari | references_atari
 - (state["square_avg"] + group["eps"]).sqrt()
 + state["square_avg"].sqrt() + group["eps"]
 
@@ -179,7 +188,7 @@ GAE: lambda missing | sppo_continuous_discretized | references
 - decay = gamma * gae_lambda * ~dones
 + decay = gamma * ~dones
 
-GAE: runs over the end of an episode | sa2c_continuous_discretized | references
+GAE: runs over the end of an episode | sppo_continuous_discretized | references
 - decay = gamma * gae_lambda * ~dones
 + decay = gamma * gae_lambda
 
@@ -252,7 +261,7 @@ sampling: none in the evaluation | sppo_atari | atari
 + (agent(torch.from_numpy(obs).to(device))[0])
 
 # The evaluation, and what a run leaves
-evaluation: statistics go on | sppo_continuous_discretized | cli
+evaluation: statistics go on | sppo_continuous_discretized | cli -k saved_model
 - EVAL_EPISODES, -1), update=False)
 + EVAL_EPISODES, -1))
 
@@ -260,11 +269,11 @@ evaluation: in the environments of the training | sppo_continuous_discretized | 
 - TRAINING, EVALUATION = 0, 1
 + TRAINING, EVALUATION = 0, 0
 
-evaluation: counts later games | sa2c_atari | atari
+evaluation: counts later games | sppo_atari | atari
 - running &= ~game_over
 + running &= running
 
-resume: random numbers start anew | sppo_continuous_discretized | cli
+resume: random numbers start anew | sppo_continuous_discretized | cli -k round_trip
 - generator.set_state(generator_state)
 + pass
 
@@ -272,27 +281,31 @@ resume: random numbers start anew | sa2c_atari | atari
 - self.generator.set_state(state["generator"])
 + pass
 
-resume: statistics lost | sppo_continuous_discretized | cli
+resume: statistics lost | sppo_continuous_discretized | cli -k round_trip
 - ({k: v.numpy() for k, v in statistics.items()})
 + ({})
 
-resume: optimizer lost | sppo_atari | atari
+resume: optimizer lost | sppo_atari | references_atari
 - self.optimizer.load_state_dict(state["optimizer"])
 + pass
 
-resume: curves not cut | sa2c_continuous_discretized | cli
+resume: curves not cut | sppo_continuous_discretized | cli -k resumed
 -  if int(row["global_step"]) <= global_step]
 + ]
 
-resume: TensorBoard not cut | sppo_continuous_discretized | cli
+resume: TensorBoard not cut | sppo_continuous_discretized | cli -k resumed
 - , purge_step=global_step + 1)
 + )
 
-resume: the first environment seeds again | sppo_continuous_discretized | cli
+resume: the first environment seeds again | sppo_continuous_discretized | seeds
 - env_seeds(seeds, E, TRAINING, global_step)
 + env_seeds(seeds, E, TRAINING, 0)
 
-resume: counters lost | sa2c_continuous_discretized | cli
+resume: the first game seeds again | sa2c_atari | atari -k resumes
+- env_seeds(args.seed, E, TRAINING, global_step)
++ env_seeds(args.seed, E, TRAINING, 0)
+
+resume: counters lost | sa2c_continuous_discretized | seeds
 -         counters = checkpoint["counters"]
 +         pass
 
@@ -301,11 +314,11 @@ Atari: rewards not clipped | sppo_atari | atari
 - flip_rewards(np.sign(raw_reward)
 + flip_rewards(raw_reward
 
-Atari: flips to -r | sppo_atari | atari
+Atari: flips to -r | sppo_atari | references_atari
 - 1 - rewards, rewards
 + -rewards, rewards
 
-Atari: flips with the opposite probability | sa2c_atari | atari
+Atari: flips with the opposite probability | sppo_atari | references_atari
 - np.where(uniform < flip_prob
 + np.where(uniform > flip_prob
 
@@ -353,7 +366,7 @@ def parse(text: str) -> list[Mutant]:
         header, *lines = [line for line in block.splitlines() if not line.startswith("#")]
         old, new = ("\n".join(line[2:] for line in lines if line[0] == sign) for sign in "-+")
         name, script, tests = header.split(" | ")
-        mutants.append(Mutant(name, f"{script}.py", f"tests/test_{tests}.py", old, new))
+        mutants.append(Mutant(name, f"{script}.py", tests, old, new))
     return mutants
 
 
@@ -371,8 +384,9 @@ def run_tests(mutant: Mutant) -> tuple[bool, str, float]:
     with tempfile.TemporaryDirectory() as folder:
         copy = Path(shutil.copytree(ROOT, Path(folder, "copy"), ignore=IGNORED))
         (copy / mutant.script).write_text(mutated(mutant))
-        command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", mutant.tests]
-        done = subprocess.run(command, cwd=copy, capture_output=True, text=True)
+        file, *options = mutant.tests.split()
+        command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", f"tests/test_{file}.py"]
+        done = subprocess.run([*command, *options], cwd=copy, capture_output=True, text=True)
     if done.returncode not in (0, 1):
         raise SystemExit(f"{mutant.name}: pytest ran no test\n{done.stdout}{done.stderr}")
     lines = done.stdout.splitlines()

@@ -263,9 +263,9 @@ def test_environment_receives_the_bins_that_the_update_learns_from(script, monke
 def test_rollout_is_that_of_vec_normalize_and_only_truncated_episodes_bootstrap(script, monkeypatch, tmp_path):
     N, E, T, gamma = 2, 3, 120, 0.9
     monkeypatch.setattr(script, "env_seeds", lambda seeds, num_envs, *stream: list(range(len(seeds) * num_envs)))
-    record = train_recorded(script, monkeypatch, tmp_path / "run", num_seeds=N, num_envs=E, num_steps=T, gamma=gamma)
-    rollout = record.rollouts[0]
-    assert rollout.hyperparameters == (gamma, script.Args().gae_lambda)
+    options = {"num_seeds": N, "num_envs": E, "num_steps": T, "gamma": gamma, "gae_lambda": 0.8}
+    rollout = train_recorded(script, monkeypatch, tmp_path / "run", **options).rollouts[0]
+    assert rollout.hyperparameters == (gamma, 0.8)
     ends = {"truncated": 0, "terminated": 0, "both": 0}
     for i in range(N):
 

@@ -348,13 +348,14 @@ def test_killed_batch_resumes_to_the_same_total(script, monkeypatch, tmp_path, c
             raise Killed
         write_atomic(path, content)
 
-    monkeypatch.setattr(script, "LOG_EVERY", 32)
+    envs_seen = record(script, monkeypatch)
     monkeypatch.setattr(script, "write_atomic", dying)
     with pytest.raises(Killed):
         run_main(script, train_flags(script), BATCH, "--checkpoint-every 64 --run-dir", run_dir)
     monkeypatch.setattr(script, "write_atomic", write_atomic)
     before = {seed: (run_dir / f"seed{seed}/curves.csv").read_text().splitlines() for seed in SEEDS}
     assert run_main(script, "--resume", run_dir) == 0
+    assert not set(envs_seen[0]["seeds"]) & set(envs_seen[1]["seeds"])  # no episode is played again
     for seed, old_rows in before.items():
         assert read_json(run_dir / f"seed{seed}/result.json")["total_timesteps"] == 160
         rows = (run_dir / f"seed{seed}/curves.csv").read_text().splitlines()
