@@ -18,8 +18,8 @@ from typing import NamedTuple
 ROOT = Path(__file__).parents[1]
 IGNORED = shutil.ignore_patterns(".*", "__pycache__", "runs", "wandb", "results", "report", "assets")
 
-# What breaks | script | test file, perhaps with pytest's -k. The lines after - have exactly one place in the script, and
-# those after + replace them.
+# What breaks | script | test file, perhaps with pytest's -k. The lines after - have exactly one place in the script,
+# and those after + replace them.
 MUTANTS = r"""
 # The loss
 loss: sign | sppo_continuous_discretized | loss
