@@ -6,16 +6,20 @@ python tests/mutants.py --list
 """
 
 import argparse
+import importlib
+import multiprocessing
+import os
 import shutil
-import subprocess
 import sys
 import tempfile
 import time
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
+import pytest
+
 ROOT = Path(__file__).parents[1]
+LIBRARIES = "torch.utils.tensorboard safetensors.torch tyro mujoco ale_py stable_baselines3 hypothesis".split()
 IGNORED = shutil.ignore_patterns(".*", "__pycache__", "runs", "wandb", "results", "report", "assets")
 
 # What breaks | script | test file, perhaps with pytest's -k. The lines after - have exactly one place in the script,
@@ -378,20 +382,34 @@ def mutated(mutant: Mutant) -> str:
     return text.replace(mutant.old, mutant.new)
 
 
-def run_tests(mutant: Mutant) -> tuple[bool, str, float]:
-    """Whether the tests fail on the mutant, pytest's line that says so, and how many seconds they took."""
-    start = time.monotonic()
+class FirstFailure:
+    """A plugin of pytest that remembers which test failed."""
+
+    name = ""
+
+    def pytest_runtest_logreport(self, report):
+        self.name = self.name or (report.nodeid if report.failed else "")
+
+    pytest_collectreport = pytest_runtest_logreport
+
+
+def run_tests(mutant: Mutant) -> tuple[int, str, float]:
+    """pytest's exit code on the mutant, the first test that failed and the seconds until then; in a process of its own.
+
+    That process is a fork of one that has imported the libraries, which takes longer than most tests.
+    """
+    start, failure = time.monotonic(), FirstFailure()
+    for descriptor in (1, 2):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), descriptor)
     with tempfile.TemporaryDirectory() as folder:
         copy = Path(shutil.copytree(ROOT, Path(folder, "copy"), ignore=IGNORED))
         (copy / mutant.script).write_text(mutated(mutant))
+        os.chdir(copy)
+        sys.path[0] = str(copy)  # was this file's folder
         file, *options = mutant.tests.split()
-        command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", f"tests/test_{file}.py"]
-        done = subprocess.run([*command, *options], cwd=copy, capture_output=True, text=True)
-    if done.returncode not in (0, 1):
-        raise SystemExit(f"{mutant.name}: pytest ran no test\n{done.stdout}{done.stderr}")
-    lines = done.stdout.splitlines()
-    failed = [line for line in lines if line.startswith(("FAILED", "ERROR"))]
-    return done.returncode == 1, (failed or lines)[-1], time.monotonic() - start
+        code = pytest.main(["-x", "-p", "no:cacheprovider", f"tests/test_{file}.py", *options], [failure])
+        os.chdir(ROOT)
+    return int(code), failure.name, time.monotonic() - start
 
 
 def main() -> int:
@@ -405,11 +423,14 @@ def main() -> int:
     if args.list:
         print(*lines, sep="\n")
         return 0
+    for library in LIBRARIES:
+        importlib.import_module(library)
     survivors = 0
-    with ThreadPoolExecutor(args.jobs) as pool:
-        for line, (caught, verdict, seconds) in zip(lines, pool.map(run_tests, chosen)):
-            survivors += not caught
-            print(f"{'caught  ' if caught else 'SURVIVED'} {line} {seconds:4.0f} s  {verdict[:100]}", flush=True)
+    with multiprocessing.get_context("fork").Pool(args.jobs, maxtasksperchild=1) as pool:
+        for line, (code, test, seconds) in zip(lines, pool.imap(run_tests, chosen)):
+            verdict = "caught" if test else f"pytest {code}" if code else "SURVIVED"
+            survivors += verdict != "caught"
+            print(f"{verdict:8} {line} {seconds:4.0f} s  {test[:120]}", flush=True)
     print(f"{len(chosen) - survivors} of {len(chosen)} caught")
     return 1 if survivors or not chosen else 0
 

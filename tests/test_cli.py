@@ -338,6 +338,7 @@ def test_periodic_evaluation_does_not_change_training(script, finished, call, tm
 @pytest.mark.skipif(not any(map(shutil.which, ("c++", "g++", "clang++"))), reason="no C++ compiler")
 def test_compiled_update_equals_the_eager_one(script, call, monkeypatch, tmp_path):
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "inductor"))
+    monkeypatch.setenv("TORCHINDUCTOR_COMPILE_THREADS", "1")  # no pool of processes, each of which imports torch
     flags = (*PENDULUM, *small(script), "--total-timesteps", 64)
     assert call(*flags, "--run-dir", "eager")[0] == 0
     assert call(*flags, "--run-dir", "compiled", "--compile")[0] == 0
@@ -412,8 +413,8 @@ def survivor(script, tmp_path_factory):
     """A run stopped four times and resumed to its end, with what was seen on the way."""
     cwd = tmp_path_factory.mktemp("survivor")
     run_dir = cwd / "run"
-    flags = ("--env-id", "HalfCheetah-v4", *small(script, 128), "--total-timesteps", 12_288)
-    flags = (*flags, "--checkpoint-every", 4096, "--run-dir", "run")
+    flags = (*PENDULUM, *small(script, 128), "--total-timesteps", 12_288, "--checkpoint-every", 4096)
+    flags = (*flags, "--run-dir", "run")
     resume = ("--resume", "run")
     seen = {"run_dir": run_dir}
 
@@ -976,10 +977,11 @@ LEARN = {
 
 @both
 def test_short_run_learns_to_balance_the_pendulum(script, call, tmp_path):
-    flags = ("--env-id", "InvertedPendulum-v4", "--total-timesteps", 20_480, "--num-seeds", 2, "--run-dir", "run")
+    flags = ("--env-id", "InvertedPendulum-v4", "--total-timesteps", 20_480, "--run-dir", "run")
     assert call(*flags, *LEARN[script.SCRIPT].split())[0] == 0
-    means = [read_result(tmp_path / "run" / f"seed{seed}")["eval_mean"] for seed in (1, 2)]
-    assert min(means) > 150, means  # untrained: 31 at most over 30 seeds; with the sign of the loss flipped: 3
+    assert (
+        read_result(tmp_path / "run")["eval_mean"] > 150
+    )  # untrained: 31 at most over 30 seeds; with the sign of the loss flipped: 3
 
 
 def test_progress_on_a_terminal_is_one_line_that_ends_with_the_run(script, monkeypatch, capsys):
