@@ -810,7 +810,7 @@ class Progress:
         if time.monotonic() - self.last < (0.2 if terminal else 30) and not finished:
             return
         self.last = time.monotonic()
-        left = timedelta(seconds=int((self.total - done) / max(per_second, 1e-9)))
+        left = timedelta(seconds=int((self.total - done) / per_second)) if per_second else "?"
         line = f"{done / self.total:4.0%}  {self.unit} {done:,}  {text}  {left} left"
         print(f"\r{line}\x1b[K" if terminal else line, end="" if terminal and not finished else "\n", flush=True)
 
