@@ -1,16 +1,19 @@
 # make run    train SPPO until it visibly learns (about 3 minutes), then print its evaluation
-# make test   the test suite
+# make check  the tests of mathematics, references and siblings
+# make test   the whole test suite
 # make lint   ruff check and format
 # Each creates .venv if needed. Variables:
 #   make run SCRIPT=sa2c_continuous_discretized ENV=LunarLanderContinuous-v3 STEPS=500000
+#   make run PIP_FLAGS="--extra-index-url https://download.pytorch.org/whl/cpu"    # torch without CUDA
 
 SCRIPT ?= sppo_continuous_discretized
 ENV ?= InvertedDoublePendulum-v4
 STEPS ?= 250000
 ARGS ?=
+PIP_FLAGS ?=
 PYTHON ?= python3
 
-.PHONY: run test lint clean
+.PHONY: run check test lint clean
 
 run: .venv/run
 	.venv/bin/python $(SCRIPT).py --env-id $(ENV) --total-timesteps $(STEPS) $(ARGS)
@@ -27,11 +30,11 @@ lint: .venv/dev
 	$(PYTHON) -m venv .venv
 
 .venv/run: requirements.txt | .venv/bin/python
-	.venv/bin/python -m pip install --quiet --requirement requirements.txt
+	.venv/bin/python -m pip install --quiet $(PIP_FLAGS) --requirement requirements.txt
 	touch $@
 
-.venv/dev: requirements.txt requirements-dev.txt | .venv/bin/python
-	.venv/bin/python -m pip install --quiet --requirement requirements-dev.txt
+.venv/dev: requirements.txt requirements-rlhf.txt requirements-benchmark.txt requirements-dev.txt | .venv/bin/python
+	.venv/bin/python -m pip install --quiet $(PIP_FLAGS) --requirement requirements-dev.txt
 	touch $@ .venv/run
 
 clean:

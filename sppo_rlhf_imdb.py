@@ -1,3 +1,17 @@
+# /// script
+# requires-python = ">=3.11"
+# dependencies = [
+#     "torch==2.13.0",
+#     "numpy==2.4.6",
+#     "safetensors==0.8.0",
+#     "tensorboard==2.21.0",
+#     "tyro==1.0.17",
+#     "transformers==5.23.0",
+#     "datasets==5.2.0",
+#     "accelerate==1.15.0",
+#     "huggingface_hub==2.4.0",
+# ]
+# ///
 """Symmetric PPO (SPPO) for positive sentiment: a language model learns to continue movie reviews favourably.
 
     python sppo_rlhf_imdb.py --seed 1
@@ -10,9 +24,11 @@ An action is a token, an episode one response; policy, value model and frozen re
 """
 
 import csv
-import hashlib
+import errno
+import io
 import json
 import os
+import pickle
 import platform
 import resource
 import shutil
@@ -25,10 +41,11 @@ from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from copy import deepcopy
 from dataclasses import asdict, dataclass, fields, replace
-from functools import partial
+from datetime import timedelta
 from importlib.metadata import distributions
 from importlib.util import find_spec
 from pathlib import Path
+from uuid import uuid4
 
 import datasets
 import huggingface_hub
@@ -38,6 +55,9 @@ import transformers
 import tyro
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object
+from datasets.exceptions import DatasetsError
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
 from torch import nn
 from torch.utils.checkpoint import checkpoint as recompute
 from torch.utils.tensorboard import SummaryWriter
@@ -52,166 +72,104 @@ from transformers import (
 )
 from transformers.utils.peft_utils import find_adapter_config_file
 
-SCRIPT = Path(__file__).stem
+SCRIPT, VERSION = Path(__file__).stem, 2  # of the format of checkpoint.pt
 TRAINING, EVALUATION = 0, 1  # streams of random numbers
 MAY_CHANGE = ("micro_batch_size", "rollout_batch_size")  # on resume and for an evaluation
 OOM_HINT = "lower --micro-batch-size and --rollout-batch-size, which --resume takes as well"
+# What the libraries raise for a name, a network or a file that is wrong.
+LOAD_ERRORS = (OSError, ValueError, SafetensorError, DatasetsError, StrictDataclassError)
 TOKENIZERS = {"rajkumarrrk/gpt2-fine-tuned-on-imdb-positive-reviews": "lvwerra/gpt2-imdb"}  # where the authors took it
 PACKAGES = ("torch", "transformers", "datasets", "accelerate", "numpy")  # their versions go into result.json
-METRICS = (
-    "objective/scores",
-    "objective/kl",
-    "objective/entropy",
-    "objective/non_score_reward",
-    "objective/rlhf_reward",
-    "policy/approxkl_avg",
-    "policy/clipfrac_avg",
-    "loss/policy_avg",
-    "loss/value_avg",
-    "loss/target_avg",
-    "val/clipfrac_avg",
-    "val/ratio",
-    "val/response_length",
-    "val/eos_rate",
-    "losses/sign_flips",
-    "losses/grad_norm",
-    "losses/explained_variance",
-    "perf/rollout_tokens_per_second",
-    "perf/update_tokens_per_second",
-    "eval/score",
-    "eval/perplexity",
-)
 
 
 @dataclass
 class Args:
-    policy: str = "rajkumarrrk/gpt2-fine-tuned-on-imdb-positive-reviews"
-    """causal language model to start from: hub id or local folder"""
-    tokenizer: str | None = None
-    """the policy's tokenizer: hub id or local folder; default its own, for the paper's policy that of TOKENIZERS"""
-    reward_model: str = "lvwerra/distilbert-imdb"
-    """sequence classifier with a label "positive", whose probability is the reward: hub id or local folder"""
-    dataset: str = "stanfordnlp/imdb"
-    """reviews in a column "text": hub id, JSONL file, or folder (train.jsonl and validation.jsonl, or save_to_disk)"""
-    num_updates: int = 60
-    """rollouts, each with update_epochs passes over it"""
-    seed: int = 1
-    """seed of everything random"""
-    alpha: float = 0.5
-    """weight of the PPO loss in Eq. 9"""
-    beta: float = 0.4
-    """weight of the reverse PPO loss in Eq. 9; alpha 1 and beta 0 is plain PPO"""
-    Z: float = -1.0
-    """the constant that stands for log 0 in the reverse loss (Section 4.1); only beta * Z matters"""
-    kl_coef: float = 0.001
-    """charge per token on log pi - log pi_ref, fixed"""
-    target_coef: float = 0.0
-    """weight of a cross-entropy on the review's first tokens, put after the prompt; the authors' runs had it at 0.1"""
+    policy: str = "rajkumarrrk/gpt2-fine-tuned-on-imdb-positive-reviews"  # model to start from: hub id or folder
+    tokenizer: str | None = None  # hub id or folder; default the policy's own, or what TOKENIZERS has for it
+    reward_model: str = "lvwerra/distilbert-imdb"  # classifier, its "positive" is the reward: hub id or folder
+    dataset: str = "stanfordnlp/imdb"  # column "text": hub id, JSONL file, or folder (*.jsonl per split, save_to_disk)
+    num_updates: int = 60  # rollouts, each with update_epochs passes over it
+    seed: int = 1  # seed of everything random
+    alpha: float = 0.5  # weight of the PPO loss in Eq. 9
+    beta: float = 0.4  # weight of the reverse PPO loss in Eq. 9; alpha 1 and beta 0 is plain PPO
+    Z: float = -1.0  # the constant that stands for log 0 in the reverse loss (Section 4.1); only beta * Z matters
+    kl_coef: float = 0.001  # charge per token on log pi - log pi_ref, fixed
+    target_coef: float = 0.0  # weight of a cross-entropy on the review's first tokens (authors' runs: 0.1)
 
-    prompt_length: int = 64
-    """tokens of a prompt at most; the prompt is the first half of a review, cut off at its left"""
-    response_length: int = 48
-    """tokens of a response at most"""
-    min_response_length: int = 48
-    """tokens before the end-of-text token may be sampled"""
-    top_k: int = 50
-    """sample among the k most likely tokens; 0: among all. Log-probabilities are always of the full softmax"""
+    prompt_length: int = 64  # tokens of a prompt at most; the prompt is the first half of a review, cut off at its left
+    response_length: int = 48  # tokens of a response at most
+    min_response_length: int = 48  # tokens before the end-of-text token may be sampled
+    top_k: int = 50  # sample among the k most likely tokens; 0: all. Log-probabilities are always of the full softmax
 
-    num_trajectories: int = 112
-    """responses per rollout, over all processes"""
-    update_epochs: int = 5
-    """epochs per rollout"""
-    minibatch_size: int = 28
-    """responses per optimizer step, over all processes"""
-    micro_batch_size: int = 28
-    """responses per forward and backward pass of a process; changes memory, not the result"""
-    rollout_batch_size: int = 56
-    """responses generated at once by a process; changes memory, not the algorithm"""
-    learning_rate: float = 5e-6
-    """AdamW's learning rate"""
-    weight_decay: float = 1e-6
-    """AdamW's weight decay"""
-    gamma: float = 0.99
-    """discount factor"""
-    gae_lambda: float = 0.95
-    """lambda of generalized advantage estimation"""
-    norm_adv: bool = True
-    """normalize the advantages of each minibatch, over real tokens (Table 14 compares)"""
-    clip_coef: float = 0.2
-    """PPO's epsilon (Eq. 3)"""
-    clip_coef_value: float = 0.2
-    """clip range of the value loss"""
-    vf_coef: float = 0.5
-    """weight of the value loss"""
-    max_grad_norm: float = 1.0
-    """global gradient norm of policy and value model above which gradients are scaled down"""
+    num_trajectories: int = 112  # responses per rollout, over all processes
+    update_epochs: int = 5  # epochs per rollout
+    minibatch_size: int = 28  # responses per optimizer step, over all processes
+    micro_batch_size: int = 28  # responses per forward and backward pass of a process; changes memory, not the result
+    rollout_batch_size: int = 56  # responses generated at once by a process; changes memory, not the algorithm
+    learning_rate: float = 5e-6  # AdamW's learning rate
+    weight_decay: float = 1e-6  # AdamW's weight decay
+    gamma: float = 0.99  # discount factor
+    gae_lambda: float = 0.95  # lambda of generalized advantage estimation
+    norm_adv: bool = True  # normalize the advantages of each minibatch, over real tokens (Table 14 compares)
+    clip_coef: float = 0.2  # PPO's epsilon (Eq. 3)
+    clip_coef_value: float = 0.2  # clip range of the value loss
+    vf_coef: float = 0.5  # weight of the value loss
+    max_grad_norm: float = 1.0  # global gradient norm of policy and value model above which gradients are scaled down
 
-    run_dir: str | None = None
-    """where everything goes; default runs/<dataset>__<script>__<seed>__<time>"""
-    resume: str | None = None
-    """run directory to continue; all other arguments but the two batch sizes that fit memory come from the run"""
-    evaluate: str | None = None
-    """run directory to evaluate instead of training"""
-    eval_every: int = 0
-    """updates between evaluations during training; 0: only before and after"""
-    eval_samples: int = 0
-    """validation prompts of an evaluation; 0: all. Perplexity is always that of all"""
-    checkpoint_every: int = 10
-    """updates between checkpoints"""
-    track: bool = False
-    """log to Weights & Biases as well (pip install wandb)"""
-    wandb_project_name: str = "symmetric-rl"
-    """Weights & Biases project"""
-    wandb_entity: str | None = None
-    """Weights & Biases team"""
-    cpu: bool = False
-    """stay on the CPU where there is a GPU"""
-    num_threads: int = 0
-    """CPU threads of torch; 0: as torch chooses"""
+    run_dir: str | None = None  # where everything goes; default runs/<dataset>__<script>__<seed>__<time>
+    resume: str | None = None  # run directory to continue; only --micro-batch-size and --rollout-batch-size may change
+    evaluate: str | None = None  # run directory to evaluate instead of training
+    eval_every: int = 0  # updates between evaluations during training; 0: only before and after
+    eval_samples: int = 0  # validation prompts of an evaluation; 0: all. Perplexity is always that of all
+    checkpoint_every: int = 10  # updates between checkpoints
+    track: bool = False  # log to Weights & Biases as well (pip install wandb)
+    wandb_project_name: str = "symmetric-rl"  # Weights & Biases project
+    wandb_entity: str | None = None  # Weights & Biases team
+    cpu: bool = False  # stay on the CPU where there is a GPU
+    num_threads: int = 0  # CPU threads of torch; 0: as torch chooses
 
 
-class InputError(ValueError):
-    """Bad input: main() prints its one line and exits with code 2."""
+class Stop(Exception):
+    """Ends the script in one line: exit code 2 for a wrong argument, 1 for trouble that is nobody's mistake."""
 
-
-class RunError(RuntimeError):
-    """A run that had to stop: main() prints its one line and exits with code 1."""
+    def __init__(self, message: str, code: int = 2):
+        super().__init__(message)
+        self.code = code
 
 
 def require(condition: bool, message: str) -> None:
     if not condition:
-        raise InputError(message)
+        raise Stop(message)
 
 
-def load(flag: str, name: str, from_pretrained: Callable, **options):
-    """from_pretrained(name), hub id or local folder. Raises InputError with one line that says what to give instead."""
+def load_pretrained(flag: str, name: str, from_pretrained: Callable, **options):
+    """from_pretrained(name), hub id or local folder. Raises Stop with one line that says what to give instead."""
     try:
         return from_pretrained(name, **options)
-    except torch.OutOfMemoryError:
-        raise
-    except Exception as error:  # whatever the libraries raise for a name, a network or a file that is wrong
+    except LOAD_ERRORS as error:
         reason = (str(error) or repr(error)).splitlines()[0]
         instead = "a hub id that can be reached from here, or a local folder, such as benchmark/rlhf_assets.py makes"
-        raise InputError(f"--{flag} {name} cannot be loaded ({reason}): give {instead}") from None
+        raise Stop(f"--{flag} {name} cannot be loaded ({reason}): give {instead}") from None
 
 
 def load_auto(flag: str, name: str, auto_class: type, **options):
     """A model or tokenizer by one of transformers' Auto classes; code that comes with it is never run."""
-    return load(flag, name, auto_class.from_pretrained, trust_remote_code=False, **options)
+    return load_pretrained(flag, name, auto_class.from_pretrained, trust_remote_code=False, **options)
 
 
 def load_texts(name: str, columns: Sequence[str]) -> tuple[list[dict], list[dict]]:
     """Rows of the training and the validation split; without one, a random fifth of the training split.
 
-    Raises InputError when there is no such data set or column, no row, or something else than text in a row.
+    Raises Stop when there is no such data set or column, no row, or something else than text in a row.
     """
     path = Path(name)
+    require(not path.is_file() or path.stat().st_size, f"--dataset {name} is empty")
     if path.is_file():
-        data = load("dataset", name, lambda file: datasets.load_dataset("json", data_files=file))
+        data = load_pretrained("dataset", name, lambda file: datasets.load_dataset("json", data_files=file))
     elif (path / "dataset_dict.json").exists() or (path / "dataset_info.json").exists():
-        data = load("dataset", name, datasets.load_from_disk)
+        data = load_pretrained("dataset", name, datasets.load_from_disk)
     else:
-        data = load("dataset", name, datasets.load_dataset)
+        data = load_pretrained("dataset", name, datasets.load_dataset)
     data = data if isinstance(data, datasets.DatasetDict) else {"train": data}
     require("train" in data, f"--dataset {name} has no split train, only {', '.join(data)}")
     train = data["train"]
@@ -234,9 +192,10 @@ def first_half(review: str) -> str:
     return " ".join(words[: len(words) // 2])
 
 
-def encode_targets(tokenizer: PreTrainedTokenizerBase, reviews: list[str], max_length: int) -> list[list[int]]:
+def encode_targets(tokenizer: PreTrainedTokenizerBase, rows: list[dict], max_length: int) -> list[list[int]]:
     """The first tokens of reviews as responses."""
     tokenizer.truncation_side = "right"
+    reviews = [row["text"] for row in rows]
     return tokenizer(reviews, add_special_tokens=False, truncation=True, max_length=max_length).input_ids
 
 
@@ -265,9 +224,9 @@ def pad(prompts: list[list[int]], responses: list[list[int]], device: torch.devi
     return tokens, mask, mask[:, P:].bool()
 
 
-def positions(mask: torch.Tensor) -> torch.Tensor:
+def positions(attention_mask: torch.Tensor) -> torch.Tensor:
     """Position of every token in its own sequence, (batch, length): the first real one is at 0."""
-    return (mask.cumsum(-1) - 1).clamp(min=0)
+    return (attention_mask.cumsum(-1) - 1).clamp(min=0)
 
 
 def token_logprobs(logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
@@ -281,10 +240,13 @@ def token_logprobs(logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
     return chosen - torch.stack([recompute(lambda x: x.float().logsumexp(-1), row, **options) for row in logits])
 
 
-def response_logprobs(lm: nn.Module, tokens: torch.Tensor, mask: torch.Tensor, num_actions: int) -> torch.Tensor:
+def response_logprobs(
+    lm: nn.Module, tokens: torch.Tensor, attention_mask: torch.Tensor, num_actions: int
+) -> torch.Tensor:
     """Log-probabilities (batch, num_actions) of the last num_actions tokens, each from the logits one token before."""
-    out = lm(tokens, attention_mask=mask, position_ids=positions(mask), use_cache=False, logits_to_keep=num_actions + 1)
-    return token_logprobs(out.logits[:, :-1], tokens[:, -num_actions:])
+    options = {"position_ids": positions(attention_mask), "use_cache": False, "logits_to_keep": num_actions + 1}
+    out = lm(tokens, attention_mask=attention_mask, **options)
+    return token_logprobs(out.logits[:, -num_actions - 1 : -1], tokens[:, -num_actions:])
 
 
 class ActorCritic(nn.Module):
@@ -295,18 +257,20 @@ class ActorCritic(nn.Module):
         self.policy, self.value_model = policy, value_model
         self.value_head = nn.Linear(policy.config.hidden_size, 1)
 
-    def forward(self, tokens: torch.Tensor, mask: torch.Tensor, num_actions: int, target=None):
+    def forward(self, tokens: torch.Tensor, attention_mask: torch.Tensor, num_actions: int, target=None):
         """Log-probabilities and values (batch, num_actions) of the last num_actions tokens and the states before them.
 
         target: prompts with reference responses, as from pad(), whose log-probabilities come third; None without.
         """
-        logprob = response_logprobs(self.policy, tokens, mask, num_actions)
-        out = self.value_model(tokens, attention_mask=mask, position_ids=positions(mask), use_cache=False)
-        values = self.value_head(out.last_hidden_state[:, -num_actions - 1 : -1]).squeeze(-1)
+        logprob = response_logprobs(self.policy, tokens, attention_mask, num_actions)
+        options = {"position_ids": positions(attention_mask), "use_cache": False}
+        hidden = self.value_model(tokens, attention_mask=attention_mask, **options).last_hidden_state
+        values = self.value_head(hidden[:, -num_actions - 1 : -1]).squeeze(-1)
         target_logprob = None
         if target:
-            target_tokens, target_mask, real = target
-            target_logprob = response_logprobs(self.policy, target_tokens, target_mask, real.shape[1])
+            target_tokens, target_attention_mask, target_mask = target
+            num_target = target_mask.shape[1]
+            target_logprob = response_logprobs(self.policy, target_tokens, target_attention_mask, num_target)
         return logprob, values, target_logprob
 
 
@@ -485,35 +449,38 @@ class Learner:
     """Data and networks of a run on this process: policy, value model, frozen reference and reward model."""
 
     def __init__(self, args: Args, accelerator: Accelerator):
-        """Raises InputError when something cannot be loaded or does not fit together."""
+        """Raises Stop when something cannot be loaded or does not fit together."""
         self.accelerator, self.device = accelerator, accelerator.device
-        with accelerator.main_process_first():  # the others find the caches filled
+        with accelerator.main_process_first():  # the others find the data set prepared
             train, validation = load_texts(args.dataset, ["text"])
-            require(
-                not load("policy", args.policy, find_adapter_config_file),
-                f"--policy {args.policy} is an adapter: give a model that the adapter has been merged into",
-            )
-            tokenizer = args.tokenizer or TOKENIZERS.get(args.policy, args.policy)
-            self.tokenizer = load_auto("policy" if tokenizer == args.policy else "tokenizer", tokenizer, AutoTokenizer)
-            policy = load_auto("policy", args.policy, AutoModelForCausalLM, dtype=torch.float32)
-            value_model = load_auto("policy", args.policy, AutoModel, dtype=torch.float32)
-            check_vocabulary("policy", args.policy, self.tokenizer, policy)
-            self.reward = Reward(args, self.device)
+        # All load models at once: of what has to be downloaded, huggingface_hub lets one process fetch each file.
+        require(
+            not load_pretrained("policy", args.policy, find_adapter_config_file),
+            f"--policy {args.policy} is an adapter: give a model that the adapter has been merged into",
+        )
+        tokenizer = args.tokenizer or TOKENIZERS.get(args.policy, args.policy)
+        self.tokenizer = load_auto("policy" if tokenizer == args.policy else "tokenizer", tokenizer, AutoTokenizer)
+        policy = load_auto("policy", args.policy, AutoModelForCausalLM, dtype=torch.float32)
+        value_model = load_auto("policy", args.policy, AutoModel, dtype=torch.float32)
+        check_vocabulary("policy", args.policy, self.tokenizer, policy)
+        self.reward = Reward(args, self.device)
         room = getattr(policy.config, "max_position_embeddings", None) or sys.maxsize
         length = args.prompt_length + args.response_length
         require(
             length <= room, f"--prompt-length plus --response-length is {length}; {args.policy} has {room} positions"
         )
-        self.reviews = [row["text"] for row in train if first_half(row["text"])]
-        self.validation = [row["text"] for row in validation if first_half(row["text"])]
-        for split, reviews in (("training", self.reviews), ("validation", self.validation)):
-            enough = len(reviews) >= accelerator.num_processes
-            require(enough, f"--dataset {args.dataset} has {len(reviews)} {split} reviews of at least two words")
+        self.rows = [row for row in train if first_half(row["text"])]
+        self.validation = [row for row in validation if first_half(row["text"])]
+        for split, rows in (("training", self.rows), ("validation", self.validation)):
+            enough = len(rows) >= accelerator.num_processes
+            require(enough, f"--dataset {args.dataset} has {len(rows)} {split} reviews of at least two words")
         policy.generation_config = generation_config(args, self.tokenizer)
         self.reference = deepcopy(policy).to(self.device).eval().requires_grad_(False)
         torch.manual_seed(args.seed)  # the value head is the same in every process
         model = ActorCritic(policy, value_model).to(self.device).eval()  # eval: dropout is never active
-        optimizer = torch.optim.AdamW(model.parameters(), args.learning_rate, eps=1e-5, weight_decay=args.weight_decay)
+        self.trained = [name for name, p in model.named_parameters() if p.requires_grad]
+        parameters = [p for p in model.parameters() if p.requires_grad]
+        optimizer = torch.optim.AdamW(parameters, args.learning_rate, eps=1e-5, weight_decay=args.weight_decay)
         self.model, self.optimizer = accelerator.prepare(model, optimizer)
 
     @property
@@ -524,33 +491,34 @@ class Learner:
         """Sum over all processes."""
         return self.accelerator.reduce(x, "sum")
 
-    def mine(self, rows: Sequence) -> Sequence:
+    def shard(self, rows: Sequence) -> Sequence:
         """This process's share of rows that all processes hold."""
         return rows[self.accelerator.process_index :: self.accelerator.num_processes]
 
     def state(self) -> dict:
-        """What is trained, by name, and the optimizer's state."""
-        trained = {id(p) for group in self.optimizer.param_groups for p in group["params"]}
-        parameters = {name: p.detach() for name, p in self.actor_critic.named_parameters() if id(p) in trained}
-        return {"model": parameters, "optimizer": self.optimizer.state_dict()}
+        parameters = dict(self.actor_critic.named_parameters())
+        trained = {name: parameters[name].detach() for name in self.trained}
+        return {"model": trained, "optimizer": self.optimizer.state_dict()}
 
     @torch.no_grad()
-    def load(self, state: dict) -> None:
-        """Take over what state() returned."""
-        parameters = dict(self.actor_critic.named_parameters())
-        for name, value in state["model"].items():
-            parameters[name].copy_(value)
+    def load_state(self, state: dict, path: Path) -> None:
+        own = self.state()["model"]
+        shapes, saved_shapes = ({name: x.shape for name, x in model.items()} for model in (own, state["model"]))
+        differ = ", ".join(sorted({name for name, _ in shapes.items() ^ saved_shapes.items()})[:5])
+        require(not differ, f"{path} does not fit the networks of this {SCRIPT}.py: {differ}")
+        for name, x in own.items():
+            x.copy_(state["model"][name])
         self.optimizer.load_state_dict(state["optimizer"])
 
 
 @torch.no_grad()
-def rollout(learner: Learner, reviews: list[str], args: Args) -> tuple[Rollout, dict[str, float], list[str]]:
-    """Respond to this process's reviews, score the responses and estimate advantages.
+def rollout(learner: Learner, rows: list[dict], args: Args) -> tuple[Rollout, dict[str, float], list[str]]:
+    """Respond to this process's prompts, score the responses and estimate advantages.
 
     Returns the trajectories, means over those of all processes as {tag: mean}, and a few responses to look at.
     """
     tokenizer, device = learner.tokenizer, learner.device
-    prompts = encode(tokenizer, [first_half(review) for review in reviews], args.prompt_length, "left")
+    prompts = encode(tokenizer, [first_half(row["text"]) for row in rows], args.prompt_length, "left")
     responses = generate(learner.actor_critic.policy, tokenizer, prompts, args.rollout_batch_size)
     texts = [tokenizer.decode(p + r, skip_special_tokens=True) for p, r in zip(prompts, responses)]
     scores = torch.tensor(learner.reward(texts), device=device)
@@ -560,11 +528,11 @@ def rollout(learner: Learner, reviews: list[str], args: Args) -> tuple[Rollout, 
     logprob, values, ref_logprob = torch.zeros(3, *mask.shape, device=device)
     for start in range(0, len(prompts), args.micro_batch_size):
         micro = slice(start, start + args.micro_batch_size)
-        tokens, attention, real = pad(prompts[micro], responses[micro], device)
-        R = real.shape[1]
-        mask[micro, :R] = real
-        logprob[micro, :R], values[micro, :R], _ = learner.actor_critic(tokens, attention, R)
-        ref_logprob[micro, :R] = response_logprobs(learner.reference, tokens, attention, R)
+        tokens, attention_mask, micro_mask = pad(prompts[micro], responses[micro], device)
+        R = micro_mask.shape[1]
+        mask[micro, :R] = micro_mask
+        logprob[micro, :R], values[micro, :R], _ = learner.actor_critic(tokens, attention_mask, R)
+        ref_logprob[micro, :R] = response_logprobs(learner.reference, tokens, attention_mask, R)
     logprob, values, ref_logprob = (torch.where(mask, x, 0.0) for x in (logprob, values, ref_logprob))
 
     rewards = token_rewards(scores, logprob, ref_logprob, mask, args.kl_coef)
@@ -581,7 +549,7 @@ def rollout(learner: Learner, reviews: list[str], args: Args) -> tuple[Rollout, 
         "losses/explained_variance": len(prompts) * (1 - (returns - values)[mask].var() / returns[mask].var()),
     }
     means = learner.sum(torch.stack([x.float().to(device) for x in sums.values()])) / args.num_trajectories
-    targets = encode_targets(tokenizer, reviews, args.response_length) if args.target_coef else [[] for _ in reviews]
+    targets = encode_targets(tokenizer, rows, args.response_length) if args.target_coef else [[] for _ in rows]
     samples = [f"{score:.3f} | {text}" for score, text in zip(scores.tolist()[:4], texts)]
     trajectories = Rollout(prompts, responses, targets, mask, logprob, values, advantages, returns)
     return trajectories, dict(zip(sums, means.tolist())), samples
@@ -596,14 +564,13 @@ def backward(learner: Learner, trajectories: Rollout, rows: list[int], args: Arg
     mask, advantages = trajectories.mask[rows], trajectories.advantages[rows]
     normalized = normalize(advantages, mask, learner.sum) if args.norm_adv else advantages
     num_tokens = learner.sum(mask.sum())
-    num_target_tokens = learner.sum(
-        torch.tensor(sum(len(trajectories.targets[i]) for i in rows), device=learner.device)
-    )
+    num_target_tokens = sum(len(trajectories.targets[i]) for i in rows)
+    num_target_tokens = learner.sum(torch.tensor(num_target_tokens, device=learner.device))
     sums = {}
     for start in range(0, len(rows), args.micro_batch_size):
         micro = rows[start : start + args.micro_batch_size]
         prompts = [trajectories.prompts[i] for i in micro]
-        tokens, attention, mask = pad(prompts, [trajectories.responses[i] for i in micro], learner.device)
+        tokens, attention_mask, mask = pad(prompts, [trajectories.responses[i] for i in micro], learner.device)
         R = mask.shape[1]
         A, A_normalized = (x[start : start + args.micro_batch_size, :R] for x in (advantages, normalized))
         old_logprob, old_values, returns = (
@@ -612,7 +579,7 @@ def backward(learner: Learner, trajectories: Rollout, rows: list[int], args: Arg
         target = pad(prompts, [trajectories.targets[i] for i in micro], learner.device) if args.target_coef else None
         last = start + args.micro_batch_size >= len(rows)
         with nullcontext() if last else learner.accelerator.no_sync(learner.model):
-            logprob, values, target_logprob = learner.model(tokens, attention, R, target)
+            logprob, values, target_logprob = learner.model(tokens, attention_mask, R, target)
             policy_loss = symmetric_ppo_loss(
                 logprob, old_logprob, A_normalized, args.clip_coef, args.alpha, args.beta, args.Z, mask
             )
@@ -644,59 +611,40 @@ def backward(learner: Learner, trajectories: Rollout, rows: list[int], args: Arg
 
 
 def train(args: Args, run_dir: Path, learner: Learner) -> None:
-    """Train to the end and leave a result.json in run_dir.
+    """Train from the checkpoint in run_dir where there is one, and leave a result.json.
 
-    Goes on from the run's checkpoint. Raises RunError when a loss is not finite, and KeyboardInterrupt on Ctrl-C or
-    SIGTERM after the running update, with a checkpoint to go on from.
+    Raises Stop when a loss is not finite, and KeyboardInterrupt on Ctrl-C or SIGTERM, after a checkpoint.
     """
     start_time, commit = time.monotonic(), git_commit()
     accelerator, main_process = learner.accelerator, learner.accelerator.is_main_process
-    num_processes, process_index = accelerator.num_processes, accelerator.process_index
     counters = {"update": 0, "rollout_tokens": 0, "rollout_seconds": 0.0, "update_tokens": 0, "update_seconds": 0.0}
     counters |= {"wall_seconds": 0.0, "before": None}
-    checkpoint = load_checkpoint(run_dir)
-    if checkpoint:
-        try:
-            learner.load(checkpoint["learner"])
-        except (RuntimeError, KeyError, ValueError):
-            raise InputError(f"the checkpoint in {run_dir} is of another network") from None
+    if checkpoint := load_checkpoint(run_dir):
+        learner.load_state(checkpoint["learner"], run_dir / "checkpoint.pt")
         counters = checkpoint["counters"]
-    log = RunLog(run_dir, args, counters["update"] if checkpoint else -1) if main_process else None
-    progress = Progress(counters["update"], args.num_updates)
-
-    def save_checkpoint() -> None:
-        now = counters | {"wall_seconds": counters["wall_seconds"] + time.monotonic() - start_time}
-        state = {"script": SCRIPT, "learner": learner.state(), "counters": now}
-        if main_process:
-            write_atomic(run_dir / "checkpoint.pt", partial(torch.save, state))
-
-    stop_signals = []
-
-    def on_signal(number: int, _) -> None:
-        stop_signals.append(number)
-        signal.signal(number, signal.SIG_DFL)  # a second one ends the process at once
-        if main_process:
-            print("\nstopping after this update")
-
-    handlers = {number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
+    update, wall_seconds = counters["update"], counters["wall_seconds"]
+    log = RunLog(run_dir, args, update if checkpoint else -1) if main_process else None
+    progress = Progress(args.num_updates, "update")
+    stop_signals = collect_signals()
     if counters["before"] is None:
-        metrics = evaluate(learner, args)
-        counters["before"] = {tag: value for tag, value in metrics.items() if tag != "samples"}
+        counters["before"], _ = evaluate(learner, args)
         if main_process:
-            log.write(0, {tag: metrics[tag] for tag in metrics if tag in METRICS})
-            print(f"before training: {summary(metrics)}", flush=True)
+            log.write(0, counters["before"])
+            print(f"before training: {summary(counters['before'])}", flush=True)
 
     stopped = False
-    while counters["update"] < args.num_updates and not stopped:
-        update = counters["update"]
-        seed_everything(args.seed, TRAINING, update, process_index)
-        begin = time.perf_counter()
-        indices = learner.mine(prompt_indices(len(learner.reviews), update, args.num_trajectories, args.seed))
-        trajectories, metrics, samples = rollout(learner, [learner.reviews[i] for i in indices], args)
-        rollout_end = time.perf_counter()
+    while update < args.num_updates and not stopped:
+        # Rollout
+        seed_everything(args.seed, TRAINING, update, accelerator.process_index)
+        rollout_start = time.perf_counter()
+        indices = learner.shard(prompt_indices(len(learner.rows), update, args.num_trajectories, args.seed))
+        trajectories, metrics, samples = rollout(learner, [learner.rows[i] for i in indices], args)
 
+        # Update
+        update_start = time.perf_counter()
+        update += 1
         stats = []
-        rows_per_minibatch = args.minibatch_size // num_processes
+        rows_per_minibatch = args.minibatch_size // accelerator.num_processes
         for _ in range(args.update_epochs):
             order = torch.randperm(len(indices)).tolist()
             for start in range(0, len(order), rows_per_minibatch):
@@ -704,89 +652,71 @@ def train(args: Args, run_dir: Path, learner: Learner) -> None:
                 losses = backward(learner, trajectories, order[start : start + rows_per_minibatch], args)
                 grad_norm = accelerator.clip_grad_norm_(learner.model.parameters(), args.max_grad_norm).item()
                 if not np.isfinite(grad_norm):
-                    raise RunError(
-                        f"seed {args.seed} stopped in update {update + 1}: the loss is not finite. "
-                        "Try a lower --learning-rate or a lower --beta"
-                    )
+                    reason = "the loss is not finite. Try a lower --learning-rate or a lower --beta"
+                    raise Stop(f"seed {args.seed} of {args.dataset} failed in update {update}: {reason}", code=1)
                 learner.optimizer.step()
                 stats.append(losses | {"losses/grad_norm": grad_norm})
         update_end = time.perf_counter()
 
-        counters["update"] = update + 1
+        rollout_seconds, update_seconds = update_start - rollout_start, update_end - update_start
         num_tokens = metrics["val/response_length"] * args.num_trajectories
+        counters["update"] = update
         counters["rollout_tokens"] += num_tokens
-        counters["rollout_seconds"] += rollout_end - begin
+        counters["rollout_seconds"] += rollout_seconds
         counters["update_tokens"] += num_tokens * args.update_epochs
-        counters["update_seconds"] += update_end - rollout_end
-        metrics |= {tag: float(np.mean([s[tag] for s in stats])) for tag in stats[0]}
-        metrics["perf/rollout_tokens_per_second"] = num_tokens / (rollout_end - begin)
-        metrics["perf/update_tokens_per_second"] = num_tokens * args.update_epochs / (update_end - rollout_end)
-        if args.eval_every and counters["update"] % args.eval_every == 0 and counters["update"] < args.num_updates:
-            metrics |= evaluate(learner, args)
-        if main_process:
-            log.writer.add_text("samples", "\n\n".join(samples), counters["update"])
-            log.write(counters["update"], {tag: value for tag, value in metrics.items() if tag in METRICS})
-            progress.show(counters["update"], metrics["objective/scores"], metrics["objective/kl"])
-        stopped = learner.sum(torch.tensor(len(stop_signals), device=learner.device)).item() > 0  # in any process
-        if counters["update"] % args.checkpoint_every == 0 or counters["update"] == args.num_updates or stopped:
-            save_checkpoint()
+        counters["update_seconds"] += update_seconds
+        counters["wall_seconds"] = wall_seconds + time.monotonic() - start_time
 
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
+        # Evaluate, log, save
+        metrics |= {tag: float(np.mean([s[tag] for s in stats])) for tag in stats[0]}
+        metrics["perf/rollout_tokens_per_second"] = num_tokens / rollout_seconds
+        metrics["perf/update_tokens_per_second"] = num_tokens * args.update_epochs / update_seconds
+        if args.eval_every and update % args.eval_every == 0 and update < args.num_updates:
+            metrics |= evaluate(learner, args)[0]
+        if main_process:
+            log.writer.add_text("samples", "\n\n".join(samples), update)
+            log.write(update, metrics)
+            per_second = update / (counters["rollout_seconds"] + counters["update_seconds"])
+            text = f"score {metrics['objective/scores']:.4f}  KL {metrics['objective/kl']:.3f}"
+            progress.show(update, per_second, text)
+        stopped = learner.sum(torch.tensor(len(stop_signals), device=learner.device)).item() > 0  # in any process
+        if main_process and (update % args.checkpoint_every == 0 or update == args.num_updates or stopped):
+            save_checkpoint(run_dir, learner, counters)
+
+    release_signals()
     if stopped:
         raise KeyboardInterrupt
-
-    metrics = evaluate(learner, args)
-    memory = learner.sum(torch.tensor(peak_memory(learner.device), device=learner.device)).item()
-    if not main_process:
-        return
-    save_policy(learner, run_dir)
-    samples = metrics.pop("samples")
-    lines = "".join(json.dumps(sample) + "\n" for sample in samples)
-    write_atomic(run_dir / "eval_samples.jsonl", lambda temporary: temporary.write_text(lines))
-    installed = {d.name: d.version for d in distributions()}
-    versions = {"python": platform.python_version()} | {p: installed[p] for p in PACKAGES if p in installed}
-    result = {"script": SCRIPT, "policy": args.policy, "dataset": args.dataset, "reward_model": args.reward_model}
-    result |= {"seed": args.seed, "args": asdict(args), "num_updates": counters["update"]}
-    result |= {tag.replace("/", "_"): value for tag, value in metrics.items()}
-    result |= {
-        "eval_scores": [round(sample["score"], 6) for sample in samples],
-        "before": {tag.replace("/", "_"): value for tag, value in counters["before"].items()},
-        "rollout_tokens_per_second": counters["rollout_tokens"] / max(counters["rollout_seconds"], 1e-9),
-        "update_tokens_per_second": counters["update_tokens"] / max(counters["update_seconds"], 1e-9),
-        "peak_memory_gib": memory,
-        "num_processes": num_processes,
-        "device": torch.cuda.get_device_name() if learner.device.type == "cuda" else "cpu",
-        "wall_seconds": counters["wall_seconds"] + time.monotonic() - start_time,
-        "versions": versions,
-        "commit": commit,
-    }
-    write_json(run_dir / "result.json", result)
-    (run_dir / "checkpoint.pt").unlink()  # it is several times as large as the policy
-    log.write(args.num_updates, {tag: metrics[tag] for tag in metrics if tag in METRICS})
-    log.close()
+    metrics, samples = evaluate(learner, args)
+    memory = torch.tensor(peak_memory(learner.device), device=learner.device)
+    counters["peak_memory_gib"] = learner.sum(memory).item()
+    counters["wall_seconds"] = wall_seconds + time.monotonic() - start_time
+    if main_process:
+        save_policy(learner, run_dir)
+        save_results(learner, args, run_dir, metrics, samples, counters, commit)
+        log.write(args.num_updates, metrics)
+        log.close()
 
 
-def evaluate(learner: Learner, args: Args) -> dict:
-    """Scores and perplexity of Table 3 on the validation reviews as {tag: value}, and "samples", what was scored.
+def evaluate(learner: Learner, args: Args) -> tuple[dict[str, float], list[dict]]:
+    """Scores and perplexity of Table 3 on the validation reviews as {tag: value}, and what was scored.
 
     A response is sampled for each prompt; the classifier sees the full first half of the review and the response.
     Empty responses, responses cut in half and the reviews themselves are scored as well (compare Figure 1, Table 15).
     """
     tokenizer = learner.tokenizer
     seed_everything(args.seed, EVALUATION, learner.accelerator.process_index)
-    index = learner.mine(range(len(learner.validation))[: args.eval_samples or None])
-    reviews = [learner.validation[i] for i in index]
+    index = learner.shard(range(len(learner.validation))[: args.eval_samples or None])
+    reviews = [learner.validation[i]["text"] for i in index]
     halves = [first_half(review) for review in reviews]
     prompts = encode(tokenizer, halves, args.prompt_length, "left")
     responses = generate(learner.actor_critic.policy, tokenizer, prompts, args.rollout_batch_size)
     texts = [continuation(tokenizer, p, r) for p, r in zip(prompts, responses)]
-    cut = [continuation(tokenizer, p, r[: len(r) // 2]) for p, r in zip(prompts, responses)]
+    truncated = [continuation(tokenizer, p, r[: len(r) // 2]) for p, r in zip(prompts, responses)]
     scored = {
         "score": learner.reward([half + text for half, text in zip(halves, texts)]),
         "score_reference": learner.reward(reviews),
         "score_empty": learner.reward(halves),
-        "score_truncated": learner.reward([half + text for half, text in zip(halves, cut)]),
+        "score_truncated": learner.reward([half + text for half, text in zip(halves, truncated)]),
     }
     samples = [
         {"index": i, "prompt": half, "response": text, "reference": " ".join(review.split())[len(half) :]}
@@ -797,17 +727,26 @@ def evaluate(learner: Learner, args: Args) -> dict:
     metrics = {f"eval/{name}": float(np.mean([sample[name] for sample in samples])) for name in scored}
     metrics["eval/empty_wins"] = float(np.mean([s["score_empty"] > s["score"] for s in samples]))
     metrics["eval/truncated_wins"] = float(np.mean([s["score_truncated"] > s["score"] for s in samples]))
-    return metrics | {"eval/perplexity": perplexity(learner, learner.validation), "samples": samples}
+    texts = [row["text"] for row in learner.validation]
+    metrics["eval/perplexity"] = perplexity(learner, learner.actor_critic.policy, texts)
+    return metrics, samples
+
+
+def evaluate_saved(args: Args, run_dir: Path) -> dict[str, float]:
+    """Metrics of a finished run's policy, on the prompts of its final evaluation. Raises Stop when there is none."""
+    path = run_dir / "policy"
+    require(path.exists(), f"{run_dir} holds no policy: it is written when the run has finished")
+    learner = make_learner(replace(args, policy=str(path), tokenizer=None))
+    return evaluate(learner, args)[0]
 
 
 @torch.no_grad()
-def perplexity(learner: Learner, texts: list[str]) -> float:
+def perplexity(learner: Learner, policy: PreTrainedModel, texts: list[str]) -> float:
     """The policy's perplexity of texts, joined by blank lines: strides of 512 tokens, each with as many before it."""
-    policy = learner.actor_critic.policy
     tokens = learner.tokenizer("\n\n".join(texts), verbose=False, return_tensors="pt").input_ids.to(learner.device)
     stride = min(512, (getattr(policy.config, "max_position_embeddings", None) or sys.maxsize) // 2)
     loss = torch.zeros((), dtype=torch.float64, device=learner.device)
-    for start in learner.mine(range(0, tokens.shape[1], stride)):
+    for start in learner.shard(range(0, tokens.shape[1], stride)):
         window = tokens[:, max(0, start - stride) : start + stride]
         num_predicted = min(stride, tokens.shape[1] - start) - (start == 0)  # nothing predicts the first token
         if num_predicted:
@@ -827,33 +766,56 @@ def peak_memory(device: torch.device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)
 
 
-def write_atomic(path: Path, write: Callable[[Path], object]) -> None:
-    """Call write(temporary path), then rename: a kill or a full disk leaves the old file or the new one.
+def collect_signals() -> list[int]:
+    """Ctrl-C and SIGTERM go into the returned list, so that the rollout ends with a checkpoint; a second one kills."""
+    received = []
 
-    Raises OSError.
-    """
+    def handler(number: int, _) -> None:
+        received.append(number)
+        signal.signal(number, signal.SIG_DFL)
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, handler)
+    return received
+
+
+def release_signals() -> None:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def write_atomic(path: Path, content: bytes | memoryview) -> None:
+    """Write, then rename: a kill or a full disk leaves the old file or the new one."""
     temporary = path.with_name(path.name + ".tmp")
     try:
-        write(temporary)
+        temporary.write_bytes(content)
         os.replace(temporary, path)
-    except Exception as error:  # torch and safetensors have exceptions of their own for a full disk
+    finally:
         temporary.unlink(missing_ok=True)
-        raise OSError(f"{path} cannot be written, is the disk full? {error}") from error
 
 
 def write_json(path: Path, content: dict) -> None:
-    write_atomic(path, lambda temporary: temporary.write_text(json.dumps(content, indent=2) + "\n"))
+    write_atomic(path, (json.dumps(content, indent=2) + "\n").encode())
+
+
+def read_json(path: Path) -> dict:
+    """Raises Stop when the file is damaged."""
+    try:
+        return dict(json.loads(path.read_text()))
+    except (ValueError, TypeError):
+        raise Stop(f"{path} is damaged") from None
 
 
 def check_unused(run_dir: Path) -> None:
-    if run_dir.exists() and (not run_dir.is_dir() or any(run_dir.iterdir())):
-        raise InputError(f"--run-dir {run_dir} is in use: continue it with --resume {run_dir}, or name another")
+    """Raise Stop when run_dir is in use or has no name: before models are loaded, which may take minutes."""
+    unused = not run_dir.exists() or (run_dir.is_dir() and not any(run_dir.iterdir()))
+    require(unused, f"--run-dir {run_dir} is in use: continue it with --resume {run_dir}, or name another")
+    require(run_dir.name not in ("", ".."), f"--run-dir {run_dir} has no name of its own: name a directory")
 
 
 def create_run_dir(args: Args, run_dir: Path) -> None:
-    """Make run_dir with the arguments of the run in it. Raises InputError when it is in use or cannot be made."""
+    """Make run_dir with args.json in it, whole or not at all. Raises Stop when it is in use or cannot be made."""
     check_unused(run_dir)
-    require(run_dir.name not in ("", ".."), f"--run-dir {run_dir} has no name of its own: name a directory")
     temporary = run_dir.with_name(f".{run_dir.name}.{os.getpid()}")
     try:
         temporary.mkdir(parents=True)
@@ -861,32 +823,59 @@ def create_run_dir(args: Args, run_dir: Path) -> None:
         os.replace(temporary, run_dir)
     except OSError as error:
         shutil.rmtree(temporary, ignore_errors=True)
-        raise InputError(f"--run-dir {run_dir} cannot be made: {error.strerror or error}") from None
+        raise Stop(f"--run-dir {run_dir} cannot be made: {error.strerror}") from None
 
 
 def open_run_dir(run_dir: Path) -> Args:
-    """Arguments of an existing run. Raises InputError when run_dir holds no run of this script."""
-    if not (run_dir / "args.json").exists():
-        raise InputError(f"{run_dir} holds no run of {SCRIPT}.py: there is no args.json in it")
-    try:
-        saved = json.loads((run_dir / "args.json").read_text())
-        args = Args(**saved["args"]) if saved["script"] == SCRIPT else None
-    except (ValueError, KeyError, TypeError):
-        raise InputError(f"{run_dir / 'args.json'} cannot be read") from None
-    require(args is not None, f"{run_dir} is a run of {saved['script']}.py, not of {SCRIPT}.py")
+    """Arguments of the run in run_dir. Raises Stop when there is none of this script."""
+    path = run_dir / "args.json"
+    if not path.exists():
+        old = any(run_dir.glob("seed*/args.json"))
+        reason = (
+            f"was begun by version 1 of {SCRIPT}.py: continue it with that one"
+            if old
+            else "holds no run: there is no args.json in it"
+        )
+        raise Stop(f"{run_dir} {reason}")
+    content = read_json(path)
+    return saved_args(path, content.get("script"), content.get("args"))
+
+
+def saved_args(path: Path, script: str | None, saved: dict) -> Args:
+    """Arguments of a run or model; new ones get their defaults. Raises Stop where they do not fit this script."""
+    require(script == SCRIPT, f"{path} is of {script or 'something else'}, not of {SCRIPT}")
+    require(isinstance(saved, dict), f"{path} is damaged")
+    unknown = ", ".join(saved.keys() - {f.name for f in fields(Args)})
+    require(not unknown, f"{path} was written by a version of {SCRIPT}.py with other arguments: {unknown}")
+    return Args(**saved)
+
+
+def changed_args(saved: Args, *allowed: str) -> Args:
+    """Saved arguments with the command line's over them. Raises Stop when others than allowed change."""
+    args = tyro.cli(Args, description=__doc__, default=saved)
+    changed = [f.name for f in fields(Args) if getattr(args, f.name) != getattr(saved, f.name)]
+    extra = ", ".join("--" + name.replace("_", "-") for name in changed if name not in allowed)
+    require(not extra, f"--{allowed[0]} takes its arguments from the run: drop {extra}")
     return args
 
 
+def save_checkpoint(run_dir: Path, learner: Learner, counters: dict) -> None:
+    buffer = io.BytesIO()
+    torch.save({"version": VERSION, "learner": learner.state(), "counters": counters}, buffer)
+    write_atomic(run_dir / "checkpoint.pt", buffer.getbuffer())
+
+
 def load_checkpoint(run_dir: Path) -> dict | None:
-    """The run's last checkpoint, None before the first. Raises InputError when it cannot be read."""
+    """The run's last checkpoint, None before the first. Raises Stop when it cannot be read."""
     path = run_dir / "checkpoint.pt"
     if not path.exists():
         return None
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        assert checkpoint["script"] == SCRIPT
-    except Exception as error:
-        raise InputError(f"{path} is not a checkpoint of {SCRIPT}.py ({type(error).__name__})") from None
+        checkpoint = dict(torch.load(path, map_location="cpu", weights_only=True))
+    except (RuntimeError, EOFError, OSError, ValueError, TypeError, LookupError, pickle.UnpicklingError) as error:
+        raise Stop(f"{path} cannot be read as a checkpoint ({type(error).__name__})") from None
+    version = checkpoint.get("version", 1)
+    require(version == VERSION, f"{path} was written by version {version} of {SCRIPT}.py: continue it with that one")
     return checkpoint
 
 
@@ -899,104 +888,124 @@ def save_policy(learner: Learner, run_dir: Path) -> None:
         learner.actor_critic.policy.save_pretrained(temporary)
         learner.tokenizer.save_pretrained(temporary)
         os.replace(temporary, folder)
-    except Exception as error:  # safetensors has an exception of its own for a full disk
+    except SafetensorError as error:  # what it has for a full disk
+        raise OSError(errno.ENOSPC, f"{folder} cannot be written: {error}") from None
+    finally:
         shutil.rmtree(temporary, ignore_errors=True)
-        raise OSError(f"{folder} cannot be written, is the disk full? {error}") from error
+
+
+def save_results(
+    learner: Learner, args: Args, run_dir: Path, metrics: dict, samples: list[dict], counters: dict, commit: str | None
+) -> None:
+    """What a finished run leaves besides its policy: eval_samples.jsonl and result.json, and no checkpoint."""
+    lines = "".join(json.dumps(sample) + "\n" for sample in samples)
+    write_atomic(run_dir / "eval_samples.jsonl", lines.encode())
+    versions = {d.name: d.version for d in distributions() if d.name in PACKAGES}
+    result = {
+        "script": SCRIPT,
+        "policy": args.policy,
+        "dataset": args.dataset,
+        "reward_model": args.reward_model,
+        "seed": args.seed,
+        "args": asdict(args),
+        "num_updates": counters["update"],
+        "eval_scores": [round(sample["score"], 6) for sample in samples],
+        **{tag.replace("/", "_"): value for tag, value in metrics.items()},
+        "before": {tag.replace("/", "_"): value for tag, value in counters["before"].items()},
+        "rollout_tokens_per_second": counters["rollout_tokens"] / counters["rollout_seconds"],
+        "update_tokens_per_second": counters["update_tokens"] / counters["update_seconds"],
+        "peak_memory_gib": counters["peak_memory_gib"],
+        "num_processes": learner.accelerator.num_processes,
+        "device": torch.cuda.get_device_name() if learner.device.type == "cuda" else "cpu",
+        "wall_seconds": counters["wall_seconds"],
+        "versions": {"python": platform.python_version()} | versions,
+        "commit": commit,
+    }
+    write_json(run_dir / "result.json", result)
+    (run_dir / "checkpoint.pt").unlink()  # it is several times as large as the policy
 
 
 def git_commit() -> str | None:
     """Commit of the repository this file is in, with "-dirty" when this file differs; None outside a repository."""
     git = ["git", "-C", str(Path(__file__).parent)]
+    commands = [*git, "rev-parse", "HEAD"], [*git, "status", "--porcelain", "--", __file__]
     try:
-        commit, changes = (
-            subprocess.run([*git, *command], capture_output=True, text=True, check=True).stdout.strip()
-            for command in (("rev-parse", "HEAD"), ("status", "--porcelain", "--", __file__))
-        )
-    except (OSError, subprocess.CalledProcessError):
+        commit, changes = (subprocess.run(c, capture_output=True, text=True).stdout.strip() for c in commands)
+    except FileNotFoundError:
         return None
-    return commit + ("-dirty" if changes else "")
+    return (f"{commit}-dirty" if changes else commit) or None
 
 
 class RunLog:
     """TensorBoard, curves.csv and Weights & Biases of one run; on resume, what lies past the checkpoint goes."""
 
     def __init__(self, run_dir: Path, args: Args, global_step: int):
+        self.path, self.rows, self.wandb = run_dir / "curves.csv", [], None
+        if self.path.exists():
+            try:
+                rows = csv.DictReader(self.path.read_text().splitlines())
+                self.rows = [row for row in rows if int(row["global_step"]) <= global_step]
+            except (ValueError, KeyError, TypeError):
+                raise Stop(f"{self.path} is damaged") from None
         self.writer = SummaryWriter(run_dir, purge_step=global_step + 1)
-        path = run_dir / "curves.csv"
-        rows = path.read_text().splitlines(keepends=True)[1:] if path.exists() else []
-        rows = [row for row in rows if row.endswith("\n") and int(row.split(",")[0]) <= global_step]
-        header = ",".join(("global_step", *METRICS)) + "\n"
-        write_atomic(path, lambda temporary: temporary.write_text(header + "".join(rows)))
-        self.file = path.open("a", newline="")
-        self.csv = csv.DictWriter(self.file, ("global_step", *METRICS), lineterminator="\n")
-        self.wandb = None
         if args.track:
             import wandb
 
-            begun = (run_dir / "args.json").stat().st_mtime_ns  # a new run in an old place is another one
-            run_id = hashlib.sha1(f"{run_dir.resolve()} {begun}".encode()).hexdigest()[:12]
-            self.wandb = wandb.init(
-                project=args.wandb_project_name,
-                entity=args.wandb_entity,
-                name=run_dir.name,
-                id=run_id,
-                resume="allow",
-                reinit="create_new",
-                config=asdict(args),
-                dir=run_dir,
-            )
+            id_file = run_dir / "wandb_id.txt"
+            if not id_file.exists():
+                id_file.write_text(uuid4().hex)
+            options = {"project": args.wandb_project_name, "entity": args.wandb_entity, "config": asdict(args)}
+            options |= {"name": run_dir.name, "id": id_file.read_text(), "resume": "allow", "reinit": "create_new"}
+            self.wandb = wandb.init(dir=run_dir, **options)
 
     def write(self, global_step: int, metrics: dict[str, float]) -> None:
+        """Log {tag: value}, any tags. curves.csv is written anew, whole, with a column for every tag so far."""
+        self.rows.append({"global_step": global_step} | {tag: f"{value:.6g}" for tag, value in metrics.items()})
+        text = io.StringIO()
+        columns = dict.fromkeys(tag for row in self.rows for tag in row)
+        writer = csv.DictWriter(text, list(columns), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(self.rows)
+        write_atomic(self.path, text.getvalue().encode())
         for tag, value in metrics.items():
             self.writer.add_scalar(tag, value, global_step)
-        self.csv.writerow({"global_step": global_step} | {tag: f"{value:.6g}" for tag, value in metrics.items()})
-        self.file.flush()
         self.writer.flush()  # a kill loses nothing that a later checkpoint counts as written
         if self.wandb:
             self.wandb.log(metrics, step=global_step)
 
     def close(self) -> None:
         self.writer.close()
-        self.file.close()
         if self.wandb:
             self.wandb.finish()
 
 
 class Progress:
-    """One line: redrawn in place on a terminal, printed at most every 30 seconds when output is redirected."""
+    """One line: redrawn in place on a terminal, printed every 30 seconds when output is redirected."""
 
-    def __init__(self, first: int, total: int):
-        self.first, self.total, self.begin = first, total, time.monotonic()
-        self.last = -np.inf
+    def __init__(self, total: int, unit: str):
+        self.total, self.unit, self.last = total, unit, time.monotonic()
 
-    def show(self, update: int, score: float, kl: float) -> None:
-        terminal = sys.stdout.isatty()
-        if not terminal and time.monotonic() - self.last < 30 and update < self.total:
+    def show(self, done: int, per_second: float, text: str) -> None:
+        terminal, finished = sys.stdout.isatty(), done >= self.total
+        if time.monotonic() - self.last < (0.2 if terminal else 30) and not finished:
             return
         self.last = time.monotonic()
-        left = int((self.total - update) * (self.last - self.begin) / (update - self.first))
-        bar = f"[{'#' * int(20 * update / self.total):20}] " if terminal else ""
-        line = f"{bar}update {update} of {self.total}  score {score:.4f}  KL {kl:.3f}  "
-        line += f"{left // 3600}:{left // 60 % 60:02}:{left % 60:02} left"
-        end = "" if terminal and update < self.total else "\n"
-        print(f"\r{line}\x1b[K" if terminal else line, end=end, flush=True)
+        left = timedelta(seconds=int((self.total - done) / per_second)) if per_second else "?"
+        line = f"{done / self.total:4.0%}  {self.unit} {done:,}  {text}  {left} left"
+        print(f"\r{line}\x1b[K" if terminal else line, end="" if terminal and not finished else "\n", flush=True)
 
 
 def validate(args: Args) -> None:
-    """Raise InputError with one line that says what is wrong and what is allowed."""
-    counts = (
-        "num_updates prompt_length response_length num_trajectories update_epochs minibatch_size micro_batch_size "
-        "rollout_batch_size checkpoint_every"
+    """Raise Stop with one line that says what is wrong and what is allowed."""
+    counts = "num_updates prompt_length response_length num_trajectories update_epochs minibatch_size "
+    counts += "micro_batch_size rollout_batch_size checkpoint_every"
+    others = (
+        "beta kl_coef target_coef vf_coef weight_decay top_k min_response_length eval_every eval_samples num_threads"
     )
     for allowed, is_allowed, names in (
         ("at least 1", lambda x: x >= 1, counts),
         ("above 0", lambda x: 0 < x < np.inf, "alpha learning_rate clip_coef clip_coef_value max_grad_norm"),
-        (
-            "0 or above",
-            lambda x: 0 <= x < np.inf,
-            "beta kl_coef target_coef vf_coef weight_decay top_k min_response_length eval_every eval_samples "
-            "num_threads",
-        ),
+        ("0 or above", lambda x: 0 <= x < np.inf, others),
         ("0 or above, below 2**63", lambda x: 0 <= x < 2**63, "seed"),
         ("between 0 and 1", lambda x: 0 <= x <= 1, "gamma gae_lambda"),
         ("below 0", lambda x: -np.inf < x < 0, "Z"),
@@ -1004,29 +1013,22 @@ def validate(args: Args) -> None:
         for name in names.split():
             value = getattr(args, name)
             require(is_allowed(value), f"--{name.replace('_', '-')} must be {allowed}, got {value}")
-    require(
-        args.min_response_length <= args.response_length,
-        f"--min-response-length {args.min_response_length} is more than --response-length {args.response_length}",
-    )
-    require(
-        args.num_trajectories % args.minibatch_size == 0,
-        f"{args.num_trajectories} trajectories do not divide into minibatches of {args.minibatch_size}: "
-        "--num-trajectories must be a multiple of --minibatch-size",
-    )
+    shortest, longest = args.min_response_length, args.response_length
+    require(shortest <= longest, f"--min-response-length {shortest} is more than --response-length {longest}")
+    divides = args.num_trajectories % args.minibatch_size == 0
+    message = f"--num-trajectories {args.num_trajectories} must be a multiple of --minibatch-size {args.minibatch_size}"
+    require(divides, message)
     num_processes = int(os.environ.get("WORLD_SIZE", 1))
-    require(
-        args.minibatch_size % num_processes == 0,
-        f"--minibatch-size {args.minibatch_size} does not divide among {num_processes} processes",
-    )
-    require(
-        args.eval_samples == 0 or args.eval_samples >= num_processes,
-        f"--eval-samples must be 0 (all) or at least the number of processes, {num_processes}, got {args.eval_samples}",
-    )
+    divides = args.minibatch_size % num_processes == 0
+    require(divides, f"--minibatch-size {args.minibatch_size} does not divide among {num_processes} processes")
+    message = f"--eval-samples must be 0 (all) or at least the number of processes, {num_processes}, "
+    enough = args.eval_samples == 0 or args.eval_samples >= num_processes
+    require(enough, message + f"got {args.eval_samples}")
     require(not args.track or find_spec("wandb"), "--track needs Weights & Biases: pip install wandb")
 
 
 def check_vocabulary(flag: str, name: str, tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> None:
-    """Raise InputError when the tokenizer has tokens that the model has no embedding for, or no end-of-text token.
+    """Raise Stop when the tokenizer has tokens that the model has no embedding for, or no end-of-text token.
 
     For a folder without a tokenizer, transformers makes an empty one of some families.
     """
@@ -1039,67 +1041,30 @@ def check_vocabulary(flag: str, name: str, tokenizer: PreTrainedTokenizerBase, m
         require(tokenizer.eos_token_id is not None, f"--{flag} {name}: the tokenizer has no end-of-text token")
 
 
-def given() -> list[str]:
-    """Names of the arguments on the command line."""
-    flags = {word.partition("=")[0].replace("-", "_") for word in sys.argv[1:] if word.startswith("--")}
-    return [f.name for f in fields(Args) if {f"__{f.name}", f"__no_{f.name}"} & flags]
+def make_learner(args: Args) -> Learner:
+    """Data and networks on this process. Raises Stop when Accelerate does not see the others."""
+    if args.num_threads:
+        torch.set_num_threads(args.num_threads)
+    accelerator = Accelerator(cpu=args.cpu or not torch.cuda.is_available())
+    started, seen = int(os.environ.get("WORLD_SIZE", 1)), accelerator.num_processes
+    require(started == seen, f"started as one of {started} processes, but Accelerate sees {seen}: use torchrun")
+    return Learner(args, accelerator)
 
 
-def only(*names: str) -> None:
-    """Raise InputError when any other argument than names was given."""
-    extra = [name for name in given() if name not in names]
-    require(not extra, f"--{names[0]} takes its arguments from the run: drop --{', --'.join(extra).replace('_', '-')}")
+def share_run_dir(args: Args, run_dir: Path, accelerator: Accelerator) -> Path:
+    """The run directory, made by the first process and known to all: the default has the time in it."""
+    (name,) = broadcast_object_list([str(run_dir)])
+    if accelerator.is_main_process:
+        create_run_dir(args, Path(name))
+    accelerator.wait_for_everyone()
+    return Path(name)
 
 
-def run(args: Args, run_dir: Path) -> int:
-    """Train, resume or evaluate as the arguments say; print the result."""
-    empty = "" in (args.run_dir, args.resume, args.evaluate)
-    require(not empty, "--run-dir, --resume and --evaluate need a path, got an empty one")
-    if args.evaluate or args.resume:
-        only("evaluate" if args.evaluate else "resume", *MAY_CHANGE)
-        run_dir = Path(args.evaluate or args.resume)
-        saved = open_run_dir(run_dir)
-        if args.evaluate:
-            require(
-                (run_dir / "policy").exists(), f"{run_dir} holds no policy: it is written when the run has finished"
-            )
-            saved = replace(saved, policy=str(run_dir / "policy"), tokenizer=None, evaluate=args.evaluate)
-        smaller = {name: getattr(args, name) for name in MAY_CHANGE if name in given()}
-        args = replace(saved, **smaller)
-    else:
-        check_unused(run_dir)
-    resumed = (run_dir / "args.json").exists()
-    if args.evaluate or not (run_dir / "result.json").exists():
-        validate(args)
-        if args.num_threads:
-            torch.set_num_threads(args.num_threads)
-        accelerator = Accelerator(cpu=args.cpu or not torch.cuda.is_available())
-        world_size = os.environ.get("WORLD_SIZE", "1")
-        require(
-            str(accelerator.num_processes) == world_size,
-            f"started as one of {world_size} processes, but Accelerate sees {accelerator.num_processes}: use torchrun",
-        )
-        learner = Learner(args, accelerator)
-        if args.evaluate:
-            metrics = evaluate(learner, args)
-            if accelerator.is_main_process:
-                print(summary(metrics))
-            return 0
-        if not resumed:
-            (name,) = broadcast_object_list([str(run_dir)])  # the default has the time in it
-            run_dir = Path(name)
-            if accelerator.is_main_process:
-                create_run_dir(args, run_dir)
-            accelerator.wait_for_everyone()
-            args = open_run_dir(run_dir)
-        train(args, run_dir, learner)
-    if os.environ.get("RANK", "0") != "0":
-        return 0
-    result = json.loads((run_dir / "result.json").read_text())
+def print_result(run_dir: Path) -> None:
+    result = read_json(run_dir / "result.json")
     metrics = {"eval/" + key.removeprefix("eval_"): value for key, value in result.items() if key.startswith("eval_")}
-    print(f"seed {args.seed}: {result['num_updates']} updates, {summary(metrics)}")
+    print(f"seed {result['seed']}: {result['num_updates']} updates, {summary(metrics)}")
     print(f"  everything is in {run_dir}; evaluate again with --evaluate {run_dir}")
-    return 0
 
 
 def main() -> int:
@@ -1110,27 +1075,54 @@ def main() -> int:
     huggingface_hub.utils.logging.set_verbosity_error()
     datasets.disable_progress_bars()
     name = f"{Path(args.dataset).name}__{SCRIPT}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
-    run_dir = Path(args.resume or args.run_dir or f"runs/{name}")
-    code, hint = 1, ""
-    to_go_on = f"to go on: python {SCRIPT}.py --resume {run_dir}"
+    run_dir, rank = Path(args.resume or args.run_dir or f"runs/{name}"), int(os.environ.get("RANK", 0))
     try:
-        return run(args, run_dir)
-    except InputError as error:
-        message, code = f"error: {' '.join(str(error).split())}", 2
-    except RunError as error:  # a resumed run would draw the same random numbers and come here again
-        message = "\n" * sys.stdout.isatty() + f"error: {error}"
-    except OSError as error:
-        message, hint = f"error: {' '.join(str(error).split())}", f"\n{to_go_on}"
-    except torch.OutOfMemoryError:
-        message, hint = f"error: the GPU is out of memory: {OOM_HINT}", f"\n{to_go_on}"
-    except KeyboardInterrupt:
-        message, code, hint = "\nstopped", 130, f"; {to_go_on}"
-    rank = os.environ.get("RANK", "0")
-    if rank == "0":
-        print(message + hint * (run_dir / "args.json").exists(), file=sys.stderr)
-    elif code == 1 and hint:  # a disk or a GPU may be full for one process alone
-        print(f"process {rank}: {message}", file=sys.stderr)
-    return code
+        empty = "" in (args.run_dir, args.resume, args.evaluate)
+        require(not empty, "--run-dir, --resume and --evaluate need a path, got an empty one")
+        if args.evaluate:
+            path = Path(args.evaluate)
+            args = changed_args(open_run_dir(path), "evaluate", *MAY_CHANGE)
+            validate(args)
+            metrics = evaluate_saved(args, path)
+            if rank == 0:
+                print(summary(metrics))
+            return 0
+        if args.resume:
+            args = replace(changed_args(open_run_dir(run_dir), "resume", *MAY_CHANGE), resume=None)
+            validate(args)
+            if not (run_dir / "result.json").exists():
+                train(args, run_dir, make_learner(args))
+        else:
+            check_unused(run_dir)
+            validate(args)
+            learner = make_learner(args)
+            run_dir = share_run_dir(args, run_dir, learner.accelerator)
+            train(replace(args, run_dir=str(run_dir)), run_dir, learner)
+        if rank == 0:
+            print_result(run_dir)
+        return 0
+    except (Exception, KeyboardInterrupt) as error:
+        stops = isinstance(error, Stop)  # a resumed run would come to the same end
+        can_go_on = not args.evaluate and not stops and (run_dir / "checkpoint.pt").exists()
+        hint = f"to go on: python {SCRIPT}.py --resume {run_dir}" if can_go_on else ""
+        disk_full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        memory_full = isinstance(error, torch.OutOfMemoryError)
+        if not stops and not disk_full and not memory_full and not isinstance(error, KeyboardInterrupt):
+            if hint:
+                error.add_note(hint)
+            raise  # a bug: Python's own traceback, and the hint below it
+        code, message = getattr(error, "code", 1), f"error: {' '.join(str(error).split())}"
+        if memory_full:
+            message = f"error: the GPU is out of memory: {OOM_HINT}"
+        if isinstance(error, KeyboardInterrupt):
+            code, message = 130, "stopped"
+        if rank == 0:
+            if sys.stdout.isatty():
+                print()  # end the progress line
+            print(f"{message}\n{hint}".strip(), file=sys.stderr)
+        elif disk_full or memory_full:  # which may be so of this process alone
+            print(f"process {rank}: {message}", file=sys.stderr)
+        return code
 
 
 if __name__ == "__main__":

@@ -1,6 +1,5 @@
 """The scripts through their command line: output, determinism, survival, bad input, learning, likeness."""
 
-import ast
 import csv
 import importlib
 import json
@@ -12,7 +11,7 @@ import subprocess
 import sys
 from contextlib import nullcontext
 from importlib.metadata import version
-from itertools import combinations, pairwise
+from itertools import pairwise
 from pathlib import Path
 
 import gymnasium as gym
@@ -20,16 +19,7 @@ import imageio.v2 as imageio
 import numpy as np
 import pytest
 import torch
-from conftest import (
-    CONTINUOUS,
-    CONTROL,
-    LANGUAGE,
-    ROOT,
-    SCRIPTS,
-    import_scripts,
-    largest_file,
-    wait_for_the_next_second,
-)
+from conftest import CONTINUOUS, CONTROL, largest_file, wait_for_the_next_second
 from pausing import interrupt
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -50,7 +40,7 @@ TAGS = {
 SPPO_TAGS = TAGS | {"losses/approx_kl", "losses/clipfrac", "losses/sign_flips"}
 PENDULUM = ("--env-id", "InvertedDoublePendulum-v4")
 SPPO_UPDATE = ("--num-minibatches", "4", "--update-epochs", "2")
-sppo_only = pytest.mark.parametrize("script", CONTINUOUS[:1], indirect=True)
+both = pytest.mark.parametrize("script", CONTINUOUS, indirect=True)
 RESULT_KEYS = {
     "script",
     "env_id",
@@ -132,8 +122,9 @@ class PlainEnv(ToyEnv):
         super().__init__()
 
 
-@pytest.fixture(scope="session", params=CONTINUOUS)
+@pytest.fixture(scope="session", params=CONTINUOUS[:1])
 def script(request):
+    """SPPO's script, with which the other has in common what is no matter of the algorithm (test_siblings.py)."""
     return importlib.import_module(request.param)
 
 
@@ -236,6 +227,7 @@ def unfinished(finished, tmp_path):
     return run_dir
 
 
+@both
 def test_finished_run_leaves_the_agreed_files_and_nothing_else(finished):
     cwd, _, err = finished
     assert err == ""
@@ -246,6 +238,7 @@ def test_finished_run_leaves_the_agreed_files_and_nothing_else(finished):
     assert names - events == {"args.json", "checkpoint.pt", "model.safetensors", "curves.csv", "result.json"}
 
 
+@both
 def test_result_has_the_agreed_keys_and_total_rounds_up_to_whole_rollouts(script, finished):
     cwd, out, _ = finished
     result = read_result(cwd / "run")
@@ -263,6 +256,7 @@ def test_result_has_the_agreed_keys_and_total_rounds_up_to_whole_rollouts(script
     assert "5,120" in out and f"{result['eval_mean']:.1f}" in out and "run" in out
 
 
+@both
 def test_curves_hold_the_same_values_as_tensorboard(script, finished):
     run_dir = finished[0] / "run"
     tags = SPPO_TAGS if script.SCRIPT.startswith("sppo") else TAGS
@@ -275,6 +269,7 @@ def test_curves_hold_the_same_values_as_tensorboard(script, finished):
         np.testing.assert_allclose([v for _, v in points], [v for _, v in events[tag]], rtol=1e-5, err_msg=tag)
 
 
+@both
 def test_periodic_evaluations_and_the_final_one_are_logged(finished):
     points = curve_points(finished[0] / "run")["eval/episodic_return"]
     assert [step for step, _ in points] == [2048, 4096, 5120]
@@ -286,12 +281,13 @@ def test_evaluate_prints_the_returns_of_the_final_evaluation(script, finished, c
     result = read_result(run_dir)
     line = f"evaluation {result['eval_mean']:.1f} ({' '.join(f'{r:.1f}' for r in result['eval_returns'])})\n"
     before = snapshot(finished[0])
-    assert run_script(script, finished[0], "--evaluate", "run") == (0, line, "")
+    assert call("--evaluate", run_dir) == (0, line, "")
     assert call("--evaluate", run_dir / "model.safetensors") == (0, line, "")
     assert script.evaluate_saved(*script.load_model(run_dir), run_dir).tolist() == result["eval_returns"]
     assert snapshot(finished[0]) == before
 
 
+@both
 def test_saved_model_is_enough_to_act_with_numpy_alone(script, finished):
     run_dir = finished[0] / "run"
     with safe_open(run_dir / "model.safetensors", "numpy") as file:
@@ -315,6 +311,7 @@ def test_saved_model_is_enough_to_act_with_numpy_alone(script, finished):
     np.testing.assert_allclose(returns, read_result(run_dir)["eval_returns"], rtol=1e-6)
 
 
+@both
 def test_same_seed_gives_the_same_run_another_seed_does_not(script, finished, call, tmp_path):
     flags = (*PENDULUM, *small(script, 256), "--total-timesteps", "5000", "--eval-every", "2048")
     assert call(*flags, "--seed", 3, "--run-dir", "same")[0] == 0
@@ -330,6 +327,7 @@ def test_same_seed_gives_the_same_run_another_seed_does_not(script, finished, ca
     assert not set(other[1]) & set(expected[1])
 
 
+@both
 def test_periodic_evaluation_does_not_change_training(script, finished, call, tmp_path):
     assert call(*PENDULUM, *FINISHED_STEPS, *small(script, 256), "--run-dir", "without")[0] == 0
     with_eval, without = (load_file(d / "model.safetensors") for d in (finished[0] / "run", tmp_path / "without"))
@@ -493,9 +491,8 @@ def test_ctrl_c_leaves_a_checkpoint_and_says_how_to_go_on(survivor):
     assert survivor["killed_at"] < step_of(survivor["stopped_rows"][-1]) <= survivor["stopped_at"] < 12_288
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-@pytest.mark.parametrize("control", import_scripts("s*_[ac]*.py"))
-def test_either_signal_stops_after_the_rollout_with_a_checkpoint(control, number, monkeypatch, capsys, tmp_path):
+@pytest.mark.parametrize("name, number", zip(CONTROL, (signal.SIGINT, signal.SIGTERM, signal.SIGTERM, signal.SIGINT)))
+def test_either_signal_stops_after_the_rollout_with_a_checkpoint(name, number, monkeypatch, capsys, tmp_path):
     def unhandled(*_):
         pytest.fail("the script does not handle this signal")
 
@@ -503,10 +500,12 @@ def test_either_signal_stops_after_the_rollout_with_a_checkpoint(control, number
         os.kill(os.getpid(), number)
         return gae(*inputs)
 
+    control = importlib.import_module(name)
     gae = control.gae
     monkeypatch.setattr(control, "gae", gae_with_signal)
     game = "Breakout" if "atari" in control.SCRIPT else PENDULUM[1]
-    flags = ("--env-id", game, *small(control), "--checkpoint-every", 10**6, "--run-dir", tmp_path / "run")
+    flags = ("--env-id", game, *small(control), "--num-threads", 1, "--checkpoint-every", 10**6)
+    flags = (*flags, "--run-dir", tmp_path / "run")
     monkeypatch.setattr(sys, "argv", [control.__file__, *map(str, flags)])
     handlers = {n: signal.signal(n, unhandled) for n in (signal.SIGINT, signal.SIGTERM)}
     try:
@@ -583,6 +582,7 @@ def flat(tree):
     return {f"{key}/{path}": leaf for key, value in items for path, leaf in flat(value).items()}
 
 
+@both
 def test_learner_state_round_trip_is_exact_and_training_goes_on_as_before(script, tmp_path):
     args = script.Args(num_bins=5, num_envs=2)
     learner = script.Learner(args, [7, 8], 4, 2)
@@ -605,6 +605,7 @@ def test_learner_state_round_trip_is_exact_and_training_goes_on_as_before(script
     assert not any(torch.equal(ours[path], before[path]) for path in tensors if path.startswith("agent/"))
 
 
+@both
 def test_checkpoint_holds_parameters_statistics_and_counters_of_the_run(script, finished):
     run_dir = finished[0] / "run"
     checkpoint = script.load_checkpoint(run_dir)
@@ -806,6 +807,7 @@ BAD_SPPO_INPUT = [
 ]
 
 
+@both
 @pytest.mark.parametrize("flags, words", [(flags, words) for flags, *words in BAD_INPUT])
 def test_bad_input_is_refused_in_one_line_before_anything_is_written(call, tmp_path, flags, words):
     code, out, err = call(*flags.split())
@@ -815,7 +817,6 @@ def test_bad_input_is_refused_in_one_line_before_anything_is_written(call, tmp_p
 
 
 @pytest.mark.parametrize("flags, words", [(flags, words) for flags, *words in BAD_SPPO_INPUT])
-@sppo_only
 def test_rollouts_that_do_not_make_minibatches_are_refused(call, tmp_path, flags, words):
     code, out, err = call(*flags.split())
     assert_refused(code, err, *words)
@@ -823,7 +824,6 @@ def test_rollouts_that_do_not_make_minibatches_are_refused(call, tmp_path, flags
     assert list(tmp_path.iterdir()) == []
 
 
-@sppo_only
 def test_minibatches_of_one_sample_are_fine_without_advantage_normalization(call, tmp_path):
     flags = (*PENDULUM, "--num-steps", 4, "--num-minibatches", 4, "--update-epochs", 1, "--total-timesteps", 8)
     assert call(*flags, "--no-norm-adv", "--run-dir", "run")[0] == 0
@@ -935,6 +935,7 @@ def test_loss_that_is_not_finite_stops_the_run_with_advice(script, call, tmp_pat
     assert not (tmp_path / "run" / "result.json").exists()
 
 
+@both
 def test_numbers_of_the_environment_that_are_not_finite_stop_the_run_and_are_blamed_on_it(script, call, tmp_path):
     flags = ("--env-id", "ToyNaN-v0", *small(script), "--total-timesteps", 640, "--seed", 6, "--run-dir", "run")
     code, _, err = call(*flags)
@@ -973,6 +974,7 @@ LEARN = {
 }
 
 
+@both
 def test_short_run_learns_to_balance_the_pendulum(script, call, tmp_path):
     flags = ("--env-id", "InvertedPendulum-v4", "--total-timesteps", 20_480, "--num-seeds", 2, "--run-dir", "run")
     assert call(*flags, *LEARN[script.SCRIPT].split())[0] == 0
@@ -980,163 +982,6 @@ def test_short_run_learns_to_balance_the_pendulum(script, call, tmp_path):
     assert min(means) > 150, means  # untrained: 31 at most over 30 seeds; with the sign of the loss flipped: 3
 
 
-DIFFERENT_ALGORITHM = {  # what the SPPO and the SA2C script of a domain call the same and write differently
-    "module docstring",
-    "Args.alpha",
-    "Args.beta",
-    "Args.learning_rate",
-    "Args.num_envs",
-    "Args.num_steps",
-    "Args.gae_lambda",
-    "gradients",
-    "Learner.__init__",
-    "train",
-    "validate",
-}
-DIFFERENT_IN = {
-    "continuous_discretized": DIFFERENT_ALGORITHM,
-    "atari": DIFFERENT_ALGORITHM | {"Args.anneal_lr", "Args.vf_coef"},
-}
-SPPO_ONLY = {
-    "symmetric_ppo_loss",
-    "Args.num_minibatches",
-    "Args.update_epochs",
-    "Args.norm_adv",
-    "Args.clip_coef",
-    "Args.anneal_clip",
-}
-SA2C_ONLY = {"continuous_discretized": {"symmetric_a2c_loss"}, "atari": {"symmetric_a2c_loss", "RMSpropTF"}}
-DIFFERENT_DOMAIN = {  # what scripts of different domains write differently besides Args and Learner
-    "Import",
-    "ImportFrom",
-    "PACKAGES",
-    "env_seeds",
-    "Agent",
-    "logprob_and_entropy",
-    "evaluate",
-    "evaluate_saved",
-    "load_model",
-    "save_results",
-    "run",
-    "main",
-}
-DIFFERENT_LANGUAGE = {  # what the language scripts write differently from the control scripts besides that
-    "(TRAINING, EVALUATION)",
-    "symmetric_ppo_loss",  # 2-D and masked; test_loss.py compares it with the others
-    "gae",
-    "Progress",
-    "create_run_dir",  # the Atari scripts, without --num-seeds, write it into one function
-    "open_run_dir",
-}
-DIFFERENT_TASK = {  # what the language scripts write differently from each other
-    "module docstring",
-    "ImportFrom",
-    "PACKAGES",
-    "OOM_HINT",  # what to lower when memory is short
-    "TOKENIZERS",
-    "ActorCritic",
-    "generate",
-    "Learner.docstring",
-    "Learner.__init__",
-    "rollout",
-    "train",
-    "evaluate",
-    "summary",
-    "save_policy",
-    "validate",
-    "run",
-}
-DIFFERENT_DEFAULTS = """
-policy reward_model dataset num_updates beta kl_coef target_coef prompt_length response_length min_response_length top_k
-num_trajectories update_epochs minibatch_size micro_batch_size rollout_batch_size weight_decay gamma vf_coef
-max_grad_norm eval_samples
-"""
-IMDB_ONLY = {"encode_targets", "first_half", "Reward"}
-TLDR_ONLY = {
-    "PROMPT_END",
-    "ROUGE",
-    "Args.base_precision",
-    "Args.lora_rank",
-    "Args.lora_alpha",
-    "Args.lora_targets",
-    "encode_labels",
-    "encode_prompts",
-    "reward_text",
-    "ClassifierReward",
-    "AdapterReward",
-    "load_base",
-}
-
-
-def parts(path):
-    """{name: source with the comments above it} of a script's statements in order; Args and Learner by member."""
-    source = path.read_text()
-    lines, result = source.splitlines(), {}
-
-    def split(body, start, prefix, name):
-        for node in body:
-            if isinstance(node, ast.ClassDef) and node.name in ("Args", "Learner"):
-                first = node.body[0].lineno - 1
-                result[f"class {node.name}"] = "\n".join(lines[start:first]).strip()
-                split(node.body, first, f"{node.name}.", f"{node.name}.docstring")
-            else:
-                if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
-                    name = prefix + node.name
-                elif isinstance(node, (ast.Assign, ast.AnnAssign)):
-                    name = prefix + ast.unparse(node.targets[0] if isinstance(node, ast.Assign) else node.target)
-                elif not isinstance(node, ast.Expr):  # a field's docstring belongs to the field
-                    name = type(node).__name__
-                result[name] = "\n".join([result.get(name, ""), *lines[start : node.end_lineno]]).strip()
-            start = node.end_lineno
-
-    split(ast.parse(source).body, 0, "", "module docstring")
-    return result
-
-
-PARTS = {name: parts(ROOT / f"{name}.py") for name in SCRIPTS}
-DOMAINS = sorted({name.split("_", 1)[1] for name in CONTROL})
-
-
-@pytest.mark.parametrize("domain", DOMAINS)
-def test_sppo_and_sa2c_of_a_domain_differ_where_the_algorithms_do_and_nowhere_else(domain):
-    assert domain in DIFFERENT_IN, "name its allowed differences in DIFFERENT_IN and SA2C_ONLY"
-    sppo, sa2c = PARTS[f"sppo_{domain}"], PARTS[f"sa2c_{domain}"]
-    assert {name for name in sppo if name in sa2c and sppo[name] != sa2c[name]} == DIFFERENT_IN[domain]
-    assert set(sppo) - set(sa2c) == SPPO_ONLY
-    assert set(sa2c) - set(sppo) == SA2C_ONLY[domain]
-    assert [name for name in sppo if name in sa2c] == [name for name in sa2c if name in sppo]
-
-
-def drifted(one, other, allowed):
-    """What two scripts call the same and write differently, Args and the methods of Learner left aside."""
-    common = {name for name in PARTS[one] if name in PARTS[other] and not name.startswith(("Args.", "Learner."))}
-    assert len(common - allowed) > 10
-    return {name for name in common - allowed if PARTS[one][name] != PARTS[other][name]}
-
-
-@pytest.mark.parametrize("one, other", list(combinations(CONTROL, 2)))
-def test_helpers_of_two_scripts_with_the_same_name_are_the_same(one, other):
-    assert not drifted(one, other, DIFFERENT_ALGORITHM | DIFFERENT_DOMAIN)
-
-
-def test_language_scripts_differ_where_their_tasks_do_and_nowhere_else():
-    imdb, tldr = (PARTS[f"sppo_rlhf_{task}"] for task in ("imdb", "tldr"))
-    common = [name for name in imdb if name in tldr]
-    assert common == [name for name in tldr if name in imdb]
-    different = {name for name in common if imdb[name] != tldr[name]}
-    assert {name for name in different if not name.startswith("Args.")} == DIFFERENT_TASK
-    assert different - DIFFERENT_TASK == {f"Args.{name}" for name in DIFFERENT_DEFAULTS.split()}
-    assert set(imdb) - set(tldr) == IMDB_ONLY
-    assert set(tldr) - set(imdb) == TLDR_ONLY
-
-
-@pytest.mark.parametrize("language", LANGUAGE)
-@pytest.mark.parametrize("control", CONTROL)
-def test_helpers_of_language_and_control_scripts_with_the_same_name_are_the_same(language, control):
-    assert not drifted(language, control, DIFFERENT_ALGORITHM | DIFFERENT_DOMAIN | DIFFERENT_LANGUAGE)
-
-
-@pytest.mark.parametrize("script", import_scripts("s*_[ac]*.py"))
 def test_progress_on_a_terminal_is_one_line_that_ends_with_the_run(script, monkeypatch, capsys):
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
     progress = script.Progress(100, "step")

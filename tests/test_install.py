@@ -1,13 +1,16 @@
 """Every script runs with the packages of its requirements file alone."""
 
+import ast
 import re
 import subprocess
 import sys
+import tomllib
 from importlib.metadata import packages_distributions
 from pathlib import Path
 
 import pytest
 import tiny
+from conftest import SCRIPTS
 
 ROOT = Path(__file__).resolve().parent.parent
 RUN_WITHOUT = """
@@ -77,3 +80,31 @@ def test_a_package_that_is_not_listed_is_not_found(tmp_path):
     (tmp_path / "script.py").write_text("import moviepy")
     process = run_with("requirements.txt", tmp_path / "script", [], tmp_path)
     assert process.returncode == 1 and "ModuleNotFoundError" in process.stderr
+
+
+def metadata(script: str) -> dict:
+    """The inline metadata (PEP 723) at the head of a script."""
+    lines = (ROOT / f"{script}.py").read_text().splitlines()
+    assert lines[0] == "# /// script"
+    return tomllib.loads("\n".join(line[2:] for line in lines[1 : lines.index("# ///")]))
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_inline_metadata_names_what_the_script_imports_with_the_pins_of_the_requirements(script):
+    pins = [
+        line for name in ("requirements.txt", "requirements-rlhf.txt") for line in (ROOT / name).read_text().split()
+    ]
+    versions = {normalized(re.split(r"[\[=]", pin)[0]): pin.partition("==")[2] for pin in pins if "==" in pin}
+    named = {}
+    for dependency in metadata(script)["dependencies"]:
+        name, _, version = dependency.partition("==")
+        named[normalized(name.partition("[")[0])] = version
+    assert named == {name: versions[name] for name in named}
+    assert metadata(script)["requires-python"] == ">=3.11"
+    nodes = list(ast.walk(ast.parse((ROOT / f"{script}.py").read_text())))
+    modules = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
+    modules |= {node.module for node in nodes if isinstance(node, ast.ImportFrom)}
+    modules = {module.partition(".")[0] for module in modules} - sys.stdlib_module_names - {"wandb"}
+    packages = packages_distributions()
+    missing = {module for module in modules if not {normalized(p) for p in packages[module]} & named.keys()}
+    assert missing <= {"huggingface_hub"}  # transformers brings it

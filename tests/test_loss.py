@@ -1,20 +1,23 @@
-"""The symmetric losses of every script, against the paper's equations and against explicit sums over all actions.
+"""The symmetric losses against the paper's equations and against explicit sums over all actions.
 
-Gradients are with respect to the logits z and by autograd in float64. Equation numbers are the paper's. i is the
-sampled action; the entry y of a gradient belongs to the action y.
+One script of each kind stands for its siblings, which have the same loss word for word (test_siblings.py). Gradients
+are with respect to the logits z and by autograd in float64. Equation numbers are the paper's. i is the sampled action;
+the entry y of a gradient belongs to the action y.
 """
 
-from functools import partial, wraps
-from inspect import signature
+from functools import partial
 from typing import NamedTuple
 
 import pytest
 import torch
-from conftest import import_scripts
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+
+import sppo_continuous_discretized as control
+import sppo_rlhf_imdb as language
+from sa2c_continuous_discretized import symmetric_a2c_loss
 
 EPS = 0.2
 examples = settings(deadline=None, derandomize=True, max_examples=60)
@@ -24,7 +27,6 @@ assert_close = partial(torch.testing.assert_close, rtol=1e-9, atol=1e-11)
 def of_ragged_sequences(loss):
     """A language script's loss for 1-D inputs: spread over three sequences of unequal length, garbage as padding."""
 
-    @wraps(loss)
     def of_samples(logprob, old_logprob, advantages, *constants):
         n = len(logprob)
         lengths = torch.tensor([n // 2, n - n // 2, 0])
@@ -37,22 +39,11 @@ def of_ragged_sequences(loss):
     return of_samples
 
 
-def for_each_script(pattern: str, loss: str, mask: bool | None = None):
-    """The losses of all scripts, or of those that take a mask (language), or of those that do not (control)."""
-    losses = {p.id: getattr(p.values[0], loss) for p in import_scripts(pattern)}
-    takes_mask = {name: "mask" in signature(function).parameters for name, function in losses.items()}
-    chosen = {name: function for name, function in losses.items() if mask in (None, takes_mask[name])}
-    if mask is None:
-        chosen = {name: of_ragged_sequences(f) if takes_mask[name] else f for name, f in chosen.items()}
-    return pytest.mark.parametrize("loss", [pytest.param(function, id=name) for name, function in chosen.items()])
-
-
-ppo_scripts = for_each_script("sppo_*.py", "symmetric_ppo_loss")
-ppo_control_scripts = for_each_script("sppo_*.py", "symmetric_ppo_loss", mask=False)
-ppo_language_scripts = for_each_script("sppo_*.py", "symmetric_ppo_loss", mask=True)
-a2c_scripts = for_each_script("sa2c_*.py", "symmetric_a2c_loss")
-language_scripts = pytest.mark.parametrize("script", import_scripts("sppo_rlhf_*.py"))
-(sppo_atari,) = (param.values[0] for param in import_scripts("sppo_atari.py"))
+ppo_scripts = pytest.mark.parametrize(
+    "loss",
+    [control.symmetric_ppo_loss, of_ragged_sequences(language.symmetric_ppo_loss)],
+    ids=["control", "language"],
+)
 
 
 class Sample(NamedTuple):
@@ -97,31 +88,28 @@ def samples(draw, signs=(-1, 1)) -> Sample:
     return Sample(logits, i, A, Z=draw(st.floats(-4, -0.1)), pi_old=logits.softmax(-1)[i].item() / ratio)
 
 
-@a2c_scripts
 @given(s=samples())
 @examples
-def test_a2c_gradient_is_eq_11_and_eq_17_to_19(loss, s):
+def test_a2c_gradient_is_eq_11_and_eq_17_to_19(s):
     pi, A = s.pi, s.A
-    assert_close(s.a2c_gradient(loss, 1, 0), s.cases(A * (pi - 1), A * pi))
+    assert_close(s.a2c_gradient(symmetric_a2c_loss, 1, 0), s.cases(A * (pi - 1), A * pi))
 
 
-@a2c_scripts
 @given(s=samples())
 @examples
-def test_reverse_a2c_gradient_is_eq_12_for_both_signs_of_the_advantage(loss, s):
+def test_reverse_a2c_gradient_is_eq_12_for_both_signs_of_the_advantage(s):
     pi, A, Z = s.pi, s.A, s.Z
-    assert_close(s.a2c_gradient(loss, 0, 1), s.cases(-A * Z * pi * (pi - 1), -A * Z * pi * pi[s.i]))
+    assert_close(s.a2c_gradient(symmetric_a2c_loss, 0, 1), s.cases(-A * Z * pi * (pi - 1), -A * Z * pi * pi[s.i]))
 
 
-@a2c_scripts
 @given(s=samples())
 @examples
-def test_symmetric_a2c_gradient_is_eq_31_to_34_and_its_two_parts_point_the_same_way(loss, s):
+def test_symmetric_a2c_gradient_is_eq_31_to_34_and_its_two_parts_point_the_same_way(s):
     pi, A, Z = s.pi, s.A, s.Z
     eq_31_33 = A * (pi - 1) - A * Z * pi * (pi - 1)
     eq_32_34 = A * pi - A * Z * pi * pi[s.i]
-    assert_close(s.a2c_gradient(loss, 1, 1), s.cases(eq_31_33, eq_32_34))
-    assert (s.a2c_gradient(loss, 1, 0) * s.a2c_gradient(loss, 0, 1) > 0).all()
+    assert_close(s.a2c_gradient(symmetric_a2c_loss, 1, 1), s.cases(eq_31_33, eq_32_34))
+    assert (s.a2c_gradient(symmetric_a2c_loss, 1, 0) * s.a2c_gradient(symmetric_a2c_loss, 0, 1) > 0).all()
 
 
 @ppo_scripts
@@ -155,11 +143,10 @@ def check_printed_sign(s: Sample, reverse: torch.Tensor, pi_old: float):
     assert -(gradient_of_pi @ reverse) < 0
 
 
-@a2c_scripts
 @given(s=samples(signs=(-1,)))
 @examples
-def test_printed_sign_for_negative_advantages_in_eq_7_20_23_to_25_raises_a_bad_action(loss, s):
-    check_printed_sign(s, s.a2c_gradient(loss, 0, 1), pi_old=1.0)
+def test_printed_sign_for_negative_advantages_in_eq_7_20_23_to_25_raises_a_bad_action(s):
+    check_printed_sign(s, s.a2c_gradient(symmetric_a2c_loss, 0, 1), pi_old=1.0)
 
 
 @ppo_scripts
@@ -222,15 +209,14 @@ policies = pytest.mark.parametrize(("action_dim", "bins"), [(1, 5), (3, 3)], ids
 
 
 @policies
-@a2c_scripts
 @given(seed=seeds, abz=weights)
 @examples
-def test_a2c_value_and_gradient_are_eq_9_with_the_sum_over_all_other_actions(loss, action_dim, bins, seed, abz):
+def test_a2c_value_and_gradient_are_eq_9_with_the_sum_over_all_other_actions(action_dim, bins, seed, abz):
     (alpha, beta, Z), batch = abz, make_batch(seed, action_dim, bins)
     pi, others = enumerate_actions(batch)
     A = batch.advantages
     expected = (alpha * -A * pi.log() + beta * -others * A * Z).mean()
-    actual = loss(joint_logprob(batch.logits, batch.actions), A, alpha, beta, Z)
+    actual = symmetric_a2c_loss(joint_logprob(batch.logits, batch.actions), A, alpha, beta, Z)
     assert_close(actual, expected)
     assert_close(gradient(actual, batch.logits), gradient(expected, batch.logits))
 
@@ -276,13 +262,12 @@ def test_reverse_ppo_counts_only_samples_with_a_ppo_gradient_and_divides_by_all(
     assert_close(gradient(value, logprob), 3 * -0.5 * A * ratio * active / 8)
 
 
-@a2c_scripts
 @given(seed=seeds, abz=weights)
 @examples
-def test_a2c_gradient_is_scaled_by_alpha_minus_beta_z_pi_of_each_sample(loss, seed, abz):
+def test_a2c_gradient_is_scaled_by_alpha_minus_beta_z_pi_of_each_sample(seed, abz):
     (alpha, beta, Z), batch = abz, make_batch(seed)
     A, logprob = batch.advantages, joint_logprob(batch.logits, batch.actions)
-    actual = gradient(loss(logprob, A, alpha, beta, Z), batch.logits)
+    actual = gradient(symmetric_a2c_loss(logprob, A, alpha, beta, Z), batch.logits)
     factor = alpha - beta * Z * logprob.exp().detach()
     assert_close(actual, gradient(-(factor * A * logprob).mean(), batch.logits))
 
@@ -296,11 +281,10 @@ def test_only_the_product_of_beta_and_z_matters_for_ppo(loss):
     assert_close(gradient(a, batch.logits), gradient(b, batch.logits))
 
 
-@a2c_scripts
-def test_only_the_product_of_beta_and_z_matters_for_a2c(loss):
+def test_only_the_product_of_beta_and_z_matters_for_a2c():
     batch = make_batch(0)
     logprob = joint_logprob(batch.logits, batch.actions)
-    a, b = (loss(logprob, batch.advantages, 0.5, *bz) for bz in ((1.0, -1.0), (10.0, -0.1)))
+    a, b = (symmetric_a2c_loss(logprob, batch.advantages, 0.5, *bz) for bz in ((1.0, -1.0), (10.0, -0.1)))
     assert_close(a, b)
     assert_close(gradient(a, batch.logits), gradient(b, batch.logits))
 
@@ -317,13 +301,12 @@ def test_alpha_1_beta_0_is_plain_ppo(loss, seed):
     assert_close(gradient(actual, batch.logits), gradient(expected, batch.logits))
 
 
-@a2c_scripts
 @given(seed=seeds)
 @examples
-def test_alpha_1_beta_0_is_plain_a2c(loss, seed):
+def test_alpha_1_beta_0_is_plain_a2c(seed):
     batch = make_batch(seed)
     logprob = joint_logprob(batch.logits, batch.actions)
-    actual = loss(logprob, batch.advantages, 1.0, 0.0, -1.0)
+    actual = symmetric_a2c_loss(logprob, batch.advantages, 1.0, 0.0, -1.0)
     expected = -(batch.advantages * logprob).mean()
     assert_close(actual, expected)
     assert_close(gradient(actual, batch.logits), gradient(expected, batch.logits))
@@ -358,10 +341,9 @@ def test_float32_ppo_gradient_is_accurate_with_17_action_dimensions(loss, std):
 
 
 @logit_stds
-@a2c_scripts
-def test_float32_a2c_gradient_is_accurate_with_17_action_dimensions(loss, std):
+def test_float32_a2c_gradient_is_accurate_with_17_action_dimensions(std):
     def loss_of(logits, actions, old_logprob, advantages):
-        return loss(joint_logprob(logits, actions), advantages, 0.5, 20.0, -1.0)
+        return symmetric_a2c_loss(joint_logprob(logits, actions), advantages, 0.5, 20.0, -1.0)
 
     assert relative_error(loss_of, std) < 1e-5
 
@@ -375,26 +357,24 @@ def test_float32_gradient_is_roundoff_if_it_runs_through_the_sum_of_all_probabil
     assert relative_error(naive_reverse_loss, std) > 1000
 
 
-@ppo_control_scripts
-def test_ppo_loss_of_several_agents_is_one_value_per_agent(loss):
+def test_ppo_loss_of_several_agents_is_one_value_per_agent():
     batches = [make_batch(seed) for seed in range(3)]
     logprob = torch.stack([joint_logprob(b.logits, b.actions) for b in batches])
     old_logprob, A = torch.stack([b.old_logprob for b in batches]), torch.stack([b.advantages for b in batches])
-    together = loss(logprob, old_logprob, A, EPS, 0.5, 20.0, -1.0)
+    together = control.symmetric_ppo_loss(logprob, old_logprob, A, EPS, 0.5, 20.0, -1.0)
     assert together.shape == (3,)
     for i in range(3):
-        assert_close(together[i], loss(logprob[i], old_logprob[i], A[i], EPS, 0.5, 20.0, -1.0))
+        assert_close(together[i], control.symmetric_ppo_loss(logprob[i], old_logprob[i], A[i], EPS, 0.5, 20.0, -1.0))
 
 
-@a2c_scripts
-def test_a2c_loss_of_several_agents_is_one_value_per_agent(loss):
+def test_a2c_loss_of_several_agents_is_one_value_per_agent():
     batches = [make_batch(seed) for seed in range(3)]
     logprob = torch.stack([joint_logprob(b.logits, b.actions) for b in batches])
     A = torch.stack([b.advantages for b in batches])
-    together = loss(logprob, A, 0.5, 5.0, -1.0)
+    together = symmetric_a2c_loss(logprob, A, 0.5, 5.0, -1.0)
     assert together.shape == (3,)
     for i in range(3):
-        assert_close(together[i], loss(logprob[i], A[i], 0.5, 5.0, -1.0))
+        assert_close(together[i], symmetric_a2c_loss(logprob[i], A[i], 0.5, 5.0, -1.0))
 
 
 class TokenBatch(NamedTuple):
@@ -433,28 +413,26 @@ def explicit_loss(logits: torch.Tensor, batch: TokenBatch, alpha: float, beta: f
     return torch.stack(losses).mean()
 
 
-@language_scripts
 @pytest.mark.parametrize("dtype, error", [(torch.float32, 1e-5), (torch.bfloat16, 5e-3)])
-def test_gradient_of_a_50257_token_vocabulary_is_eq_9_with_the_sum_over_all_other_tokens(script, dtype, error):
+def test_gradient_of_a_50257_token_vocabulary_is_eq_9_with_the_sum_over_all_other_tokens(dtype, error):
     batch, (alpha, beta, Z) = make_tokens(50_257, dtype), (0.5, 0.4, -1.5)
     exact = batch.logits.double().requires_grad_()
     expected = gradient(explicit_loss(exact, batch, alpha, beta, Z), exact)
     logits = batch.logits.clone().requires_grad_()
-    logprob = script.token_logprobs(logits, batch.tokens)
-    loss = script.symmetric_ppo_loss(logprob, batch.old_logprob, batch.advantages, EPS, alpha, beta, Z, batch.mask)
+    logprob = language.token_logprobs(logits, batch.tokens)
+    loss = language.symmetric_ppo_loss(logprob, batch.old_logprob, batch.advantages, EPS, alpha, beta, Z, batch.mask)
     actual = gradient(loss, logits)
     assert actual.dtype == dtype and loss.dtype == torch.float32
     assert ((actual.double() - expected).norm() / expected.norm()).item() < error
     assert torch.equal(actual.flatten(0, 1).any(-1), expected.flatten(0, 1).any(-1))
 
 
-@language_scripts
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_token_logprobs_are_those_of_the_full_softmax_with_its_gradient(script, dtype):
+def test_token_logprobs_are_those_of_the_full_softmax_with_its_gradient(dtype):
     logits, tokens = make_tokens(50_257, dtype)[:2]
     weights = torch.arange(10.0).view(2, 5) - 3
     exact, logits = logits.double().requires_grad_(), logits.requires_grad_()
-    actual, expected = script.token_logprobs(logits, tokens), chosen_logprob(exact, tokens)
+    actual, expected = language.token_logprobs(logits, tokens), chosen_logprob(exact, tokens)
     assert actual.dtype == torch.float32
     torch.testing.assert_close(actual.double(), expected, rtol=1e-6, atol=1e-5)
     actual, expected = (gradient((x * weights).sum(), z) for x, z in ((actual, logits), (expected, exact)))
@@ -475,9 +453,8 @@ class LargestOutput(TorchDispatchMode):
         return output
 
 
-@language_scripts
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_no_second_tensor_of_the_size_of_the_logits_is_made_or_kept_in_the_forward_pass(script, dtype):
+def test_no_second_tensor_of_the_size_of_the_logits_is_made_or_kept_in_the_forward_pass(dtype):
     logits = torch.randn(8, 5, 1000, dtype=dtype, requires_grad=True)
     kept = {}
 
@@ -486,22 +463,21 @@ def test_no_second_tensor_of_the_size_of_the_logits_is_made_or_kept_in_the_forwa
         return x
 
     with LargestOutput() as mode, torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
-        script.token_logprobs(logits, torch.randint(1000, (8, 5)))
+        language.token_logprobs(logits, torch.randint(1000, (8, 5)))
     assert mode.largest <= 4 * logits[0].numel()
     kept.pop(logits.untyped_storage().data_ptr())
     assert sum(size for size, _ in kept.values()) < 0.1 * logits.untyped_storage().nbytes()
 
 
-@ppo_language_scripts
 @pytest.mark.parametrize("garbage", [0.0, 1e30, torch.inf, -torch.inf, torch.nan])
-def test_what_is_masked_out_changes_neither_value_nor_gradient(loss, garbage):
+def test_what_is_masked_out_changes_neither_value_nor_gradient(garbage):
     batch, weights = make_tokens(11, torch.float64), (EPS, 0.5, 20.0, -1.0)
     logprob = chosen_logprob(batch.logits, batch.tokens)
 
     def value_and_gradient(padding: float) -> list[torch.Tensor]:
         tensors = (logprob, batch.old_logprob.double(), batch.advantages.double())
         x, old_logprob, advantages = (t.masked_fill(~batch.mask, padding) for t in tensors)
-        value = loss(x.requires_grad_(), old_logprob, advantages, *weights, batch.mask)
+        value = language.symmetric_ppo_loss(x.requires_grad_(), old_logprob, advantages, *weights, batch.mask)
         return [value, gradient(value, x)]
 
     (value, grad), (expected, expected_grad) = value_and_gradient(garbage), value_and_gradient(-1.0)
@@ -509,12 +485,11 @@ def test_what_is_masked_out_changes_neither_value_nor_gradient(loss, garbage):
     assert value.shape == () and not grad[~batch.mask].any() and grad[batch.mask].any()
 
 
-@ppo_language_scripts
-def test_language_loss_is_that_of_the_control_scripts_over_the_real_tokens(loss):
+def test_language_loss_is_that_of_the_control_scripts_over_the_real_tokens():
     batch, weights = make_tokens(11, torch.float64), (EPS, 0.5, 20.0, -1.0)
     logprob = chosen_logprob(batch.logits, batch.tokens).requires_grad_()
     tensors = (logprob, batch.old_logprob.double(), batch.advantages.double())
-    actual = loss(*tensors, *weights, batch.mask)
-    expected = sppo_atari.symmetric_ppo_loss(*(x[batch.mask] for x in tensors), *weights)
+    actual = language.symmetric_ppo_loss(*tensors, *weights, batch.mask)
+    expected = control.symmetric_ppo_loss(*(x[batch.mask] for x in tensors), *weights)
     assert_close(actual, expected)
     assert_close(gradient(actual, logprob), gradient(expected, logprob))

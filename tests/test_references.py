@@ -2,8 +2,6 @@
 
 import csv
 import json
-import subprocess
-import sys
 from copy import deepcopy
 from types import SimpleNamespace
 
@@ -11,7 +9,7 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, import_scripts
+from conftest import import_scripts
 from gymnasium.spaces import Box, MultiDiscrete
 from safetensors.torch import load_file
 from stable_baselines3 import A2C, PPO
@@ -25,6 +23,7 @@ from benchmark.sb3_baseline import weighted
 
 for_each_script = pytest.mark.parametrize("script", import_scripts("*_continuous_discretized.py"))
 ppo_scripts = pytest.mark.parametrize("script", import_scripts("sppo_continuous_discretized.py"))
+one_script = ppo_scripts  # for what the SA2C script has word for word (test_siblings.py)
 
 
 class ClockEnv(gym.Env):
@@ -120,7 +119,7 @@ def random_rollout(rng, T=60, shape=(2, 4)):
     return rewards, values, rng.random((T, *shape)) < 0.15, rng.normal(size=shape).astype(np.float32)
 
 
-@for_each_script
+@one_script
 @pytest.mark.parametrize(("gamma", "gae_lambda"), [(0.99, 0.95), (0.9, 1.0), (0.5, 0.0), (1.0, 1.0)])
 def test_gae_equals_stable_baselines3(script, gamma, gae_lambda):
     rewards, values, dones, last_value = random_rollout(np.random.default_rng(0))
@@ -134,7 +133,7 @@ def test_gae_equals_stable_baselines3(script, gamma, gae_lambda):
     np.testing.assert_allclose(returns.reshape(T, num_envs), buffer.returns, rtol=1e-5, atol=1e-5)
 
 
-@for_each_script
+@one_script
 def test_gae_is_the_discounted_sum_of_td_errors_up_to_the_end_of_the_episode(script):
     rewards, values, dones, last_value = (x.astype(float) for x in random_rollout(np.random.default_rng(1), 30, (3,)))
     dones = dones.astype(bool)
@@ -151,7 +150,7 @@ def test_gae_is_the_discounted_sum_of_td_errors_up_to_the_end_of_the_episode(scr
     np.testing.assert_allclose(returns, advantages + values)
 
 
-@for_each_script
+@one_script
 @pytest.mark.parametrize("env_id", ["InvertedDoublePendulum-v4", "LunarLanderContinuous-v3"])
 def test_normalizer_equals_vec_normalize_in_a_real_environment(script, env_id):
     E, steps, rng = 3, 300, np.random.default_rng(0)
@@ -188,7 +187,7 @@ def test_normalizer_equals_vec_normalize_in_a_real_environment(script, env_id):
     venv.close()
 
 
-@for_each_script
+@one_script
 def test_running_mean_and_std_are_those_of_all_data_seen_by_each_agent(script):
     data = np.random.default_rng(0).normal(3, 2, (2, 500, 4)) * [[[1.0]], [[10.0]]]
     rms = script.RunningMeanStd(2, 4)
@@ -198,7 +197,7 @@ def test_running_mean_and_std_are_those_of_all_data_seen_by_each_agent(script):
     np.testing.assert_allclose(rms.var, data.var(1), rtol=1e-5)
 
 
-@for_each_script
+@one_script
 def test_networks_start_orthogonal_with_their_gains_and_zero_biases(script):
     agent = script.Learner(script.Args(), [1, 2], 5, 2).agent
     state = agent.state_dict()
@@ -216,7 +215,7 @@ def test_networks_start_orthogonal_with_their_gains_and_zero_biases(script):
             assert not state[f"{net}.{layer}.bias"].any()
 
 
-@for_each_script
+@one_script
 def test_logprob_and_entropy_are_sums_of_categoricals_over_the_action_dimensions(script):
     logits = 2 * torch.randn(2, 7, 3, 11, generator=torch.Generator().manual_seed(0))
     actions = torch.randint(11, (2, 7, 3), generator=torch.Generator().manual_seed(1))
@@ -226,7 +225,7 @@ def test_logprob_and_entropy_are_sums_of_categoricals_over_the_action_dimensions
     torch.testing.assert_close(entropy, expected.entropy().sum(-1))
 
 
-@for_each_script
+@one_script
 def test_bins_are_evenly_spaced_from_low_to_high_inclusive_in_each_dimension(script):
     bins = script.action_bins(Box(np.float32([-1, -2, 0]), np.float32([1, 3, 0.5])), script.Args().num_bins)
     assert bins.shape == (11, 3)
@@ -542,7 +541,7 @@ def test_schedules_are_constant_by_default(script, monkeypatch, tmp_path):
     assert len(set(record.clip_coefs)) == 1
 
 
-@pytest.mark.parametrize("script", import_scripts("sppo_continuous_discretized.py"))
+@ppo_scripts
 def test_symmetric_update_equals_that_of_ppo_with_the_policy_loss_times_alpha_minus_beta_z(
     script, monkeypatch, tmp_path
 ):
@@ -560,73 +559,3 @@ def test_symmetric_update_equals_that_of_ppo_with_the_policy_loss_times_alpha_mi
     sppo, control, ppo = trained(0.5, 20), trained(20.5, 0), trained(1, 0)
     difference = (control - sppo).abs().max()
     assert difference < 1e-5 < 0.02 < (ppo - sppo).abs().max()
-
-
-@pytest.fixture(scope="module")
-def lunar_runs(tmp_path_factory):
-    """Two short runs of each continuous script on LunarLander and one on another task, in a folder of their own."""
-    folder = tmp_path_factory.mktemp("runs")
-    for parameter in import_scripts("*_continuous_discretized.py"):
-        (script,) = parameter.values
-        for env_id, num_seeds in (("LunarLanderContinuous-v3", 2), ("InvertedPendulum-v4", 1)):
-            args = script.Args(env_id=env_id, total_timesteps=2048, num_seeds=num_seeds)
-            run_dir = folder / f"{env_id}-{script.__name__}"
-            script.create_run_dir(args, run_dir)
-            script.train(args, run_dir)
-    return folder
-
-
-def same_starts(*arguments) -> subprocess.CompletedProcess:
-    command = [sys.executable, str(ROOT / "benchmark" / "evaluate_same_starts.py"), *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True)
-
-
-def test_same_starts_plays_saved_agents_as_their_scripts_do(monkeypatch, tmp_path, lunar_runs):
-    out = tmp_path / "returns.csv"
-    done = same_starts(lunar_runs, "--env-id", "LunarLanderContinuous-v3", "--episodes", 10, "--out", out)
-    assert done.returncode == 0, done.stderr
-    header, *rows = csv.reader(out.open(newline=""))
-    returns = np.array(rows, float)[:, 1:]  # (episodes, agents)
-    assert [row[0] for row in rows] == [str(i) for i in range(10)] and returns.shape == (10, 4)
-    assert header[1:] == [
-        f"LunarLanderContinuous-v3-{s}/seed{i}"
-        for s in ("sa2c_continuous_discretized", "sppo_continuous_discretized")
-        for i in (1, 2)
-    ]
-    for parameter in import_scripts("*_continuous_discretized.py"):
-        (script,) = parameter.values
-        monkeypatch.setattr(script, "env_seeds", lambda *_: list(range(10)))
-        for i in (1, 2):
-            name = f"LunarLanderContinuous-v3-{script.__name__}/seed{i}"
-            expected = script.evaluate_saved(*script.load_model(lunar_runs / name), lunar_runs / name)
-            np.testing.assert_allclose(returns[:, header.index(name) - 1], expected, atol=0.051)
-            assert f"{name}: {expected.mean():.1f} ± {expected.std(ddof=1) / 10**0.5:.1f} " in done.stdout
-    best = returns.mean(0).max(), returns.max(1).mean()
-    assert best[0] < best[1]
-    numbers = [float(line.rpartition(" ")[2]) for part in done.stdout.splitlines()[-2:] for line in part.split(";")]
-    np.testing.assert_allclose(numbers, (returns.mean(), *best), atol=0.11)
-
-
-@pytest.mark.parametrize(
-    "arguments, message",
-    [
-        (("--env-id", "Acrobot-v1"), "trained on Acrobot below"),
-        (("--env-id", "NoSuchTask-v1"), "NoSuchTask"),
-        (("--env-id", "LunarLanderContinuous-v3", "--episodes", "1"), "--episodes must be at least 2, got 1"),
-        (("--env-id", "LunarLanderContinuous-v3", "--out", "missing/returns.csv"), "there is no folder missing"),
-        (("--env-id", "LunarLanderContinuous-v3", "--out", "."), "--out . is a folder"),
-    ],
-)
-def test_same_starts_refuses_in_one_line(lunar_runs, arguments, message):
-    done = same_starts(lunar_runs, *arguments)
-    assert done.returncode == 2 and done.stdout == ""
-    assert done.stderr.count("\n") == 1 and done.stderr.startswith("error: ") and message in done.stderr
-
-
-def test_same_starts_names_a_damaged_model_and_a_full_disk(tmp_path, lunar_runs):
-    (tmp_path / "model.safetensors").write_text("junk")
-    done = same_starts(tmp_path, "--env-id", "LunarLanderContinuous-v3")
-    assert done.returncode == 2 and done.stderr.startswith(f"error: {tmp_path / 'model.safetensors'} is damaged")
-    done = same_starts(lunar_runs, "--env-id", "LunarLanderContinuous-v3", "--episodes", 2, "--out", "/dev/full")
-    assert done.returncode == 1 and done.stderr == "error: --out /dev/full cannot be written: No space left on device\n"
-    assert "best agent" in done.stdout

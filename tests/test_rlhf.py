@@ -84,14 +84,14 @@ def backward(script, learner, rollout, args, rows=range(8)):
     return losses, gradients(learner)
 
 
-def items(learner):
-    """What rollout() takes: training reviews or posts."""
-    return learner.reviews if hasattr(learner, "reviews") else learner.rows
+def policy_of(learner):
+    ac = learner.actor_critic
+    return ac.switch_to("policy") if hasattr(ac, "switch_to") else ac.policy
 
 
 def policy_logprobs(learner, prompt, response):
     """Log-probabilities of one response by one unpadded sequence."""
-    logits = learner.actor_critic.policy(torch.tensor([prompt + response])).logits[0]
+    logits = policy_of(learner)(torch.tensor([prompt + response])).logits[0]
     return logits[len(prompt) - 1 : -1].log_softmax(-1).gather(-1, torch.tensor(response).unsqueeze(-1)).squeeze(-1)
 
 
@@ -163,6 +163,19 @@ def test_what_stands_in_the_padding_changes_nothing(script, scrambled):
 
 
 @both
+def test_a_model_that_gives_the_logits_of_all_tokens_whatever_it_is_asked_for_is_as_good(script, assets):
+    lm = AutoModelForCausalLM.from_pretrained(assets / "gpt2").eval()
+    tokens, attention_mask, mask = script.pad(PROMPTS, RESPONSES, torch.device("cpu"))
+
+    def all_logits(tokens, logits_to_keep, **options):
+        return lm(tokens, **options)
+
+    with torch.no_grad():
+        expected, actual = (script.response_logprobs(m, tokens, attention_mask, 6) for m in (lm, all_logits))
+    assert_close(actual[mask], expected[mask])
+
+
+@both
 @pytest.mark.parametrize("model", ["gpt2", "llama"])
 def test_left_padded_prompts_generate_what_each_generates_alone(script, model, assets):
     tokenizer = AutoTokenizer.from_pretrained(assets / model)
@@ -179,7 +192,7 @@ def test_left_padded_prompts_generate_what_each_generates_alone(script, model, a
 @pytest.mark.parametrize("min_length", [0, 3])
 def test_responses_end_with_the_first_end_token_and_only_there(script, make_learner, min_length):
     learner, args = make_learner(script, top_k=4, response_length=7, min_response_length=min_length)
-    policy, counts = learner.actor_critic.policy, torch.zeros(learner.tokenizer.vocab_size)
+    policy, counts = policy_of(learner), torch.zeros(learner.tokenizer.vocab_size)
     greedy = {"greedy": False} if script is TLDR else {}
     torch.manual_seed(0)
     for response in script.generate(policy, learner.tokenizer, PROMPTS * 8, 24, **greedy):
@@ -202,11 +215,11 @@ def test_responses_end_with_the_first_end_token_and_only_there(script, make_lear
 def test_sampling_is_among_top_k_and_log_probabilities_are_of_the_full_softmax(script, scrambled):
     learner, args = scrambled(script, top_k=2, num_trajectories=24)
     torch.manual_seed(0)
-    rollout, _, _ = script.rollout(learner, items(learner)[:24], args)
+    rollout, _, _ = script.rollout(learner, learner.rows[:24], args)
     assert any(len(r) > 1 for r in rollout.responses)
     with torch.no_grad():
         for prompt, response, logprob in zip(rollout.prompts, rollout.responses, rollout.logprob):
-            logits = learner.actor_critic.policy(torch.tensor([prompt + response])).logits[0, len(prompt) - 1 : -1]
+            logits = policy_of(learner)(torch.tensor([prompt + response])).logits[0, len(prompt) - 1 : -1]
             ranks = (logits > logits.gather(-1, torch.tensor(response).unsqueeze(-1))).sum(-1)
             assert ranks.max() < 2
             full = logits.log_softmax(-1).gather(-1, torch.tensor(response).unsqueeze(-1)).squeeze(-1)
@@ -216,7 +229,7 @@ def test_sampling_is_among_top_k_and_log_probabilities_are_of_the_full_softmax(s
 @both
 def test_top_k_0_samples_among_all_tokens(script, make_learner):
     learner, _ = make_learner(script, top_k=0)
-    policy = learner.actor_critic.policy
+    policy = policy_of(learner)
     torch.manual_seed(0)
     greedy = {"greedy": False} if script is TLDR else {}
     responses = script.generate(policy, learner.tokenizer, [[5]] * 64, 64, **greedy)
@@ -228,9 +241,9 @@ def test_top_k_0_samples_among_all_tokens(script, make_learner):
 @both
 def test_ratio_is_1_before_the_first_step_although_dropout_is_configured(script, scrambled):
     learner, args = scrambled(script, target_coef=0.1, num_trajectories=24)
-    config = learner.actor_critic.policy.config
+    config = policy_of(learner).config
     assert max(getattr(config, name, 0) for name in ("attn_pdrop", "resid_pdrop", "attention_dropout")) == 0.5
-    rollout, _, _ = script.rollout(learner, items(learner)[:24], args)
+    rollout, _, _ = script.rollout(learner, learner.rows[:24], args)
     for rows in (range(12), range(12, 24)):
         losses, _ = backward(script, learner, rollout, args, rows)
         assert losses["val/ratio"] == pytest.approx(1, abs=1e-6)
@@ -247,7 +260,7 @@ def test_ratio_is_1_before_the_first_step_although_dropout_is_configured(script,
 @both
 def test_no_module_is_ever_in_training_mode(script, make_learner):
     learner, args = make_learner(script)
-    rollout, _, _ = script.rollout(learner, items(learner)[:8], args)
+    rollout, _, _ = script.rollout(learner, learner.rows[:8], args)
     backward(script, learner, rollout, args)
     script.evaluate(learner, args)
     models = [learner.model, *([learner.reference, learner.reward.model] if script is IMDB else [])]
@@ -280,7 +293,7 @@ def test_score_is_on_the_last_real_token_also_of_an_empty_response_and_one_cut_o
         return seen["rewards"]
 
     monkeypatch.setattr(script, "token_rewards", spy)
-    rollout, metrics, _ = script.rollout(learner, items(learner)[:4], replace(args, num_trajectories=4))
+    rollout, metrics, _ = script.rollout(learner, learner.rows[:4], replace(args, num_trajectories=4))
     z = [0.0] * 6
     assert rollout.mask.int().tolist() == [[1, 1, 1, 0, 0, 0], [1, 0, 0, 0, 0, 0], [1] * 6, [1, 1, 0, 0, 0, 0]]
     assert_close(seen["rewards"], torch.tensor([[0, 0, 1, 0, 0, 0], [2, *z[1:]], [*z[1:], 3], [0, 4, *z[2:]]]).float())
@@ -299,7 +312,7 @@ def test_empty_response_teaches(script, scrambled, monkeypatch):
     monkeypatch.setattr(script, "generate", lambda *a, **k: [[0]] * 8)
     for score, sign in ((50.0, 1), (-50.0, -1)):
         monkeypatch.setattr(learner, "reward", lambda texts, score=score: [score] * len(texts))
-        rollout, _, _ = script.rollout(learner, items(learner)[:8], args)
+        rollout, _, _ = script.rollout(learner, learner.rows[:8], args)
         _, grads = backward(script, learner, rollout, args)
         prompts, before = rollout.prompts, rollout.logprob[:, 0].sum()
         with torch.no_grad():
@@ -313,7 +326,7 @@ def test_empty_response_teaches(script, scrambled, monkeypatch):
 @both
 def test_metrics_of_a_rollout_are_means_over_trajectories(script, scrambled):
     learner, args = scrambled(script, num_trajectories=8, kl_coef=0.3)
-    rollout, metrics, samples = script.rollout(learner, items(learner)[:8], args)
+    rollout, metrics, samples = script.rollout(learner, learner.rows[:8], args)
     kl = entropy = 0.0
     reference = AutoModelForCausalLM.from_pretrained(args.policy).eval()
     for prompt, response in zip(rollout.prompts, rollout.responses):
@@ -346,14 +359,14 @@ def test_kl_charge_pulls_the_policy_back_to_the_reference(script, scrambled, mon
         total = 0.0
         with torch.no_grad():
             for prompt, response in zip(rollout.prompts, rollout.responses):
-                models = (reference, learner.actor_critic.policy)
+                models = (reference, policy_of(learner))
                 log_q, log_p = (m(torch.tensor([prompt + response])).logits[0].log_softmax(-1) for m in models)
                 total += (log_p.exp() * (log_p - log_q))[len(prompt) - 1 : -1].sum().item()
         return total
 
     torch.manual_seed(0)
     for step in range(10):
-        rollout, _, _ = script.rollout(learner, items(learner)[:32], args)
+        rollout, _, _ = script.rollout(learner, learner.rows[:32], args)
         if step == 0:
             first, before = rollout, divergence(rollout)
         rollout.advantages = rollout.returns  # without the noise of an untrained value model
@@ -506,8 +519,8 @@ def test_micro_batches_of_a_rollout_have_the_results_of_the_whole_batch(script, 
     learner, args = scrambled(script)
     answers = tiny.responses(8, args.response_length, learner.tokenizer.vocab_size)
     monkeypatch.setattr(script, "generate", lambda *a, **k: answers)
-    one, _, _ = script.rollout(learner, items(learner)[:8], replace(args, micro_batch_size=1))
-    all_, _, _ = script.rollout(learner, items(learner)[:8], replace(args, micro_batch_size=8, rollout_batch_size=8))
+    one, _, _ = script.rollout(learner, learner.rows[:8], replace(args, micro_batch_size=1))
+    all_, _, _ = script.rollout(learner, learner.rows[:8], replace(args, micro_batch_size=8, rollout_batch_size=8))
     for name in ("mask", "logprob", "values", "advantages", "returns"):
         assert_close(getattr(one, name), getattr(all_, name), rtol=1e-4, atol=1e-4)
 
@@ -527,7 +540,7 @@ def test_policy_and_value_model_learn_and_nothing_else_changes(script, make_lear
         assert all(".policy." in n or ".value." in n or n.startswith("value_head") for n in trained(learner))
     before = {n: p.detach().clone() for n, p in trained(learner).items()}
     for _ in range(2):  # LoRA's A has no gradient before B has moved
-        rollout, _, _ = script.rollout(learner, items(learner)[:8], args)
+        rollout, _, _ = script.rollout(learner, learner.rows[:8], args)
         _, grads = backward(script, learner, rollout, args)
         learner.optimizer.step()
     assert all(g.any() for g in grads.values())
@@ -545,7 +558,7 @@ def test_reward_and_reference_of_tldr_are_those_of_the_base_while_the_adapters_l
     scores = learner.reward(["the movie", "was good to watch"])
     tokens, attention, _ = TLDR.pad(PROMPTS, RESPONSES, learner.device)
     for active in ("policy", "value", "reward"):
-        ac.use(active)
+        ac.switch_to(active)
         with torch.no_grad():
             actual = ac.reference_logprobs(tokens, attention, 6)
             expected = TLDR.response_logprobs(base, tokens, attention, 6)
@@ -604,13 +617,15 @@ def test_rollout_scores_what_the_policy_saw_and_discounts_as_told(script, make_l
     told, texts = [], []
     monkeypatch.setattr(script, "gae", lambda *inputs: told.append(inputs[-2:]) or gae(*inputs))
     learner.reward = lambda rows: texts.extend(rows) or reward(rows)
-    rows = (learner.reviews if script is IMDB else learner.rows)[:8]
+    rows = learner.rows[:8]
     trajectories, _, _ = script.rollout(learner, rows, args)
     assert told == [(0.9, 0.5)] and len(texts) == 8
     for text, row, prompt, response in zip(texts, rows, trajectories.prompts, trajectories.responses):
         if script is IMDB:
             assert text == decode(prompt + response)
-            assert len(prompt) == 4 and script.first_half(row).endswith(decode(prompt)) and row not in text
+            assert (
+                len(prompt) == 4 and script.first_half(row["text"]).endswith(decode(prompt)) and row["text"] not in text
+            )
         else:
             assert text == f"{decode(prompt)} {decode(response).strip()}"
             assert row["prompt"].startswith(decode(prompt[:4])) and row["prompt"].split("TL;DR:")[0] not in text
@@ -635,7 +650,7 @@ def test_updates_have_prompts_of_their_own_and_gradients_that_are_clipped_togeth
     learner.optimizer.optimizer.step = spy
     script.create_run_dir(args, tmp_path / "run")
     script.train(args, tmp_path / "run", learner)
-    rows = learner.reviews if script is IMDB else learner.rows
+    rows = learner.rows
     assert seen == [[rows[i] for i in script.prompt_indices(len(rows), update, 8, args.seed)] for update in (0, 1)]
     assert seen[0] != seen[1]
     assert norms == pytest.approx([1e-3] * 8, rel=0.01)
@@ -722,7 +737,7 @@ def test_adapter_reward_is_its_head_on_the_end_token_with_only_that_adapter(scra
         expected = [(base.eval()(torch.tensor([t])).last_hidden_state[0, -1] @ head[0]).item() for t in tokens]
     assert np.std(expected) > 0.05
     assert learner.reward(texts) == pytest.approx(expected, abs=1e-4)
-    learner.actor_critic.use("value")
+    learner.actor_critic.switch_to("value")
     assert learner.reward(texts) == pytest.approx(expected, abs=1e-4)
 
 
@@ -751,7 +766,7 @@ def test_checkpoint_of_tldr_holds_both_adapters_whichever_was_used_last(scramble
     learner, _ = scrambled(TLDR)
     expected = {name: p.detach().clone() for name, p in trained(learner).items()}
     for use in ("policy", "value", "reward"):
-        learner.actor_critic.adapters.set_adapter(use)
+        learner.actor_critic.switch_to(use)
         state = learner.state()["model"]
         assert state.keys() == expected.keys() and all(torch.equal(state[name], expected[name]) for name in expected)
 
@@ -797,7 +812,7 @@ WRONG_ADAPTERS = {
 @pytest.mark.parametrize("kind", WRONG_ADAPTERS)
 def test_reward_adapter_that_does_not_fit_is_refused(make_learner, assets, tmp_path, kind):
     WRONG_ADAPTERS[kind](assets, tmp_path / "wrong")
-    with pytest.raises(TLDR.InputError, match=r"--reward-model .*wrong"):
+    with pytest.raises(TLDR.Stop, match=r"--reward-model .*wrong"):
         make_learner(TLDR, reward_model=str(tmp_path / "wrong"))
 
 
@@ -817,7 +832,7 @@ def brute_force_perplexity(model, tokens, stride):
 @both
 def test_perplexity_is_that_of_strides_with_as_many_tokens_before_them(script, scrambled):
     learner, _ = scrambled(script)
-    policy = learner.actor_critic.policy
+    policy = policy_of(learner)
     stride = policy.config.max_position_embeddings // 2
     for texts in (
         tiny.REVIEWS[:8],
@@ -828,8 +843,8 @@ def test_perplexity_is_that_of_strides_with_as_many_tokens_before_them(script, s
         ["xx"],
     ):
         tokens = learner.tokenizer("\n\n".join(texts)).input_ids
-        expected = brute_force_perplexity(learner.actor_critic.policy, tokens, stride)
-        assert script.perplexity(learner, texts) == pytest.approx(expected, rel=1e-5)
+        expected = brute_force_perplexity(policy, tokens, stride)
+        assert script.perplexity(learner, policy, texts) == pytest.approx(expected, rel=1e-5)
 
 
 @both
@@ -837,8 +852,10 @@ def test_perplexity_of_a_short_text_is_the_models_own_loss(script, scrambled):
     learner, _ = scrambled(script)
     tokens = torch.tensor([learner.tokenizer("the movie was\n\nfine to watch").input_ids])
     assert tokens.shape[1] < 20
-    loss = learner.actor_critic.policy(tokens, labels=tokens).loss.item()
-    assert script.perplexity(learner, ["the movie was", "fine to watch"]) == pytest.approx(math.exp(loss), rel=1e-5)
+    loss = policy_of(learner)(tokens, labels=tokens).loss.item()
+    assert script.perplexity(learner, policy_of(learner), ["the movie was", "fine to watch"]) == pytest.approx(
+        math.exp(loss), rel=1e-5
+    )
 
 
 def test_evaluation_of_imdb_scores_the_full_first_half_and_the_continuation(scrambled, monkeypatch):
@@ -846,7 +863,7 @@ def test_evaluation_of_imdb_scores_the_full_first_half_and_the_continuation(scra
     seen, tokenizer = [], learner.tokenizer
     monkeypatch.setattr(learner, "reward", lambda texts: seen.append(texts) or [float(len(text)) for text in texts])
     monkeypatch.setattr(IMDB, "generate", lambda policy, tok, prompts, size: [tokenizer(" great cast").input_ids] * 5)
-    metrics = IMDB.evaluate(learner, args)
+    metrics, samples = IMDB.evaluate(learner, args)
     reviews = [json.loads(line)["text"] for line in (Path(args.dataset) / "validation.jsonl").open()][:5]
     halves = [" ".join(review.split()[: len(review.split()) // 2]) for review in reviews]
     responses, references, empty, cut = seen
@@ -854,8 +871,8 @@ def test_evaluation_of_imdb_scores_the_full_first_half_and_the_continuation(scra
     assert all(len(half) < len(text) < len(half + " great cast") for half, text in zip(halves, cut))
     assert metrics["eval/score"] == np.mean([len(text) for text in responses])
     assert metrics["eval/empty_wins"] == metrics["eval/truncated_wins"] == 0
-    assert [sample["index"] for sample in metrics["samples"]] == list(range(5))
-    for sample, half, review in zip(metrics["samples"], halves, reviews):
+    assert [sample["index"] for sample in samples] == list(range(5))
+    for sample, half, review in zip(samples, halves, reviews):
         assert sample["prompt"] == half and sample["response"] == " great cast"
         assert sample["prompt"] + sample["reference"] == review
 
@@ -867,7 +884,7 @@ def test_evaluation_of_tldr_is_greedy_and_has_rouge(scrambled, monkeypatch):
     monkeypatch.setattr(learner, "reward", lambda texts: seen.append(texts) or [-float(len(text)) for text in texts])
     monkeypatch.setattr(TLDR, "generate", lambda *a, greedy: seen.append(greedy) or generate(*a, greedy=greedy))
     torch.manual_seed(0)
-    first = TLDR.evaluate(learner, args)
+    first, samples = TLDR.evaluate(learner, args)
     greedy, responses, references, empty, cut = seen
     assert greedy and len(learner.validation) == 8
     posts = [learner.tokenizer.decode(p) for p in TLDR.encode_prompts(learner.tokenizer, rows, args.prompt_length)]
@@ -876,12 +893,12 @@ def test_evaluation_of_tldr_is_greedy_and_has_rouge(scrambled, monkeypatch):
     assert all(len(post) < len(text) for post, text in zip(posts, responses))
     assert all(len(a) < len(b) for a, b in zip(cut, responses))
     assert first["eval/empty_wins"] == first["eval/truncated_wins"] == 1
-    assert TLDR.evaluate(learner, replace(args, seed=9))["samples"] == first["samples"]
+    assert TLDR.evaluate(learner, replace(args, seed=9))[1] == samples
     labels = [row["label"] for row in rows]
     monkeypatch.setattr(TLDR, "continuation", lambda *a: labels[0].upper())
-    metrics = TLDR.evaluate(learner, args)
-    assert metrics["samples"][0]["rougeL"] == metrics["samples"][0]["rouge1"] == metrics["samples"][0]["rouge2"] == 1
-    assert metrics["eval/rouge1"] == pytest.approx(np.mean([sample["rouge1"] for sample in metrics["samples"]]))
+    metrics, samples = TLDR.evaluate(learner, args)
+    assert samples[0]["rougeL"] == samples[0]["rouge1"] == samples[0]["rouge2"] == 1
+    assert metrics["eval/rouge1"] == pytest.approx(np.mean([sample["rouge1"] for sample in samples]))
     assert 0 < metrics["eval/rouge2"] < metrics["eval/rouge1"] < 1
 
 
@@ -932,11 +949,11 @@ def test_targets_are_the_first_tokens_of_the_review_or_of_the_human_summary(make
     for script, column in ((IMDB, "text"), (TLDR, "label")):
         learner, args = make_learner(script, target_coef=0.1)
         rows = [json.loads(line) for line in (Path(args.dataset) / "train.jsonl").open()][:8]
-        rollout, _, _ = script.rollout(learner, items(learner)[:8], args)
+        rollout, _, _ = script.rollout(learner, learner.rows[:8], args)
         end = [learner.tokenizer.eos_token_id] if script is TLDR else []  # a summary ends, a review goes on
         assert rollout.targets == [(learner.tokenizer(row[column]).input_ids + end)[:6] for row in rows]
         assert script is IMDB or any(target[-1] == end[0] for target in rollout.targets)
-        assert script.rollout(learner, items(learner)[:8], replace(args, target_coef=0.0))[0].targets == [[]] * 8
+        assert script.rollout(learner, learner.rows[:8], replace(args, target_coef=0.0))[0].targets == [[]] * 8
 
 
 @both
@@ -947,7 +964,7 @@ def test_targets_have_no_token_that_begins_texts(script, assets):
         single="<|endoftext|> $A", special_tokens=[("<|endoftext|>", tokenizer.eos_token_id)]
     )
     assert tokenizer(" the plot was good").input_ids == [tokenizer.eos_token_id, *plain]
-    rows = {IMDB: [" the plot was good"], TLDR: [{"label": "the plot was good"}]}[script]
+    rows = {IMDB: [{"text": " the plot was good"}], TLDR: [{"label": "the plot was good"}]}[script]
     encode = IMDB.encode_targets if script is IMDB else TLDR.encode_labels
     assert encode(tokenizer, rows, 3) == [plain[:3]]
     assert encode(tokenizer, rows, 99) == [plain + ([tokenizer.eos_token_id] if script is TLDR else [])]
@@ -957,11 +974,11 @@ def test_targets_have_no_token_that_begins_texts(script, assets):
 def test_tokenizer_of_the_policy_may_come_from_elsewhere(script, assets, make_learner, tmp_path):
     name = Path(tiny.flags(script.SCRIPT, assets)["policy"]).name
     shutil.copytree(assets / name, tmp_path / "bare", ignore=shutil.ignore_patterns("tokenizer*"))
-    with pytest.raises(script.InputError, match=r"--policy .*bare (has no tokenizer|cannot be loaded)"):
+    with pytest.raises(script.Stop, match=r"--policy .*bare (has no tokenizer|cannot be loaded)"):
         make_learner(script, policy=str(tmp_path / "bare"))
     learner, _ = make_learner(script, policy=str(tmp_path / "bare"), tokenizer=str(assets / name))
-    assert len(learner.tokenizer) == learner.actor_critic.policy.config.vocab_size
-    with pytest.raises(script.InputError, match="--tokenizer missing cannot be loaded"):
+    assert len(learner.tokenizer) == policy_of(learner).config.vocab_size
+    with pytest.raises(script.Stop, match="--tokenizer missing cannot be loaded"):
         make_learner(script, tokenizer="missing")
     assert script.TOKENIZERS.keys() == {script.Args().policy}
 
@@ -975,7 +992,7 @@ def test_code_that_comes_with_a_model_is_never_run_nor_asked_about(script, asset
     config = json.loads((folder / "config.json").read_text())
     config |= {"model_type": "evil", "auto_map": {"AutoConfig": "evil.Evil", "AutoModelForCausalLM": "evil.Evil"}}
     (folder / "config.json").write_text(json.dumps(config))
-    with pytest.raises(script.InputError, match=r"--policy .*contains custom code"):
+    with pytest.raises(script.Stop, match=r"--policy .*contains custom code"):
         make_learner(script, policy=str(folder))
     assert not (tmp_path / "ran").exists()
 
@@ -1075,7 +1092,7 @@ BAD_DATASETS = {
 def test_unusable_data_set_is_refused_by_name(script, tmp_path, kind):
     make, words = BAD_DATASETS[kind]
     make(tmp_path / "data")
-    with pytest.raises(script.InputError, match=words) as caught:
+    with pytest.raises(script.Stop, match=words) as caught:
         script.load_texts(str(tmp_path / "data"), ["text"])
     assert f"--dataset {tmp_path / 'data'}" in str(caught.value)
 

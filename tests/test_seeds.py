@@ -78,9 +78,8 @@ def train_flags(script):
 
 
 def record(script, patch):
-    """Note what main() does: for every vector environment its reset seeds and actions, and all permutations."""
-    envs_seen, orders = [], []
-    make_envs, randperm = script.make_envs, torch.randperm
+    """Note what main() does: for every vector environment its reset seeds and actions."""
+    envs_seen, make_envs = [], script.make_envs
 
     def recording_envs(*args):
         envs = make_envs(*args)
@@ -91,25 +90,20 @@ def record(script, patch):
         envs_seen.append(seen)
         return envs
 
-    def recording_randperm(*args, **kwargs):
-        orders.append(randperm(*args, **kwargs).tolist())
-        return torch.tensor(orders[-1])
-
     patch.setattr(script, "make_envs", recording_envs)
-    patch.setattr(torch, "randperm", recording_randperm)
     patch.setattr(script, "LOG_EVERY", 32)
-    return envs_seen, orders
+    return envs_seen
 
 
 @pytest.fixture(scope="session")
 def runs(script, tmp_path_factory):
-    """A batch of three seeds and three single runs: {"batch" or seed: (directory, environments, orders, stdout)}."""
+    """A batch of three seeds and three single runs: {"batch" or seed: (directory, environments, stdout)}."""
     top, seen = tmp_path_factory.mktemp("seeds"), {}
     for name, choice in [("batch", BATCH)] + [(seed, f"--seed {seed}") for seed in SEEDS]:
         with pytest.MonkeyPatch.context() as patch, redirect_stdout(io.StringIO()) as out:
-            envs, orders = record(script, patch)
+            envs = record(script, patch)
             assert run_main(script, train_flags(script), choice, "--run-dir", top / str(name)) == 0
-        seen[name] = (top / str(name), envs, orders, out.getvalue())
+        seen[name] = (top / str(name), envs, out.getvalue())
     return seen
 
 
@@ -173,13 +167,6 @@ def test_agents_of_a_batch_act_as_their_single_runs(runs):
     assert (batch[:, 0] != batch[:, 1]).any()
 
 
-def test_minibatches_of_a_batch_are_those_of_the_single_runs(script, runs):
-    batch = runs["batch"][2]
-    assert len(batch) == (5 * 2 * 3 if script.SCRIPT.startswith("sppo") else 0)
-    for i, seed in enumerate(SEEDS):
-        assert batch[i::3] == runs[seed][2]
-
-
 def test_agents_of_a_batch_end_in_the_state_of_their_single_runs(script, runs):
     states = agent_states(script, runs["batch"][0])
     for state, seed in zip(states, SEEDS):
@@ -234,7 +221,7 @@ def test_sps_of_a_batch_is_each_agents_own_and_the_progress_line_shows_the_sum(s
     for _, ours, _ in pairs(runs):
         assert read_json(ours / "result.json")["sps"] == pytest.approx(160 / counters["train_seconds"])
     total = sum(read_json(ours / "result.json")["sps"] for _, ours, _ in pairs(runs))
-    assert f"{total:,.0f} steps/s" in runs["batch"][3]
+    assert f"{total:,.0f} steps/s" in runs["batch"][2]
 
 
 def test_evaluate_reproduces_the_evaluation_of_each_agent_of_a_batch(script, runs, capsys):

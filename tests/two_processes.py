@@ -14,14 +14,14 @@ SCRIPTS = [param.values[0] for param in conftest.import_scripts("sppo_rlhf_*.py"
 CHANGES = ({}, {"target_coef": 0.5}, {"norm_adv": False})
 
 
-def share(script, rollout, accelerator):
+def shard(script, rollout, accelerator):
     """The trajectories of this process; all 8 where there is only one."""
     rows = range(accelerator.process_index, 8, accelerator.num_processes)
-    mine = {}
+    share = {}
     for field in fields(rollout):
         x = getattr(rollout, field.name)
-        mine[field.name] = x[list(rows)] if torch.is_tensor(x) else [x[i] for i in rows]
-    return script.Rollout(**mine)
+        share[field.name] = x[list(rows)] if torch.is_tensor(x) else [x[i] for i in rows]
+    return script.Rollout(**share)
 
 
 def gradients(script, assets, accelerator, changes):
@@ -30,7 +30,7 @@ def gradients(script, assets, accelerator, changes):
     learner = script.Learner(args, accelerator)
     trained = {name: p for name, p in learner.actor_critic.named_parameters() if p.requires_grad}
     tiny.randomize(trained.items(), 0.1)
-    rollout = share(script, tiny.fixed_rollout(script, learner, args), accelerator)
+    rollout = shard(script, tiny.fixed_rollout(script, learner, args), accelerator)
     result = []
     for num_rows in (4, 8):
         learner.optimizer.zero_grad()

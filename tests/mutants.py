@@ -1,0 +1,404 @@
+"""Bugs that the tests must notice: each is put into a copy of the repository, where its tests have to fail.
+
+python tests/mutants.py                     # all of them; exit code 1 where one survives
+python tests/mutants.py --only bootstrap    # those with a word in their name, script or test file
+python tests/mutants.py --list
+"""
+
+import argparse
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).parents[1]
+IGNORED = shutil.ignore_patterns(".*", "__pycache__", "runs", "wandb", "results", "report", "assets")
+
+# What breaks | script | test file. The lines after - have exactly one place in the script; those after + replace them.
+MUTANTS = r"""
+# The loss
+loss: sign | sppo_continuous_discretized | loss
+- L_ppo = -torch.min(
++ L_ppo = torch.min(
+
+loss: sign of the reverse loss | sppo_atari | loss
+- Z * unclipped
++ -Z * unclipped
+
+loss: sign | sa2c_continuous_discretized | loss
+- L_a2c = -advantages
++ L_a2c = advantages
+
+loss: sign of the reverse loss | sa2c_atari | loss
+- advantages * Z * torch
++ -advantages * Z * torch
+
+loss: Z ignored | sa2c_continuous_discretized | loss
+- advantages * Z * torch
++ -advantages * torch
+
+loss: nothing is clipped | sppo_atari | loss
+- -torch.min(unclipped, clipped)
++ -unclipped
+
+clip mask: every sample active | sppo_continuous_discretized | loss
+- unclipped <= clipped
++ unclipped == unclipped
+
+clip mask: the clipped ones active | sppo_atari | loss
+- unclipped <= clipped
++ unclipped >= clipped
+
+clip mask: every sample active | sppo_rlhf_imdb | loss
+- unclipped <= clipped
++ unclipped == unclipped
+
+alpha and beta swapped | sppo_continuous_discretized | loss
+- (alpha * L_ppo + beta * L_rppo)
++ (beta * L_ppo + alpha * L_rppo)
+
+alpha and beta swapped | sa2c_atari | loss
+- alpha * L_a2c + beta * L_ra2c)
++ beta * L_a2c + alpha * L_ra2c)
+
+# The update
+gradient clip: off | sa2c_continuous_discretized | references
+- scale = (args.max_grad_norm / (grad_norm + 1e-6)).clamp(max=1)
++ scale = torch.ones_like(grad_norm)
+
+gradient clip: small gradients scaled up | sppo_continuous_discretized | references
+- scale = (args.max_grad_norm / (grad_norm + 1e-6)).clamp(max=1)
++ scale = (args.max_grad_norm / (grad_norm + 1e-6))
+
+gradient clip: small gradients scaled up | sppo_atari | atari
+- scale = (args.max_grad_norm / (grad_norm + 1e-6)).clamp(max=1)
++ scale = (args.max_grad_norm / (grad_norm + 1e-6))
+
+gradient clip: by the value | sa2c_atari | atari
+- [g * scale for g in grads]
++ [g.clamp(-0.5, 0.5) for g in grads]
+
+gradient clip: one norm of all agents | sppo_continuous_discretized | references
+- for g in flat]).norm(dim=0)
++ for g in flat]).norm(dim=0).norm().expand(len(loss))
+
+entropy: sign | sa2c_continuous_discretized | references
+- loss - args.ent_coef * entropy
++ loss + args.ent_coef * entropy
+
+entropy: sign | sppo_atari | atari
+- loss - args.ent_coef * entropy
++ loss + args.ent_coef * entropy
+
+value loss: halved | sa2c_atari | atari
+- (values - returns).square().mean(-1)
++ (values - returns).square().mean(-1) / 2
+
+advantages: one mean of all agents | sppo_continuous_discretized | references
+- (advantages - advantages.mean(-1, keepdim=True))
++ (advantages - advantages.mean())
+
+advantages: biased deviation | sppo_atari | atari
+- advantages.std(-1, keepdim=True)
++ advantages.std(-1, keepdim=True, correction=0)
+
+optimizer: eps | sppo_continuous_discretized | references
+- args.learning_rate, eps=1e-5
++ args.learning_rate, eps=1e-8
+
+optimizer: eps | sa2c_continuous_discretized | references
+- alpha=0.99, eps=1e-5
++ alpha=0.99, eps=1e-8
+
+optimizer: eps | sppo_atari | atari
+- args.learning_rate, eps=1e-5
++ args.learning_rate, eps=1e-8
+
+optimizer: square average starts at zero | sa2c_atari | atari
+- torch.ones_like(p)
++ torch.zeros_like(p)
+
+optimizer: eps outside the root | sa2c_atari | atari
+- (state["square_avg"] + group["eps"]).sqrt()
++ state["square_avg"].sqrt() + group["eps"]
+
+schedule: one rollout late | sppo_continuous_discretized | references
+- 1 - global_step / args.total
++ 1 - (global_step - rollout_size) / args.total
+
+schedule: never ends | sa2c_atari | atari
+- 1 - global_step / args.total
++ 1 - 0.9 * global_step / args.total
+
+schedule: clip range | sppo_atari | atari
+- clip_coef.fill_(args.clip_coef * remaining)
++ clip_coef.fill_(args.clip_coef)
+
+minibatches: drawn with replacement | sppo_atari | atari
+- torch.randperm(rollout_size, generator=generator)
++ torch.randint(rollout_size, (rollout_size,), generator=generator)
+
+minibatches: one order for all agents | sppo_continuous_discretized | seeds
+- torch.randperm(rollout_size, generator=g) for g in learner.generators
++ torch.randperm(rollout_size, generator=learner.generators[0]) for _ in seeds
+
+# The rollout
+bootstrap: dropped at a time limit | sppo_continuous_discretized | references
+- reward_buf[t][time_limit] += args
++ reward_buf[t][time_limit] += 0 * args
+
+bootstrap: of terminated episodes too | sa2c_continuous_discretized | references
+- time_limit = (truncated & ~terminated).reshape(N, E)
++ time_limit = (truncated | terminated).reshape(N, E)
+
+bootstrap: of episodes that end both ways | sppo_continuous_discretized | references
+- time_limit = (truncated & ~terminated).reshape(N, E)
++ time_limit = truncated.reshape(N, E)
+
+bootstrap: dropped at the frame limit | sppo_atari | atari
+- reward_buf[t] += args
++ reward_buf[t] += 0 * args
+
+bootstrap: not discounted | sa2c_atari | atari
+- reward_buf[t] += args.gamma * final_value
++ reward_buf[t] += final_value
+
+bootstrap: of the observation after the reset | sa2c_continuous_discretized | references
+- normalizer.obs(infos["final_obs"].reshape
++ normalizer.obs(raw_obs.reshape
+
+bootstrap: final observations overwritten | sppo_continuous_discretized | references
+- np.copy(last_obs) if done else last_obs
++ last_obs
+
+GAE: lambda missing | sppo_continuous_discretized | references
+- decay = gamma * gae_lambda * ~dones
++ decay = gamma * ~dones
+
+GAE: runs over the end of an episode | sa2c_continuous_discretized | references
+- decay = gamma * gae_lambda * ~dones
++ decay = gamma * gae_lambda
+
+GAE: lambda and gamma swapped | sppo_atari | atari
+- gae(reward_buf, values, done_buf, last_value, args.gamma, args.gae_lambda)
++ gae(reward_buf, values, done_buf, last_value, args.gae_lambda, args.gamma)
+
+GAE: lambda of no effect | sa2c_continuous_discretized | references
+- gae(reward_buf, values, done_buf, last_value, args.gamma, args.gae_lambda)
++ gae(reward_buf, values, done_buf, last_value, args.gamma, 1.0)
+
+observations: counted in after their normalization | sppo_continuous_discretized | references
+-         if update:
+-             self.obs_rms.update(obs)
+-         mean, std = self.obs_rms.mean[:, None], np.sqrt(self.obs_rms.var + 1e-8)[:, None]
++         mean, std = self.obs_rms.mean[:, None], np.sqrt(self.obs_rms.var + 1e-8)[:, None]
++         if update:
++             self.obs_rms.update(obs)
+
+observations: eps | sppo_continuous_discretized | references
+- np.sqrt(self.obs_rms.var + 1e-8)
++ np.sqrt(self.obs_rms.var + 1e-4)
+
+observations: not clipped | sppo_continuous_discretized | references
+- ((obs - mean) / std).clip(-10, 10)
++ ((obs - mean) / std)
+
+rewards: their mean subtracted | sppo_continuous_discretized | references
+- return (reward / np.sqrt
++ return ((reward - self.return_rms.mean[:, None]) / np.sqrt
+
+rewards: returns run over the end of an episode | sppo_continuous_discretized | references
+- self.returns[done] = 0
++ pass
+
+rewards: not clipped | sppo_continuous_discretized | references
+- np.sqrt(self.return_rms.var + 1e-8)[:, None]).clip(-10, 10)
++ np.sqrt(self.return_rms.var + 1e-8)[:, None])
+
+reward noise: before normalization | sa2c_continuous_discretized | references
+- normalizer.reward(raw_reward, done) + noise[t]
++ normalizer.reward(raw_reward + noise[t], done)
+
+reward noise: in the logged returns | sppo_continuous_discretized | references
+- episode_return += raw_reward
++ episode_return += raw_reward + noise[t]
+
+reward noise: in the evaluation | sppo_continuous_discretized | references
+- returns += reward * running
++ returns += (reward + args.reward_noise_std * np.random.randn(*reward.shape)) * running
+
+bins: one off | sppo_continuous_discretized | references
+- space.high.flatten(), num_bins, dtype=space.dtype)
++ space.high.flatten(), num_bins + 1, dtype=space.dtype)[:-1]
+
+sampling: exponential noise | sppo_continuous_discretized | references
+- kind="exponential_").log()
++ kind="exponential_")
+
+sampling: none | sa2c_continuous_discretized | references
+- ).to(device)) + gumbel[t]).argmax(-1)
++ ).to(device))).argmax(-1)
+
+sampling: exponential noise | sa2c_atari | atari
+- T, E, games.num_actions).exponential_(generator=generator).log()
++ T, E, games.num_actions).exponential_(generator=generator)
+
+sampling: none in the evaluation | sppo_atari | atari
+- (agent(torch.from_numpy(obs).to(device))[0] + gumbel)
++ (agent(torch.from_numpy(obs).to(device))[0])
+
+# The evaluation, and what a run leaves
+evaluation: statistics go on | sppo_continuous_discretized | cli
+- EVAL_EPISODES, -1), update=False)
++ EVAL_EPISODES, -1))
+
+evaluation: in the environments of the training | sppo_continuous_discretized | seeds
+- TRAINING, EVALUATION = 0, 1
++ TRAINING, EVALUATION = 0, 0
+
+evaluation: counts later games | sa2c_atari | atari
+- running &= ~game_over
++ running &= running
+
+resume: random numbers start anew | sppo_continuous_discretized | cli
+- generator.set_state(generator_state)
++ pass
+
+resume: random numbers start anew | sa2c_atari | atari
+- self.generator.set_state(state["generator"])
++ pass
+
+resume: statistics lost | sppo_continuous_discretized | cli
+- ({k: v.numpy() for k, v in statistics.items()})
++ ({})
+
+resume: optimizer lost | sppo_atari | atari
+- self.optimizer.load_state_dict(state["optimizer"])
++ pass
+
+resume: curves not cut | sa2c_continuous_discretized | cli
+-  if int(row["global_step"]) <= global_step]
++ ]
+
+resume: TensorBoard not cut | sppo_continuous_discretized | cli
+- , purge_step=global_step + 1)
++ )
+
+resume: the first environment seeds again | sppo_continuous_discretized | cli
+- env_seeds(seeds, E, TRAINING, global_step)
++ env_seeds(seeds, E, TRAINING, 0)
+
+resume: counters lost | sa2c_continuous_discretized | cli
+-         counters = checkpoint["counters"]
++         pass
+
+# Atari
+Atari: rewards not clipped | sppo_atari | atari
+- flip_rewards(np.sign(raw_reward)
++ flip_rewards(raw_reward
+
+Atari: flips to -r | sppo_atari | atari
+- 1 - rewards, rewards
++ -rewards, rewards
+
+Atari: flips with the opposite probability | sa2c_atari | atari
+- np.where(uniform < flip_prob
++ np.where(uniform > flip_prob
+
+Atari: no flips | sa2c_atari | atari
+- uniform[t], args.reward_flip_prob)
++ uniform[t], 0.0)
+
+Atari: a lost life ends nothing | sppo_atari | atari
+- done_buf[t] = terminated | truncated
++ done_buf[t] = game_over
+
+Atari: scores of single lives | sa2c_atari | atari
+- in np.flatnonzero(game_over):
++ in np.flatnonzero(terminated):
+
+Atari: scores of clipped rewards | sppo_atari | atari
+- episode_return += raw_reward
++ episode_return += np.sign(raw_reward)
+
+Atari: no fire after a lost life | sa2c_atari | atari
+-             if games.must_fire.any():
+-                 action_buf[t]
++             if games.must_fire.all():
++                 action_buf[t]
+
+Atari: no fire in the evaluation | sppo_atari | atari
+-         if games.must_fire.any():
+-             actions[games.must_fire]
++         if games.must_fire.all():
++             actions[games.must_fire]
+"""
+
+
+class Mutant(NamedTuple):
+    name: str
+    script: str
+    tests: str
+    old: str
+    new: str
+
+
+def parse(text: str) -> list[Mutant]:
+    mutants = []
+    for block in text.strip().split("\n\n"):
+        header, *lines = [line for line in block.splitlines() if not line.startswith("#")]
+        old, new = ("\n".join(line[2:] for line in lines if line[0] == sign) for sign in "-+")
+        name, script, tests = header.split(" | ")
+        mutants.append(Mutant(name, f"{script}.py", f"tests/test_{tests}.py", old, new))
+    return mutants
+
+
+def mutated(mutant: Mutant) -> str:
+    """The script's text with the bug. Exits unless the old text has exactly one place."""
+    text = (ROOT / mutant.script).read_text()
+    if (places := text.count(mutant.old)) != 1:
+        raise SystemExit(f"{mutant.name}: {places} places in {mutant.script} of\n{mutant.old}")
+    return text.replace(mutant.old, mutant.new)
+
+
+def run_tests(mutant: Mutant) -> tuple[bool, str, float]:
+    """Whether the tests fail on the mutant, pytest's line that says so, and how many seconds they took."""
+    start = time.monotonic()
+    with tempfile.TemporaryDirectory() as folder:
+        copy = Path(shutil.copytree(ROOT, Path(folder, "copy"), ignore=IGNORED))
+        (copy / mutant.script).write_text(mutated(mutant))
+        command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", mutant.tests]
+        done = subprocess.run(command, cwd=copy, capture_output=True, text=True)
+    if done.returncode not in (0, 1):
+        raise SystemExit(f"{mutant.name}: pytest ran no test\n{done.stdout}{done.stderr}")
+    lines = done.stdout.splitlines()
+    failed = [line for line in lines if line.startswith(("FAILED", "ERROR"))]
+    return done.returncode == 1, (failed or lines)[-1], time.monotonic() - start
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", default="", help="a word in the name, script or test file")
+    parser.add_argument("--jobs", type=int, default=2, help="how many at once")
+    parser.add_argument("--list", action="store_true", help="print them and run nothing")
+    args = parser.parse_args()
+    chosen = [m for m in parse(MUTANTS) if args.only.lower() in f"{m.name} {m.script} {m.tests}".lower()]
+    lines = [f"{m.script.removesuffix('.py'):28} {m.name:52}" for m in chosen if mutated(m)]
+    if args.list:
+        print(*lines, sep="\n")
+        return 0
+    survivors = 0
+    with ThreadPoolExecutor(args.jobs) as pool:
+        for line, (caught, verdict, seconds) in zip(lines, pool.map(run_tests, chosen)):
+            survivors += not caught
+            print(f"{'caught  ' if caught else 'SURVIVED'} {line} {seconds:4.0f} s  {verdict[:100]}", flush=True)
+    print(f"{len(chosen) - survivors} of {len(chosen)} caught")
+    return 1 if survivors or not chosen else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
