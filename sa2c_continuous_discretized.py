@@ -604,7 +604,8 @@ def report_failures(args: Args, step: int, was_finite: list[bool], finite: list[
         messages.append(f"seed {args.seed + i} of {args.env_id} failed at step {step:,}: {reason}")
     if not any(finite):
         raise Stop("; ".join(messages), code=1)
-    print("; ".join([*messages, "the other seeds go on"]), file=sys.stderr)
+    for message in messages:
+        print(f"{message}; the other seeds go on", file=sys.stderr)
 
 
 def write_atomic(path: Path, content: bytes | memoryview) -> None:
@@ -656,14 +657,9 @@ def create_run_dir(args: Args, run_dir: Path) -> None:
 def open_run_dir(run_dir: Path) -> Args:
     """Arguments of the run in run_dir. Raises Stop when there is none of this script."""
     path = run_dir / "args.json"
-    if not path.exists():
-        old = any(run_dir.glob("seed*/args.json"))
-        reason = (
-            f"was begun by version 1 of {SCRIPT}.py: continue it with that one"
-            if old
-            else "holds no run: there is no args.json in it"
-        )
-        raise Stop(f"{run_dir} {reason}")
+    version_1 = not path.exists() and any(run_dir.glob("seed*/args.json"))
+    require(not version_1, f"{run_dir} was begun by version 1 of {SCRIPT}.py: continue it with that one")
+    require(path.exists(), f"{run_dir} holds no run: there is no args.json in it")
     content = read_json(path)
     return saved_args(path, content.get("script"), content.get("args"))
 
