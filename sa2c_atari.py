@@ -239,12 +239,7 @@ def symmetric_a2c_loss(
 
 
 def gae(
-    rewards: np.ndarray,
-    values: np.ndarray,
-    dones: np.ndarray,
-    last_value: np.ndarray,
-    gamma: float,
-    gae_lambda: float,
+    rewards: np.ndarray, values: np.ndarray, dones: np.ndarray, last_value: np.ndarray, gamma: float, gae_lambda: float
 ) -> tuple[np.ndarray, np.ndarray]:
     """Generalized advantage estimation (Schulman et al. 2018): advantages and returns, (num_steps, ...) like rewards.
 
@@ -420,7 +415,8 @@ def train(args: Args, run_dir: Path) -> None:
         last_value = agent(torch.from_numpy(obs).to(device))[1].cpu().numpy()
         advantages, returns = gae(reward_buf, values, done_buf, last_value, args.gamma, args.gae_lambda)
         b_advantages, b_returns = (torch.from_numpy(x).to(device).flatten() for x in (advantages, returns))
-        batch = (obs_buf.flatten(0, 1), action_buf.flatten(), chosen_buf.flatten(), b_advantages, b_returns)
+        stored = (x.flatten() for x in (action_buf, chosen_buf))
+        batch = (obs_buf.flatten(0, 1), *stored, b_advantages, b_returns)
 
         # Update
         global_step += rollout_size
@@ -466,7 +462,8 @@ def train(args: Args, run_dir: Path) -> None:
         if global_step % args.checkpoint_every < rollout_size or global_step == total_timesteps or stop_signals:
             save_checkpoint(run_dir, learner, counters)
 
-    release_signals()
+    for number in (signal.SIGINT, signal.SIGTERM):  # from here on a stop loses nothing
+        signal.signal(number, signal.default_int_handler)
     if stop_signals:
         raise KeyboardInterrupt
     eval_returns = evaluate(learner, args, run_dir)
@@ -551,11 +548,6 @@ def collect_signals() -> list[int]:
     return received
 
 
-def release_signals() -> None:
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-
-
 def write_atomic(path: Path, content: bytes | memoryview) -> None:
     """Write, then rename: a kill or a full disk leaves the old file or the new one."""
     temporary = path.with_name(path.name + ".tmp")
@@ -596,14 +588,9 @@ def create_run_dir(args: Args, run_dir: Path) -> None:
 def open_run_dir(run_dir: Path) -> Args:
     """Arguments of the run in run_dir. Raises Stop when there is none of this script."""
     path = run_dir / "args.json"
-    if not path.exists():
-        old = any(run_dir.glob("seed*/args.json"))
-        reason = (
-            f"was begun by version 1 of {SCRIPT}.py: continue it with that one"
-            if old
-            else "holds no run: there is no args.json in it"
-        )
-        raise Stop(f"{run_dir} {reason}")
+    version_1 = not path.exists() and any(run_dir.glob("seed*/args.json"))
+    require(not version_1, f"{run_dir} was begun by version 1 of {SCRIPT}.py: continue it with that one")
+    require(path.exists(), f"{run_dir} holds no run: there is no args.json in it")
     content = read_json(path)
     return saved_args(path, content.get("script"), content.get("args"))
 
@@ -655,20 +642,12 @@ def save_results(
     content = safetensors.torch.save(tensors, {"script": SCRIPT, "args": json.dumps(asdict(args))})
     write_atomic(run_dir / "model.safetensors", content)
     versions = {d.name: d.version for d in distributions() if d.name in PACKAGES}
-    result = {
-        "script": SCRIPT,
-        "env_id": args.env_id,
-        "seed": args.seed,
-        "args": asdict(args),
-        "total_timesteps": counters["global_step"],
-        "eval_returns": eval_returns.tolist(),
-        "eval_mean": eval_returns.mean(),
-        "train_last10_mean": np.mean(last_returns) if last_returns else None,
-        "sps": counters["train_steps"] / counters["train_seconds"] if counters["train_steps"] else None,
-        "wall_seconds": counters["wall_seconds"],
-        "versions": {"python": platform.python_version()} | versions,
-        "commit": commit,
-    }
+    sps = counters["train_steps"] / counters["train_seconds"] if counters["train_steps"] else None
+    result = {"script": SCRIPT, "env_id": args.env_id, "seed": args.seed, "args": asdict(args)}
+    result |= {"total_timesteps": counters["global_step"], "eval_returns": eval_returns.tolist()}
+    result |= {"eval_mean": eval_returns.mean(), "train_last10_mean": np.mean(last_returns) if last_returns else None}
+    result |= {"sps": sps, "wall_seconds": counters["wall_seconds"], "commit": commit}
+    result["versions"] = {"python": platform.python_version()} | versions
     write_json(run_dir / "result.json", result)
 
 
@@ -737,7 +716,7 @@ class Progress:
         if time.monotonic() - self.last < (0.2 if terminal else 30) and not finished:
             return
         self.last = time.monotonic()
-        left = timedelta(seconds=int((self.total - done) / max(per_second, 1e-9)))
+        left = timedelta(seconds=int((self.total - done) / per_second)) if per_second else "?"
         line = f"{done / self.total:4.0%}  {self.unit} {done:,}  {text}  {left} left"
         print(f"\r{line}\x1b[K" if terminal else line, end="" if terminal and not finished else "\n", flush=True)
 
@@ -815,18 +794,18 @@ def main() -> int:
         return 0
     except (Exception, KeyboardInterrupt) as error:
         can_go_on = not args.evaluate and (run_dir / "checkpoint.pt").exists()
-        hint = f"to go on: python {SCRIPT}.py --resume {run_dir}" if can_go_on else ""
+        hint = [f"to go on: python {SCRIPT}.py --resume {run_dir}"] if can_go_on else []
         disk_full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
         if not disk_full and not isinstance(error, (Stop, KeyboardInterrupt, torch.OutOfMemoryError)):
-            if hint:
-                error.add_note(hint)
+            for line in hint:
+                error.add_note(line)
             raise  # a bug: Python's own traceback, and the hint below it
-        code, message = getattr(error, "code", 1), f"error: {' '.join(str(error).split())}"
-        if isinstance(error, KeyboardInterrupt):
-            code, message = 130, "stopped"
+        stopped = isinstance(error, KeyboardInterrupt)
+        code = 130 if stopped else getattr(error, "code", 1)
         if sys.stdout.isatty():
             print()  # end the progress line
-        print(f"{message}\n{hint}".strip() if code != 2 else message, file=sys.stderr)
+        message = "stopped" if stopped else f"error: {' '.join(str(error).split())}"
+        print("\n".join([message, *(hint if code != 2 else [])]), file=sys.stderr)
         return code
 
 

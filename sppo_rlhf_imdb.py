@@ -50,12 +50,14 @@ from uuid import uuid4
 import datasets
 import huggingface_hub
 import numpy as np
-import safetensors
 import torch
 import transformers
 import tyro
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object
+from datasets.exceptions import DatasetsError
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
 from torch import nn
 from torch.utils.checkpoint import checkpoint as recompute
 from torch.utils.tensorboard import SummaryWriter
@@ -74,13 +76,8 @@ SCRIPT, VERSION = Path(__file__).stem, 2  # of the format of checkpoint.pt
 TRAINING, EVALUATION = 0, 1  # streams of random numbers
 MAY_CHANGE = ("micro_batch_size", "rollout_batch_size")  # on resume and for an evaluation
 OOM_HINT = "lower --micro-batch-size and --rollout-batch-size, which --resume takes as well"
-LOAD_ERRORS = (  # of the libraries for a name, a network or a file that is wrong
-    OSError,
-    ValueError,
-    safetensors.SafetensorError,
-    datasets.exceptions.DatasetsError,
-    huggingface_hub.errors.StrictDataclassError,
-)
+# What the libraries raise for a name, a network or a file that is wrong.
+LOAD_ERRORS = (OSError, ValueError, SafetensorError, DatasetsError, StrictDataclassError)
 TOKENIZERS = {"rajkumarrrk/gpt2-fine-tuned-on-imdb-positive-reviews": "lvwerra/gpt2-imdb"}  # where the authors took it
 PACKAGES = ("torch", "transformers", "datasets", "accelerate", "numpy")  # their versions go into result.json
 
@@ -249,7 +246,7 @@ def response_logprobs(
     """Log-probabilities (batch, num_actions) of the last num_actions tokens, each from the logits one token before."""
     options = {"position_ids": positions(attention_mask), "use_cache": False, "logits_to_keep": num_actions + 1}
     out = lm(tokens, attention_mask=attention_mask, **options)
-    return token_logprobs(out.logits[:, :-1], tokens[:, -num_actions:])
+    return token_logprobs(out.logits[:, -num_actions - 1 : -1], tokens[:, -num_actions:])
 
 
 class ActorCritic(nn.Module):
@@ -454,18 +451,19 @@ class Learner:
     def __init__(self, args: Args, accelerator: Accelerator):
         """Raises Stop when something cannot be loaded or does not fit together."""
         self.accelerator, self.device = accelerator, accelerator.device
-        with accelerator.main_process_first():  # the others find the caches filled
+        with accelerator.main_process_first():  # the others find the data set prepared
             train, validation = load_texts(args.dataset, ["text"])
-            require(
-                not load_pretrained("policy", args.policy, find_adapter_config_file),
-                f"--policy {args.policy} is an adapter: give a model that the adapter has been merged into",
-            )
-            tokenizer = args.tokenizer or TOKENIZERS.get(args.policy, args.policy)
-            self.tokenizer = load_auto("policy" if tokenizer == args.policy else "tokenizer", tokenizer, AutoTokenizer)
-            policy = load_auto("policy", args.policy, AutoModelForCausalLM, dtype=torch.float32)
-            value_model = load_auto("policy", args.policy, AutoModel, dtype=torch.float32)
-            check_vocabulary("policy", args.policy, self.tokenizer, policy)
-            self.reward = Reward(args, self.device)
+        # All load models at once: of what has to be downloaded, huggingface_hub lets one process fetch each file.
+        require(
+            not load_pretrained("policy", args.policy, find_adapter_config_file),
+            f"--policy {args.policy} is an adapter: give a model that the adapter has been merged into",
+        )
+        tokenizer = args.tokenizer or TOKENIZERS.get(args.policy, args.policy)
+        self.tokenizer = load_auto("policy" if tokenizer == args.policy else "tokenizer", tokenizer, AutoTokenizer)
+        policy = load_auto("policy", args.policy, AutoModelForCausalLM, dtype=torch.float32)
+        value_model = load_auto("policy", args.policy, AutoModel, dtype=torch.float32)
+        check_vocabulary("policy", args.policy, self.tokenizer, policy)
+        self.reward = Reward(args, self.device)
         room = getattr(policy.config, "max_position_embeddings", None) or sys.maxsize
         length = args.prompt_length + args.response_length
         require(
@@ -890,7 +888,7 @@ def save_policy(learner: Learner, run_dir: Path) -> None:
         learner.actor_critic.policy.save_pretrained(temporary)
         learner.tokenizer.save_pretrained(temporary)
         os.replace(temporary, folder)
-    except safetensors.SafetensorError as error:  # what it has for a full disk
+    except SafetensorError as error:  # what it has for a full disk
         raise OSError(errno.ENOSPC, f"{folder} cannot be written: {error}") from None
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -992,7 +990,7 @@ class Progress:
         if time.monotonic() - self.last < (0.2 if terminal else 30) and not finished:
             return
         self.last = time.monotonic()
-        left = timedelta(seconds=int((self.total - done) / max(per_second, 1e-9)))
+        left = timedelta(seconds=int((self.total - done) / per_second)) if per_second else "?"
         line = f"{done / self.total:4.0%}  {self.unit} {done:,}  {text}  {left} left"
         print(f"\r{line}\x1b[K" if terminal else line, end="" if terminal and not finished else "\n", flush=True)
 

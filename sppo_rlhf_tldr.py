@@ -53,15 +53,17 @@ from uuid import uuid4
 import datasets
 import huggingface_hub
 import numpy as np
-import safetensors
 import torch
 import transformers
 import tyro
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object
+from datasets.exceptions import DatasetsError
+from huggingface_hub.errors import StrictDataclassError
 from peft import LoraConfig, PeftConfig, get_peft_model, set_peft_model_state_dict
 from peft.utils import load_peft_weights
 from rouge_score.rouge_scorer import RougeScorer
+from safetensors import SafetensorError
 from torch import nn
 from torch.utils.checkpoint import checkpoint as recompute
 from torch.utils.tensorboard import SummaryWriter
@@ -83,13 +85,8 @@ OOM_HINT = (
     "lower --micro-batch-size and --rollout-batch-size, which --resume takes as well, "
     "or begin anew with a smaller --base-precision"
 )
-LOAD_ERRORS = (  # of the libraries for a name, a network or a file that is wrong
-    OSError,
-    ValueError,
-    safetensors.SafetensorError,
-    datasets.exceptions.DatasetsError,
-    huggingface_hub.errors.StrictDataclassError,
-)
+# What the libraries raise for a name, a network or a file that is wrong.
+LOAD_ERRORS = (OSError, ValueError, SafetensorError, DatasetsError, StrictDataclassError)
 TOKENIZERS = {"CarperAI/openai_summarize_tldr_sft": "EleutherAI/gpt-j-6b"}  # where the authors took it
 PACKAGES = ("torch", "transformers", "datasets", "accelerate", "peft", "numpy")  # their versions go into result.json
 PROMPT_END = "\nTL;DR:"
@@ -268,7 +265,7 @@ def response_logprobs(
     """Log-probabilities (batch, num_actions) of the last num_actions tokens, each from the logits one token before."""
     options = {"position_ids": positions(attention_mask), "use_cache": False, "logits_to_keep": num_actions + 1}
     out = lm(tokens, attention_mask=attention_mask, **options)
-    return token_logprobs(out.logits[:, :-1], tokens[:, -num_actions:])
+    return token_logprobs(out.logits[:, -num_actions - 1 : -1], tokens[:, -num_actions:])
 
 
 class ActorCritic(nn.Module):
@@ -557,25 +554,26 @@ class Learner:
     def __init__(self, args: Args, accelerator: Accelerator):
         """Raises Stop when something cannot be loaded or does not fit together."""
         self.accelerator, self.device = accelerator, accelerator.device
-        with accelerator.main_process_first():  # the others find the caches filled
+        with accelerator.main_process_first():  # the others find the data set prepared
             self.rows, self.validation = load_texts(args.dataset, ["prompt", "label"])
-            require(
-                not load_pretrained("policy", args.policy, find_adapter_config_file),
-                f"--policy {args.policy} is an adapter: give a model that the adapter has been merged into",
-            )
-            tokenizer = args.tokenizer or TOKENIZERS.get(args.policy, args.policy)
-            self.tokenizer = load_auto("policy" if tokenizer == args.policy else "tokenizer", tokenizer, AutoTokenizer)
-            base = load_base(args, self.device)
-            check_vocabulary("policy", args.policy, self.tokenizer, base)
-            torch.manual_seed(args.seed)  # the adapters and the value head are the same in every process
-            try:
-                model = ActorCritic(base, args)
-            except ValueError as error:  # peft names the layers it did not find
-                raise Stop(f"--lora-targets {' '.join(args.lora_targets)}: {error}") from None
-            if load_pretrained("reward-model", args.reward_model, find_adapter_config_file):
-                self.reward = AdapterReward(args, model, self.tokenizer)
-            else:
-                self.reward = ClassifierReward(args, self.device)
+        # All load models at once: of what has to be downloaded, huggingface_hub lets one process fetch each file.
+        require(
+            not load_pretrained("policy", args.policy, find_adapter_config_file),
+            f"--policy {args.policy} is an adapter: give a model that the adapter has been merged into",
+        )
+        tokenizer = args.tokenizer or TOKENIZERS.get(args.policy, args.policy)
+        self.tokenizer = load_auto("policy" if tokenizer == args.policy else "tokenizer", tokenizer, AutoTokenizer)
+        base = load_base(args, self.device)
+        check_vocabulary("policy", args.policy, self.tokenizer, base)
+        torch.manual_seed(args.seed)  # the adapters and the value head are the same in every process
+        try:
+            model = ActorCritic(base, args)
+        except ValueError as error:  # peft names the layers it did not find
+            raise Stop(f"--lora-targets {' '.join(args.lora_targets)}: {error}") from None
+        if load_pretrained("reward-model", args.reward_model, find_adapter_config_file):
+            self.reward = AdapterReward(args, model, self.tokenizer)
+        else:
+            self.reward = ClassifierReward(args, self.device)
         room = getattr(base.config, "max_position_embeddings", None) or sys.maxsize
         end = self.tokenizer(PROMPT_END, add_special_tokens=False).input_ids
         length = args.prompt_length + len(end) + args.response_length
@@ -1011,7 +1009,7 @@ def save_policy(learner: Learner, run_dir: Path) -> None:
         learner.actor_critic.adapters.save_pretrained(temporary, selected_adapters=["policy"])
         learner.tokenizer.save_pretrained(temporary / "policy")
         os.replace(temporary / "policy", folder)
-    except safetensors.SafetensorError as error:  # what it has for a full disk
+    except SafetensorError as error:  # what it has for a full disk
         raise OSError(errno.ENOSPC, f"{folder} cannot be written: {error}") from None
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -1113,7 +1111,7 @@ class Progress:
         if time.monotonic() - self.last < (0.2 if terminal else 30) and not finished:
             return
         self.last = time.monotonic()
-        left = timedelta(seconds=int((self.total - done) / max(per_second, 1e-9)))
+        left = timedelta(seconds=int((self.total - done) / per_second)) if per_second else "?"
         line = f"{done / self.total:4.0%}  {self.unit} {done:,}  {text}  {left} left"
         print(f"\r{line}\x1b[K" if terminal else line, end="" if terminal and not finished else "\n", flush=True)
 

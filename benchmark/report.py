@@ -117,7 +117,11 @@ def main(argv: list[str] | None = None) -> int:
             print(f"error: --missing {args.missing}: {error}", file=sys.stderr)
             return 2
         return 0
-    args.out.mkdir(parents=True, exist_ok=True)
+    try:
+        args.out.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError):
+        print(f"error: --out {args.out} is no folder", file=sys.stderr)
+        return 2
     write_report(list(args.folders), results, paper, args.out)
     counted = sum(len(runs.scores) for runs in (results.groups | results.language).values())
     print(f"{counted} runs, {len(results.left_out)} left out: {args.out / 'report.md'}")

@@ -199,6 +199,8 @@ def main() -> int:
         wrong = f"--env-id {args.env_id}: {(str(error) or repr(error)).splitlines()[0]}"
     if run_dir.exists() and (not run_dir.is_dir() or any(run_dir.iterdir())):
         wrong = f"--run-dir {run_dir} is in use: name another, or remove it to start over"
+    elif args.total_timesteps < 1:
+        wrong = f"--total-timesteps must be at least 1, not {args.total_timesteps}"
     elif not 0 <= args.gamma <= 1:
         wrong = f"--gamma must be between 0 and 1, not {args.gamma}"
     elif args.num_bins is not None and args.num_bins < 2:

@@ -141,10 +141,12 @@ def breakdown(script: str, env_id: str, steps: int, num_seeds: int) -> tuple[flo
     time_method(module.Agent, "logits", "policy")
     time_method(module.Normalizer, "obs", "normalization")
     time_method(module.Normalizer, "reward", "normalization")
-    module.evaluate = lambda agent, normalizer, args, seeds, video_dirs: np.zeros((len(seeds), 10))
+    module.evaluate = lambda learner, args, run_dir: np.zeros((num_seeds, 10))
     with tempfile.TemporaryDirectory() as folder:
         args = module.Args(env_id=env_id, total_timesteps=steps, num_seeds=num_seeds, compile=True)
-        module.train(args, module.create_run_dirs(args, Path(folder) / "run"))
+        run_dir = Path(folder) / "run"
+        module.create_run_dir(args, run_dir)
+        module.train(args, run_dir)
         result = json.loads(next(Path(folder).rglob("result.json")).read_text())
     shares = {part: value / result["total_timesteps"] * result["sps"] for part, value in seconds.items()}
     shares["update and the rest"] = 1 - sum(shares.values())
@@ -203,14 +205,18 @@ def summary(values: list[float]) -> str:
     return f"{statistics.median(values):.2f} ({min(values):.2f} to {max(values):.2f})"
 
 
-def main() -> None:
+def main() -> int:
     args = tyro.cli(Args, description=__doc__)
+    if min(args.rounds, args.num_seeds, args.threads or 1, args.steps or 1, *args.scaling) < 1:
+        print("error: --rounds, --num-seeds, --threads, --steps and --scaling must be at least 1", file=sys.stderr)
+        return 2
     for script in args.scripts:
         if args.scaling:
             scale(args, script)
         else:
             compare(args, script)
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -988,6 +988,9 @@ def test_progress_on_a_terminal_is_one_line_that_ends_with_the_run(script, monke
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
     progress = script.Progress(100, "step")
     progress.last = -1e9
+    progress.show(25, 0.0, "return 1.0")  # before the first iteration that is timed
+    assert capsys.readouterr().out.endswith("return 1.0  ? left\x1b[K")
+    progress.last = -1e9
     progress.show(50, 10.0, "return 1.0")
     assert capsys.readouterr().out == "\r 50%  step 50  return 1.0  0:00:05 left\x1b[K"
     progress.show(100, 10.0, "return 1.0")

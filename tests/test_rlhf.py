@@ -163,6 +163,19 @@ def test_what_stands_in_the_padding_changes_nothing(script, scrambled):
 
 
 @both
+def test_a_model_that_gives_the_logits_of_all_tokens_whatever_it_is_asked_for_is_as_good(script, assets):
+    lm = AutoModelForCausalLM.from_pretrained(assets / "gpt2").eval()
+    tokens, attention_mask, mask = script.pad(PROMPTS, RESPONSES, torch.device("cpu"))
+
+    def all_logits(tokens, logits_to_keep, **options):
+        return lm(tokens, **options)
+
+    with torch.no_grad():
+        expected, actual = (script.response_logprobs(m, tokens, attention_mask, 6) for m in (lm, all_logits))
+    assert_close(actual[mask], expected[mask])
+
+
+@both
 @pytest.mark.parametrize("model", ["gpt2", "llama"])
 def test_left_padded_prompts_generate_what_each_generates_alone(script, model, assets):
     tokenizer = AutoTokenizer.from_pretrained(assets / model)
