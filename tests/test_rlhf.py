@@ -1032,7 +1032,7 @@ DATASETS = {
 @pytest.mark.parametrize("kind", DATASETS)
 def test_data_set_with_a_validation_split(script, tmp_path, kind):
     DATASETS[kind](tmp_path / "data")
-    train, validation = script.load_texts(str(tmp_path / "data"), ["text"])
+    train, validation = script.load_rows(str(tmp_path / "data"), ["text"])
     assert train == [{"text": row["text"]} for row in ROWS[:7]]
     assert validation == [{"text": row["text"]} for row in ROWS[7:]]
 
@@ -1052,10 +1052,10 @@ WITHOUT_VALIDATION = {
 def test_data_set_without_a_validation_split_gives_its_last_fifth(script, tmp_path, kind):
     path = tmp_path / "data.jsonl"
     WITHOUT_VALIDATION[kind](path)
-    train, validation = script.load_texts(str(path), ["text", "label"])
+    train, validation = script.load_rows(str(path), ["text", "label"])
     assert len(train) == 8 and len(validation) == 2
     assert sorted(train + validation, key=lambda row: row["text"]) == ROWS
-    assert script.load_texts(str(path), ["text", "label"]) == (train, validation)
+    assert script.load_rows(str(path), ["text", "label"]) == (train, validation)
 
 
 BAD_DATASETS = {
@@ -1093,7 +1093,7 @@ def test_unusable_data_set_is_refused_by_name(script, tmp_path, kind):
     make, words = BAD_DATASETS[kind]
     make(tmp_path / "data")
     with pytest.raises(script.Stop, match=words) as caught:
-        script.load_texts(str(tmp_path / "data"), ["text"])
+        script.load_rows(str(tmp_path / "data"), ["text"])
     assert f"--dataset {tmp_path / 'data'}" in str(caught.value)
 
 
