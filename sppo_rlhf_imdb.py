@@ -110,7 +110,7 @@ class Args:
     micro_batch_size: int = 28  # responses per forward and backward pass of a process; changes memory, not the result
     rollout_batch_size: int = 56  # responses generated at once by a process; changes memory, not the algorithm
     learning_rate: float = 5e-6  # AdamW's learning rate
-    weight_decay: float = 1e-6  # AdamW's weight decay
+    weight_decay: float = 1e-6  # AdamW's weight decay, not of biases and norms
     gamma: float = 0.99  # discount factor
     gae_lambda: float = 0.95  # lambda of generalized advantage estimation
     norm_adv: bool = True  # normalize the advantages of each minibatch, over real tokens (Table 14 compares)
@@ -517,7 +517,11 @@ class Learner:
         model = ActorCritic(policy, value_model).to(self.device).eval()  # eval: dropout is never active
         self.trained = [name for name, p in model.named_parameters() if p.requires_grad]
         parameters = [p for p in model.parameters() if p.requires_grad]
-        optimizer = torch.optim.AdamW(parameters, args.learning_rate, eps=1e-5, weight_decay=args.weight_decay)
+        groups = [
+            {"params": [p for p in parameters if p.ndim > 1], "weight_decay": args.weight_decay},
+            {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},  # biases and norms
+        ]
+        optimizer = torch.optim.AdamW(groups, args.learning_rate, eps=1e-5)
         self.model, self.optimizer = accelerator.prepare(model, optimizer)
 
     @property

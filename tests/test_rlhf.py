@@ -659,9 +659,12 @@ def test_updates_have_prompts_of_their_own_and_gradients_that_are_clipped_togeth
 @both
 def test_the_optimizer_has_the_papers_settings(script, make_learner):
     learner, args = make_learner(script, weight_decay=0.25)
-    (group,) = learner.optimizer.param_groups
-    assert (group["lr"], group["eps"], group["weight_decay"]) == (args.learning_rate, 1e-5, 0.25)
-    assert len(group["params"]) == len(trained(learner))
+    groups, names = learner.optimizer.param_groups, {id(p): name for name, p in trained(learner).items()}
+    assert [(g["lr"], g["eps"]) for g in groups] == [(args.learning_rate, 1e-5)] * 2
+    decay = {names.pop(id(p)): g["weight_decay"] for g in groups for p in g["params"]}
+    assert not names and set(decay.values()) == {0.0, 0.25}
+    for name, x in decay.items():  # as in the authors' files
+        assert x == (0.0 if name.endswith("bias") or ".ln_" in name else 0.25), name
 
 
 @both
