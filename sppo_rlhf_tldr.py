@@ -100,6 +100,7 @@ class Args:
     policy: str = "CarperAI/openai_summarize_tldr_sft"  # model to start from, base of all adapters: hub id or folder
     tokenizer: str | None = None  # hub id or folder; default the policy's own, or what TOKENIZERS has for it
     base_precision: Literal["4bit", "bfloat16", "float32"] = "4bit"  # of the base; 4bit: CUDA and bitsandbytes
+    double_quant: bool = True  # quantize the scales of a 4bit base as well, as in the authors' files
     lora_rank: int = 8  # rank r of the adapters
     lora_alpha: int = 64  # alpha of the adapters, whose output is multiplied by alpha / rank
     lora_targets: tuple[str, ...] = ("q_proj", "v_proj")  # names of the linear layers that get adapters
@@ -579,6 +580,7 @@ def load_base(args: Args, device: torch.device) -> PreTrainedModel:
     options = {"dtype": torch.float32 if args.base_precision == "float32" else torch.bfloat16}
     if args.base_precision == "4bit":
         nf4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": torch.bfloat16}
+        nf4["bnb_4bit_use_double_quant"] = args.double_quant
         options |= {"quantization_config": BitsAndBytesConfig(**nf4), "device_map": {"": device}}
     base = load_auto("policy", args.policy, AutoModelForCausalLM, **options)
     return base if args.base_precision == "4bit" else base.to(device)

@@ -150,6 +150,18 @@ def test_base_in_bfloat16_has_adapters_head_and_log_probabilities_in_float32(scr
     assert losses["val/ratio"] == pytest.approx(1, abs=0.05) and all(g.any() for g in grads.values())
 
 
+@pytest.mark.parametrize("double_quant", [True, False])
+def test_base_in_4_bits_is_nf4_that_computes_in_bfloat16(monkeypatch, double_quant):
+    seen = {}
+    monkeypatch.setattr(TLDR, "load_auto", lambda *a, **options: seen.update(options))
+    flag = {} if double_quant else {"double_quant": False}
+    TLDR.load_base(TLDR.Args(policy="base", **flag), torch.device("cuda", 3))
+    config = seen["quantization_config"]
+    assert config.load_in_4bit and config.bnb_4bit_quant_type == "nf4"
+    assert config.bnb_4bit_compute_dtype == torch.bfloat16 and config.bnb_4bit_use_double_quant == double_quant
+    assert seen["device_map"] == {"": torch.device("cuda", 3)} and seen["dtype"] == torch.bfloat16
+
+
 @both
 def test_what_stands_in_the_padding_changes_nothing(script, scrambled):
     learner, _ = scrambled(script)
@@ -1125,6 +1137,7 @@ PAPER = {  # Section 5.3, Table 7, and where the paper is silent the authors' sc
         "reward_model": "jdchang/tldr_rm_adapter",
         "dataset": "CarperAI/openai_summarize_tldr",
         "base_precision": "4bit",
+        "double_quant": True,
         "lora_rank": 8,
         "lora_alpha": 64,
         "lora_targets": ("q_proj", "v_proj"),
