@@ -25,6 +25,7 @@ An action is a token, an episode one response; policy, value model and frozen re
 
 import csv
 import errno
+import importlib
 import io
 import json
 import os
@@ -44,6 +45,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from datetime import timedelta
 from importlib.metadata import distributions
 from importlib.util import find_spec
+from numbers import Real
 from pathlib import Path
 from uuid import uuid4
 
@@ -87,6 +89,7 @@ class Args:
     policy: str = "rajkumarrrk/gpt2-fine-tuned-on-imdb-positive-reviews"  # model to start from: hub id or folder
     tokenizer: str | None = None  # hub id or folder; default the policy's own, or what TOKENIZERS has for it
     reward_model: str = "lvwerra/distilbert-imdb"  # classifier, its "positive" is the reward: hub id or folder
+    reward_function: str | None = None  # module:name of a function that is the reward instead; see RewardFunction
     dataset: str = "stanfordnlp/imdb"  # column "text": hub id, JSONL file, or folder (*.jsonl per split, save_to_disk)
     num_updates: int = 60  # rollouts, each with update_epochs passes over it
     seed: int = 1  # seed of everything random
@@ -107,7 +110,7 @@ class Args:
     micro_batch_size: int = 28  # responses per forward and backward pass of a process; changes memory, not the result
     rollout_batch_size: int = 56  # responses generated at once by a process; changes memory, not the algorithm
     learning_rate: float = 5e-6  # AdamW's learning rate
-    weight_decay: float = 1e-6  # AdamW's weight decay
+    weight_decay: float = 1e-6  # AdamW's weight decay, not of biases and norms
     gamma: float = 0.99  # discount factor
     gae_lambda: float = 0.95  # lambda of generalized advantage estimation
     norm_adv: bool = True  # normalize the advantages of each minibatch, over real tokens (Table 14 compares)
@@ -157,10 +160,11 @@ def load_auto(flag: str, name: str, auto_class: type, **options):
     return load_pretrained(flag, name, auto_class.from_pretrained, trust_remote_code=False, **options)
 
 
-def load_texts(name: str, columns: Sequence[str]) -> tuple[list[dict], list[dict]]:
+def load_rows(name: str, columns: Sequence[str], keep_others: bool = False) -> tuple[list[dict], list[dict]]:
     """Rows of the training and the validation split; without one, a random fifth of the training split.
 
-    Raises Stop when there is no such data set or column, no row, or something else than text in a row.
+    They have the columns, which are texts, or all columns. Raises Stop when there is no such data set or column, no
+    row, or something else than text in a row.
     """
     path = Path(name)
     require(not path.is_file() or path.stat().st_size, f"--dataset {name} is empty")
@@ -183,7 +187,9 @@ def load_texts(name: str, columns: Sequence[str]) -> tuple[list[dict], list[dict
         require(not missing, f"--dataset {name} has no column {', '.join(missing)}, only {split.column_names}")
         texts = all(isinstance(cell, str) for column in columns for cell in split[column])
         require(texts, f"--dataset {name} has rows in which {' or '.join(columns)} is no text")
-    return train.select_columns(columns).to_list(), validation.select_columns(columns).to_list()
+    if not keep_others:
+        train, validation = train.select_columns(columns), validation.select_columns(columns)
+    return train.to_list(), validation.to_list()
 
 
 def first_half(review: str) -> str:
@@ -303,6 +309,36 @@ class Reward:
             for i, score in zip(rows, self.model(**batch).logits.softmax(-1)[:, self.positive].tolist()):
                 scores[i] = score
         return scores
+
+
+class RewardFunction:
+    """A Python function as reward, --reward-function module:name, of a module in the working directory or installed.
+
+    It is called with prompts and responses, both lists of texts, and the rows of the data set, dictionaries of all
+    columns; it returns as many floats.
+    """
+
+    def __init__(self, name: str):
+        self.flag = f"--reward-function {name}"
+        module, _, function = name.partition(":")
+        require(module and function, f"{self.flag}: give a module and a function in it, module:name")
+        sys.path.append(os.getcwd())
+        try:
+            self.function = getattr(importlib.import_module(module), function, None)
+        except ModuleNotFoundError as error:
+            if not f"{module}.".startswith(f"{error.name}."):  # an import in the module that fails
+                raise
+            raise Stop(f"{self.flag}: there is no module {error.name} in the working directory or installed") from None
+        require(callable(self.function), f"{self.flag}: {module} has no function {function}")
+
+    def __call__(self, prompts: list[str], responses: list[str], rows: list[dict]) -> list[float]:
+        scores = self.function(prompts, responses, rows)
+        require(hasattr(scores, "__len__"), f"{self.flag} returned no list but {scores!r:.100}")
+        require(len(scores) == len(rows), f"{self.flag} returned {len(scores)} rewards for {len(rows)} responses")
+        for score in scores:
+            is_number = isinstance(score, Real) and np.isfinite(score)
+            require(is_number, f"{self.flag} returned {score!r:.100}, which is no finite number")
+        return [float(score) for score in scores]
 
 
 def symmetric_ppo_loss(
@@ -451,8 +487,9 @@ class Learner:
     def __init__(self, args: Args, accelerator: Accelerator):
         """Raises Stop when something cannot be loaded or does not fit together."""
         self.accelerator, self.device = accelerator, accelerator.device
+        self.reward_function = RewardFunction(args.reward_function) if args.reward_function else None
         with accelerator.main_process_first():  # the others find the data set prepared
-            train, validation = load_texts(args.dataset, ["text"])
+            train, validation = load_rows(args.dataset, ["text"], keep_others=bool(args.reward_function))
         # All load models at once: of what has to be downloaded, huggingface_hub lets one process fetch each file.
         require(
             not load_pretrained("policy", args.policy, find_adapter_config_file),
@@ -463,7 +500,7 @@ class Learner:
         policy = load_auto("policy", args.policy, AutoModelForCausalLM, dtype=torch.float32)
         value_model = load_auto("policy", args.policy, AutoModel, dtype=torch.float32)
         check_vocabulary("policy", args.policy, self.tokenizer, policy)
-        self.reward = Reward(args, self.device)
+        self.reward = None if args.reward_function else Reward(args, self.device)
         room = getattr(policy.config, "max_position_embeddings", None) or sys.maxsize
         length = args.prompt_length + args.response_length
         require(
@@ -480,12 +517,22 @@ class Learner:
         model = ActorCritic(policy, value_model).to(self.device).eval()  # eval: dropout is never active
         self.trained = [name for name, p in model.named_parameters() if p.requires_grad]
         parameters = [p for p in model.parameters() if p.requires_grad]
-        optimizer = torch.optim.AdamW(parameters, args.learning_rate, eps=1e-5, weight_decay=args.weight_decay)
+        groups = [
+            {"params": [p for p in parameters if p.ndim > 1], "weight_decay": args.weight_decay},
+            {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},  # biases and norms
+        ]
+        optimizer = torch.optim.AdamW(groups, args.learning_rate, eps=1e-5)
         self.model, self.optimizer = accelerator.prepare(model, optimizer)
 
     @property
     def actor_critic(self) -> ActorCritic:
         return self.accelerator.unwrap_model(self.model)
+
+    def score(self, prompts: list[str], responses: list[str], rows: list[dict]) -> list[float]:
+        """Rewards of responses to prompts, texts, which belong to rows of the data set."""
+        if self.reward_function:
+            return self.reward_function(prompts, responses, rows)
+        return self.reward([prompt + response for prompt, response in zip(prompts, responses)])
 
     def sum(self, x: torch.Tensor) -> torch.Tensor:
         """Sum over all processes."""
@@ -520,8 +567,9 @@ def rollout(learner: Learner, rows: list[dict], args: Args) -> tuple[Rollout, di
     tokenizer, device = learner.tokenizer, learner.device
     prompts = encode(tokenizer, [first_half(row["text"]) for row in rows], args.prompt_length, "left")
     responses = generate(learner.actor_critic.policy, tokenizer, prompts, args.rollout_batch_size)
-    texts = [tokenizer.decode(p + r, skip_special_tokens=True) for p, r in zip(prompts, responses)]
-    scores = torch.tensor(learner.reward(texts), device=device)
+    texts = [tokenizer.decode(prompt, skip_special_tokens=True) for prompt in prompts]
+    continuations = [continuation(tokenizer, p, r) for p, r in zip(prompts, responses)]
+    scores = torch.tensor(learner.score(texts, continuations, rows), device=device)
 
     # pi_old, V and pi_ref from a fresh forward pass: generation has other log-probabilities (top-k) and other kernels.
     mask = torch.zeros(len(prompts), args.response_length, dtype=torch.bool, device=device)
@@ -550,7 +598,9 @@ def rollout(learner: Learner, rows: list[dict], args: Args) -> tuple[Rollout, di
     }
     means = learner.sum(torch.stack([x.float().to(device) for x in sums.values()])) / args.num_trajectories
     targets = encode_targets(tokenizer, rows, args.response_length) if args.target_coef else [[] for _ in rows]
-    samples = [f"{score:.3f} | {text}" for score, text in zip(scores.tolist()[:4], texts)]
+    samples = [
+        f"{score:.3f} | {text}{response}" for score, text, response in zip(scores.tolist()[:4], texts, continuations)
+    ]
     trajectories = Rollout(prompts, responses, targets, mask, logprob, values, advantages, returns)
     return trajectories, dict(zip(sums, means.tolist())), samples
 
@@ -706,22 +756,22 @@ def evaluate(learner: Learner, args: Args) -> tuple[dict[str, float], list[dict]
     tokenizer = learner.tokenizer
     seed_everything(args.seed, EVALUATION, learner.accelerator.process_index)
     index = learner.shard(range(len(learner.validation))[: args.eval_samples or None])
-    reviews = [learner.validation[i]["text"] for i in index]
-    halves = [first_half(review) for review in reviews]
+    rows = [learner.validation[i] for i in index]
+    halves = [first_half(row["text"]) for row in rows]
+    references = [" ".join(row["text"].split())[len(half) :] for row, half in zip(rows, halves)]
     prompts = encode(tokenizer, halves, args.prompt_length, "left")
     responses = generate(learner.actor_critic.policy, tokenizer, prompts, args.rollout_batch_size)
-    texts = [continuation(tokenizer, p, r) for p, r in zip(prompts, responses)]
-    truncated = [continuation(tokenizer, p, r[: len(r) // 2]) for p, r in zip(prompts, responses)]
-    scored = {
-        "score": learner.reward([half + text for half, text in zip(halves, texts)]),
-        "score_reference": learner.reward(reviews),
-        "score_empty": learner.reward(halves),
-        "score_truncated": learner.reward([half + text for half, text in zip(halves, truncated)]),
+    continuations = {
+        "score": [continuation(tokenizer, p, r) for p, r in zip(prompts, responses)],
+        "score_reference": references,
+        "score_empty": [""] * len(rows),
+        "score_truncated": [continuation(tokenizer, p, r[: len(r) // 2]) for p, r in zip(prompts, responses)],
     }
+    scored = {name: learner.score(halves, texts, rows) for name, texts in continuations.items()}
     samples = [
-        {"index": i, "prompt": half, "response": text, "reference": " ".join(review.split())[len(half) :]}
+        {"index": i, "prompt": half, "response": text, "reference": reference}
         | {name: scores[row] for name, scores in scored.items()}
-        for row, (i, half, text, review) in enumerate(zip(index, halves, texts, reviews))
+        for row, (i, half, text, reference) in enumerate(zip(index, halves, continuations["score"], references))
     ]
     samples = sorted(gather_object(samples), key=lambda sample: sample["index"])
     metrics = {f"eval/{name}": float(np.mean([sample[name] for sample in samples])) for name in scored}
@@ -905,7 +955,7 @@ def save_results(
         "script": SCRIPT,
         "policy": args.policy,
         "dataset": args.dataset,
-        "reward_model": args.reward_model,
+        "reward_model": args.reward_function or args.reward_model,
         "seed": args.seed,
         "args": asdict(args),
         "num_updates": counters["update"],

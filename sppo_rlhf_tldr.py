@@ -28,6 +28,7 @@ memory, and the base with its adapters off is the reference.
 
 import csv
 import errno
+import importlib
 import io
 import json
 import os
@@ -46,6 +47,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from datetime import timedelta
 from importlib.metadata import distributions
 from importlib.util import find_spec
+from numbers import Real
 from pathlib import Path
 from typing import Literal
 from uuid import uuid4
@@ -98,10 +100,12 @@ class Args:
     policy: str = "CarperAI/openai_summarize_tldr_sft"  # model to start from, base of all adapters: hub id or folder
     tokenizer: str | None = None  # hub id or folder; default the policy's own, or what TOKENIZERS has for it
     base_precision: Literal["4bit", "bfloat16", "float32"] = "4bit"  # of the base; 4bit: CUDA and bitsandbytes
+    double_quant: bool = True  # quantize the scales of a 4bit base as well, as in the authors' files
     lora_rank: int = 8  # rank r of the adapters
     lora_alpha: int = 64  # alpha of the adapters, whose output is multiplied by alpha / rank
     lora_targets: tuple[str, ...] = ("q_proj", "v_proj")  # names of the linear layers that get adapters
     reward_model: str = "jdchang/tldr_rm_adapter"  # adapter with a scalar head, or classifier with one label
+    reward_function: str | None = None  # module:name of a function that is the reward instead; see RewardFunction
     dataset: str = "CarperAI/openai_summarize_tldr"  # columns "prompt", "label": hub id, JSONL file or folder of splits
     num_updates: int = 100  # rollouts, each with update_epochs passes over it
     seed: int = 1  # seed of everything random
@@ -122,7 +126,7 @@ class Args:
     micro_batch_size: int = 4  # responses per forward and backward pass of a process; changes memory, not the result
     rollout_batch_size: int = 32  # responses generated at once by a process; changes memory, not the algorithm
     learning_rate: float = 5e-6  # AdamW's learning rate
-    weight_decay: float = 0.01  # AdamW's weight decay
+    weight_decay: float = 0.01  # AdamW's weight decay, not of biases and norms
     gamma: float = 1.0  # discount factor
     gae_lambda: float = 0.95  # lambda of generalized advantage estimation
     norm_adv: bool = True  # normalize the advantages of each minibatch, over real tokens (Table 14 compares)
@@ -175,10 +179,11 @@ def load_auto(flag: str, name: str, auto_class: type, **options):
     return load_pretrained(flag, name, auto_class.from_pretrained, trust_remote_code=False, **options)
 
 
-def load_texts(name: str, columns: Sequence[str]) -> tuple[list[dict], list[dict]]:
+def load_rows(name: str, columns: Sequence[str], keep_others: bool = False) -> tuple[list[dict], list[dict]]:
     """Rows of the training and the validation split; without one, a random fifth of the training split.
 
-    Raises Stop when there is no such data set or column, no row, or something else than text in a row.
+    They have the columns, which are texts, or all columns. Raises Stop when there is no such data set or column, no
+    row, or something else than text in a row.
     """
     path = Path(name)
     require(not path.is_file() or path.stat().st_size, f"--dataset {name} is empty")
@@ -201,7 +206,9 @@ def load_texts(name: str, columns: Sequence[str]) -> tuple[list[dict], list[dict
         require(not missing, f"--dataset {name} has no column {', '.join(missing)}, only {split.column_names}")
         texts = all(isinstance(cell, str) for column in columns for cell in split[column])
         require(texts, f"--dataset {name} has rows in which {' or '.join(columns)} is no text")
-    return train.select_columns(columns).to_list(), validation.select_columns(columns).to_list()
+    if not keep_others:
+        train, validation = train.select_columns(columns), validation.select_columns(columns)
+    return train.to_list(), validation.to_list()
 
 
 def encode_labels(tokenizer: PreTrainedTokenizerBase, rows: list[dict], max_length: int) -> list[list[int]]:
@@ -398,6 +405,36 @@ class AdapterReward:
         return scores
 
 
+class RewardFunction:
+    """A Python function as reward, --reward-function module:name, of a module in the working directory or installed.
+
+    It is called with prompts and responses, both lists of texts, and the rows of the data set, dictionaries of all
+    columns; it returns as many floats.
+    """
+
+    def __init__(self, name: str):
+        self.flag = f"--reward-function {name}"
+        module, _, function = name.partition(":")
+        require(module and function, f"{self.flag}: give a module and a function in it, module:name")
+        sys.path.append(os.getcwd())
+        try:
+            self.function = getattr(importlib.import_module(module), function, None)
+        except ModuleNotFoundError as error:
+            if not f"{module}.".startswith(f"{error.name}."):  # an import in the module that fails
+                raise
+            raise Stop(f"{self.flag}: there is no module {error.name} in the working directory or installed") from None
+        require(callable(self.function), f"{self.flag}: {module} has no function {function}")
+
+    def __call__(self, prompts: list[str], responses: list[str], rows: list[dict]) -> list[float]:
+        scores = self.function(prompts, responses, rows)
+        require(hasattr(scores, "__len__"), f"{self.flag} returned no list but {scores!r:.100}")
+        require(len(scores) == len(rows), f"{self.flag} returned {len(scores)} rewards for {len(rows)} responses")
+        for score in scores:
+            is_number = isinstance(score, Real) and np.isfinite(score)
+            require(is_number, f"{self.flag} returned {score!r:.100}, which is no finite number")
+        return [float(score) for score in scores]
+
+
 def symmetric_ppo_loss(
     logprob: torch.Tensor,
     old_logprob: torch.Tensor,
@@ -543,6 +580,7 @@ def load_base(args: Args, device: torch.device) -> PreTrainedModel:
     options = {"dtype": torch.float32 if args.base_precision == "float32" else torch.bfloat16}
     if args.base_precision == "4bit":
         nf4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": torch.bfloat16}
+        nf4["bnb_4bit_use_double_quant"] = args.double_quant
         options |= {"quantization_config": BitsAndBytesConfig(**nf4), "device_map": {"": device}}
     base = load_auto("policy", args.policy, AutoModelForCausalLM, **options)
     return base if args.base_precision == "4bit" else base.to(device)
@@ -554,8 +592,11 @@ class Learner:
     def __init__(self, args: Args, accelerator: Accelerator):
         """Raises Stop when something cannot be loaded or does not fit together."""
         self.accelerator, self.device = accelerator, accelerator.device
+        self.reward_function = RewardFunction(args.reward_function) if args.reward_function else None
         with accelerator.main_process_first():  # the others find the data set prepared
-            self.rows, self.validation = load_texts(args.dataset, ["prompt", "label"])
+            self.rows, self.validation = load_rows(
+                args.dataset, ["prompt", "label"], keep_others=bool(args.reward_function)
+            )
         # All load models at once: of what has to be downloaded, huggingface_hub lets one process fetch each file.
         require(
             not load_pretrained("policy", args.policy, find_adapter_config_file),
@@ -570,9 +611,10 @@ class Learner:
             model = ActorCritic(base, args)
         except ValueError as error:  # peft names the layers it did not find
             raise Stop(f"--lora-targets {' '.join(args.lora_targets)}: {error}") from None
-        if load_pretrained("reward-model", args.reward_model, find_adapter_config_file):
+        self.reward = None
+        if not args.reward_function and load_pretrained("reward-model", args.reward_model, find_adapter_config_file):
             self.reward = AdapterReward(args, model, self.tokenizer)
-        else:
+        elif not args.reward_function:
             self.reward = ClassifierReward(args, self.device)
         room = getattr(base.config, "max_position_embeddings", None) or sys.maxsize
         end = self.tokenizer(PROMPT_END, add_special_tokens=False).input_ids
@@ -587,12 +629,22 @@ class Learner:
         model.to(self.device).eval()  # eval: dropout is never active
         self.trained = [name for name, p in model.named_parameters() if p.requires_grad]
         parameters = [p for p in model.parameters() if p.requires_grad]
-        optimizer = torch.optim.AdamW(parameters, args.learning_rate, eps=1e-5, weight_decay=args.weight_decay)
+        groups = [
+            {"params": [p for p in parameters if p.ndim > 1], "weight_decay": args.weight_decay},
+            {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},  # biases and norms
+        ]
+        optimizer = torch.optim.AdamW(groups, args.learning_rate, eps=1e-5)
         self.model, self.optimizer = accelerator.prepare(model, optimizer)
 
     @property
     def actor_critic(self) -> ActorCritic:
         return self.accelerator.unwrap_model(self.model)
+
+    def score(self, prompts: list[str], responses: list[str], rows: list[dict]) -> list[float]:
+        """Rewards of responses to prompts, texts, which belong to rows of the data set."""
+        if self.reward_function:
+            return self.reward_function(prompts, responses, rows)
+        return self.reward([reward_text(prompt, response) for prompt, response in zip(prompts, responses)])
 
     def sum(self, x: torch.Tensor) -> torch.Tensor:
         """Sum over all processes."""
@@ -630,8 +682,7 @@ def rollout(learner: Learner, rows: list[dict], args: Args) -> tuple[Rollout, di
     responses = generate(policy, tokenizer, prompts, args.rollout_batch_size, greedy=False)
     summaries = [continuation(tokenizer, p, r) for p, r in zip(prompts, responses)]
     posts = [tokenizer.decode(prompt, skip_special_tokens=True) for prompt in prompts]
-    texts = [reward_text(post, summary) for post, summary in zip(posts, summaries)]
-    scores = torch.tensor(learner.reward(texts), device=device)
+    scores = torch.tensor(learner.score(posts, summaries, rows), device=device)
 
     # pi_old, V and pi_ref from a fresh forward pass: generation has other log-probabilities (top-k) and other kernels.
     mask = torch.zeros(len(prompts), args.response_length, dtype=torch.bool, device=device)
@@ -660,7 +711,10 @@ def rollout(learner: Learner, rows: list[dict], args: Args) -> tuple[Rollout, di
     }
     means = learner.sum(torch.stack([x.float().to(device) for x in sums.values()])) / args.num_trajectories
     targets = encode_labels(tokenizer, rows, args.response_length) if args.target_coef else [[] for _ in rows]
-    samples = [f"{score:.3f} | {text}" for score, text in zip(scores.tolist()[:4], texts)]
+    samples = [
+        f"{score:.3f} | {reward_text(post, summary)}"
+        for score, post, summary in zip(scores.tolist()[:4], posts, summaries)
+    ]
     trajectories = Rollout(prompts, responses, targets, mask, logprob, values, advantages, returns)
     return trajectories, dict(zip(sums, means.tolist())), samples
 
@@ -828,10 +882,7 @@ def evaluate(learner: Learner, args: Args) -> tuple[dict[str, float], list[dict]
         "score_empty": [""] * len(rows),
         "score_truncated": [continuation(tokenizer, p, r[: len(r) // 2]) for p, r in zip(prompts, responses)],
     }
-    scored = {
-        name: learner.reward([reward_text(post, summary) for post, summary in zip(posts, texts)])
-        for name, texts in summaries.items()
-    }
+    scored = {name: learner.score(posts, texts, rows) for name, texts in summaries.items()}
     samples = [
         {"index": i, "prompt": post, "response": text.strip(), "reference": reference}
         | {name: scores[row] for name, scores in scored.items()}
@@ -1026,7 +1077,7 @@ def save_results(
         "script": SCRIPT,
         "policy": args.policy,
         "dataset": args.dataset,
-        "reward_model": args.reward_model,
+        "reward_model": args.reward_function or args.reward_model,
         "seed": args.seed,
         "args": asdict(args),
         "num_updates": counters["update"],

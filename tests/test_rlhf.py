@@ -150,6 +150,18 @@ def test_base_in_bfloat16_has_adapters_head_and_log_probabilities_in_float32(scr
     assert losses["val/ratio"] == pytest.approx(1, abs=0.05) and all(g.any() for g in grads.values())
 
 
+@pytest.mark.parametrize("double_quant", [True, False])
+def test_base_in_4_bits_is_nf4_that_computes_in_bfloat16(monkeypatch, double_quant):
+    seen = {}
+    monkeypatch.setattr(TLDR, "load_auto", lambda *a, **options: seen.update(options))
+    flag = {} if double_quant else {"double_quant": False}
+    TLDR.load_base(TLDR.Args(policy="base", **flag), torch.device("cuda", 3))
+    config = seen["quantization_config"]
+    assert config.load_in_4bit and config.bnb_4bit_quant_type == "nf4"
+    assert config.bnb_4bit_compute_dtype == torch.bfloat16 and config.bnb_4bit_use_double_quant == double_quant
+    assert seen["device_map"] == {"": torch.device("cuda", 3)} and seen["dtype"] == torch.bfloat16
+
+
 @both
 def test_what_stands_in_the_padding_changes_nothing(script, scrambled):
     learner, _ = scrambled(script)
@@ -659,9 +671,12 @@ def test_updates_have_prompts_of_their_own_and_gradients_that_are_clipped_togeth
 @both
 def test_the_optimizer_has_the_papers_settings(script, make_learner):
     learner, args = make_learner(script, weight_decay=0.25)
-    (group,) = learner.optimizer.param_groups
-    assert (group["lr"], group["eps"], group["weight_decay"]) == (args.learning_rate, 1e-5, 0.25)
-    assert len(group["params"]) == len(trained(learner))
+    groups, names = learner.optimizer.param_groups, {id(p): name for name, p in trained(learner).items()}
+    assert [(g["lr"], g["eps"]) for g in groups] == [(args.learning_rate, 1e-5)] * 2
+    decay = {names.pop(id(p)): g["weight_decay"] for g in groups for p in g["params"]}
+    assert not names and set(decay.values()) == {0.0, 0.25}
+    for name, x in decay.items():  # as in the authors' files
+        assert x == (0.0 if name.endswith("bias") or ".ln_" in name else 0.25), name
 
 
 @both
@@ -1032,7 +1047,7 @@ DATASETS = {
 @pytest.mark.parametrize("kind", DATASETS)
 def test_data_set_with_a_validation_split(script, tmp_path, kind):
     DATASETS[kind](tmp_path / "data")
-    train, validation = script.load_texts(str(tmp_path / "data"), ["text"])
+    train, validation = script.load_rows(str(tmp_path / "data"), ["text"])
     assert train == [{"text": row["text"]} for row in ROWS[:7]]
     assert validation == [{"text": row["text"]} for row in ROWS[7:]]
 
@@ -1052,10 +1067,10 @@ WITHOUT_VALIDATION = {
 def test_data_set_without_a_validation_split_gives_its_last_fifth(script, tmp_path, kind):
     path = tmp_path / "data.jsonl"
     WITHOUT_VALIDATION[kind](path)
-    train, validation = script.load_texts(str(path), ["text", "label"])
+    train, validation = script.load_rows(str(path), ["text", "label"])
     assert len(train) == 8 and len(validation) == 2
     assert sorted(train + validation, key=lambda row: row["text"]) == ROWS
-    assert script.load_texts(str(path), ["text", "label"]) == (train, validation)
+    assert script.load_rows(str(path), ["text", "label"]) == (train, validation)
 
 
 BAD_DATASETS = {
@@ -1093,7 +1108,7 @@ def test_unusable_data_set_is_refused_by_name(script, tmp_path, kind):
     make, words = BAD_DATASETS[kind]
     make(tmp_path / "data")
     with pytest.raises(script.Stop, match=words) as caught:
-        script.load_texts(str(tmp_path / "data"), ["text"])
+        script.load_rows(str(tmp_path / "data"), ["text"])
     assert f"--dataset {tmp_path / 'data'}" in str(caught.value)
 
 
@@ -1122,6 +1137,7 @@ PAPER = {  # Section 5.3, Table 7, and where the paper is silent the authors' sc
         "reward_model": "jdchang/tldr_rm_adapter",
         "dataset": "CarperAI/openai_summarize_tldr",
         "base_precision": "4bit",
+        "double_quant": True,
         "lora_rank": 8,
         "lora_alpha": 64,
         "lora_targets": ("q_proj", "v_proj"),

@@ -838,6 +838,105 @@ def test_changed_loss_that_is_wrong_ends_in_its_own_traceback(script, assets, tm
         call(script, tmp_path, tiny.flags(script.SCRIPT, assets) | RUN)
 
 
+# A Python function as reward
+
+
+REWARDS = """
+import numpy as np
+
+CALLS = []
+
+def length(prompts, responses, rows):
+    CALLS.append((prompts, responses, rows))
+    return np.array([len(response) / 10 for response in responses])
+
+def by_label(prompts, responses, rows):
+    return [int(row["label"]) for row in rows]
+
+def buggy(prompts, responses, rows):
+    raise ZeroDivisionError("a bug of mine")
+
+short = lambda prompts, responses, rows: [1.0]
+nothing = lambda prompts, responses, rows: None
+words = lambda prompts, responses, rows: ["good"] * len(rows)
+infinite = lambda prompts, responses, rows: [float("nan")] * len(rows)
+number = 3
+"""
+
+
+@pytest.fixture
+def rewards(tmp_path, monkeypatch):
+    """A module in the working directory, which is a new one for every test."""
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    monkeypatch.delitem(sys.modules, "my_rewards", raising=False)
+    (tmp_path / "my_rewards.py").write_text(REWARDS)
+    (tmp_path / "broken_rewards.py").write_text("import no_such_module_at_all\n")
+    yield
+    sys.modules.pop("my_rewards", None)
+
+
+def with_function(script, assets, name):
+    flags = tiny.flags(script.SCRIPT, assets) | RUN | {"num_updates": 1, "reward_function": name}
+    return flags | {"reward_model": "missing"}  # which is not even looked for
+
+
+def test_function_is_called_with_prompts_responses_and_rows_and_gives_the_reward(script, assets, tmp_path, rewards):
+    code, _, err = call(script, tmp_path, with_function(script, assets, "my_rewards:length"))
+    assert (code, err) == (0, "")
+    calls = sys.modules["my_rewards"].CALLS
+    assert [len(rows) for *_, rows in calls] == [8] * 9  # an update, and 4 kinds of responses before and after it
+    columns = {"text", "label"} if script is IMDB else {"prompt", "label"}
+    for prompts, responses, rows in calls:
+        assert len(prompts) == len(responses) == len(rows) and all(set(row) == columns for row in rows)
+        assert all(isinstance(text, str) for text in prompts + responses)
+        if script is TLDR:
+            assert all(prompt.endswith("\nTL;DR:") for prompt in prompts)
+    result = read_result(tmp_path / "run")
+    assert result["reward_model"] == "my_rewards:length"
+    samples = [json.loads(line) for line in (tmp_path / "run" / "eval_samples.jsonl").open()]
+    _, responses, rows = calls[-4]
+    assert [sample["score"] for sample in samples] == [len(response) / 10 for response in responses]
+    assert [sample["score_empty"] for sample in samples] == [0.0] * 8
+    if script is IMDB:
+        assert all(row["text"].endswith(sample["reference"]) for row, sample in zip(rows, samples))
+    scores = [float(row["objective/scores"]) for row in read_curves(tmp_path / "run") if row["objective/scores"]]
+    assert scores == pytest.approx([np.mean([len(response) / 10 for response in calls[4][1]])], rel=1e-5)
+    code, out, _ = call(script, tmp_path, ["--evaluate", "run"])
+    assert code == 0 and out.startswith(f"score {result['eval_score']:.4f}")
+
+
+def test_function_sees_columns_that_no_script_asks_for(assets, tmp_path, rewards):
+    code, _, err = call(IMDB, tmp_path, with_function(IMDB, assets, "my_rewards:by_label"))
+    assert (code, err) == (0, "") and read_result(tmp_path / "run")["eval_score"] == 1
+
+
+@pytest.mark.parametrize(
+    "name, words",
+    [
+        ("my_rewards", "module:name"),
+        (":length", "module:name"),
+        ("no_such_module:length", "no module no_such_module"),
+        ("my_rewards:no_such_function", "my_rewards has no function no_such_function"),
+        ("my_rewards:number", "my_rewards has no function number"),
+        ("my_rewards:short", "1 rewards for 8 responses"),
+        ("my_rewards:nothing", "no list but None"),
+        ("my_rewards:words", "'good', which is no finite number"),
+        ("my_rewards:infinite", "nan, which is no finite number"),
+    ],
+)
+def test_wrong_reward_function_is_refused_in_one_line(script, assets, tmp_path, rewards, name, words):
+    code, _, err = call(script, tmp_path, with_function(script, assets, name))
+    assert_refused(code, err, f"--reward-function {name}", words)
+
+
+def test_bug_in_a_reward_function_or_its_module_keeps_its_traceback(script, assets, tmp_path, rewards):
+    with pytest.raises(ZeroDivisionError, match="a bug of mine") as caught:
+        call(script, tmp_path, with_function(script, assets, "my_rewards:buggy"))
+    assert caught.traceback[-1].name == "buggy"
+    with pytest.raises(ModuleNotFoundError, match="no_such_module_at_all"):
+        call(script, tmp_path, with_function(script, assets, "broken_rewards:length") | {"run_dir": "other"})
+
+
 # Two processes
 
 
