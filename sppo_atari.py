@@ -603,8 +603,6 @@ def create_run_dir(args: Args, run_dir: Path) -> None:
 def open_run_dir(run_dir: Path) -> Args:
     """Arguments of the run in run_dir. Raises Stop when there is none of this script."""
     path = run_dir / "args.json"
-    version_1 = not path.exists() and any(run_dir.glob("seed*/args.json"))
-    require(not version_1, f"{run_dir} was begun by version 1 of {SCRIPT}.py: continue it with that one")
     require(path.exists(), f"{run_dir} holds no run: there is no args.json in it")
     content = read_json(path)
     return saved_args(path, content.get("script"), content.get("args"))

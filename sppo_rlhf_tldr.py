@@ -847,7 +847,8 @@ def train(args: Args, run_dir: Path, learner: Learner) -> None:
         if main_process and (update % args.checkpoint_every == 0 or update == args.num_updates or stopped):
             save_checkpoint(run_dir, learner, counters)
 
-    release_signals()
+    for number in (signal.SIGINT, signal.SIGTERM):  # from here on a stop loses nothing
+        signal.signal(number, signal.default_int_handler)
     if stopped:
         raise KeyboardInterrupt
     metrics, samples = evaluate(learner, args)
@@ -951,11 +952,6 @@ def collect_signals() -> list[int]:
     return received
 
 
-def release_signals() -> None:
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-
-
 def write_atomic(path: Path, content: bytes | memoryview) -> None:
     """Write, then rename: a kill or a full disk leaves the old file or the new one."""
     temporary = path.with_name(path.name + ".tmp")
@@ -1001,14 +997,7 @@ def create_run_dir(args: Args, run_dir: Path) -> None:
 def open_run_dir(run_dir: Path) -> Args:
     """Arguments of the run in run_dir. Raises Stop when there is none of this script."""
     path = run_dir / "args.json"
-    if not path.exists():
-        old = any(run_dir.glob("seed*/args.json"))
-        reason = (
-            f"was begun by version 1 of {SCRIPT}.py: continue it with that one"
-            if old
-            else "holds no run: there is no args.json in it"
-        )
-        raise Stop(f"{run_dir} {reason}")
+    require(path.exists(), f"{run_dir} holds no run: there is no args.json in it")
     content = read_json(path)
     return saved_args(path, content.get("script"), content.get("args"))
 

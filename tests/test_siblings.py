@@ -16,7 +16,7 @@ gradients Learner.__init__ train validate
 """
 DOMAIN = """
 docstring Import ImportFrom PACKAGES env_seeds Agent logprob_and_entropy gradients train evaluate evaluate_saved
-load_model save_results validate run main
+load_model open_run_dir save_results validate run main
 """
 # symmetric_ppo_loss is 2-D and masked here: test_loss.py compares it with the others.
 LANGUAGE_DOMAIN = "TRAINING symmetric_ppo_loss gae Progress create_run_dir open_run_dir"
