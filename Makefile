@@ -18,6 +18,10 @@ PYTHON ?= python3
 run: .venv/run
 	.venv/bin/python $(SCRIPT).py --env-id $(ENV) --total-timesteps $(STEPS) $(ARGS)
 
+CHECK := $(addprefix tests/test_, loss.py references.py references_atari.py siblings.py)
+check: .venv/dev
+	.venv/bin/python -m pytest --numprocesses 2 $(CHECK) $(ARGS)
+
 test: .venv/dev
 	.venv/bin/python -m pytest --numprocesses 2 $(ARGS)
 
