@@ -528,12 +528,6 @@ class Learner:
     def actor_critic(self) -> ActorCritic:
         return self.accelerator.unwrap_model(self.model)
 
-    def score(self, prompts: list[str], responses: list[str], rows: list[dict]) -> list[float]:
-        """Rewards of responses to prompts, texts, which belong to rows of the data set."""
-        if self.reward_function:
-            return self.reward_function(prompts, responses, rows)
-        return self.reward([prompt + response for prompt, response in zip(prompts, responses)])
-
     def sum(self, x: torch.Tensor) -> torch.Tensor:
         """Sum over all processes."""
         return self.accelerator.reduce(x, "sum")
@@ -558,6 +552,13 @@ class Learner:
         self.optimizer.load_state_dict(state["optimizer"])
 
 
+def score_continuations(learner: Learner, halves: list[str], continuations: list[str], rows: list[dict]) -> list[float]:
+    """Rewards of texts to prompts of rows of the data set, by the function or the model that was named."""
+    if learner.reward_function:
+        return learner.reward_function(halves, continuations, rows)
+    return learner.reward([half + continuation for half, continuation in zip(halves, continuations)])
+
+
 @torch.no_grad()
 def rollout(learner: Learner, rows: list[dict], args: Args) -> tuple[Rollout, dict[str, float], list[str]]:
     """Respond to this process's prompts, score the responses and estimate advantages.
@@ -569,7 +570,7 @@ def rollout(learner: Learner, rows: list[dict], args: Args) -> tuple[Rollout, di
     responses = generate(learner.actor_critic.policy, tokenizer, prompts, args.rollout_batch_size)
     texts = [tokenizer.decode(prompt, skip_special_tokens=True) for prompt in prompts]
     continuations = [continuation(tokenizer, p, r) for p, r in zip(prompts, responses)]
-    scores = torch.tensor(learner.score(texts, continuations, rows), device=device)
+    scores = torch.tensor(score_continuations(learner, texts, continuations, rows), device=device)
 
     # pi_old, V and pi_ref from a fresh forward pass: generation has other log-probabilities (top-k) and other kernels.
     mask = torch.zeros(len(prompts), args.response_length, dtype=torch.bool, device=device)
@@ -768,7 +769,7 @@ def evaluate(learner: Learner, args: Args) -> tuple[dict[str, float], list[dict]
         "score_empty": [""] * len(rows),
         "score_truncated": [continuation(tokenizer, p, r[: len(r) // 2]) for p, r in zip(prompts, responses)],
     }
-    scored = {name: learner.score(halves, texts, rows) for name, texts in continuations.items()}
+    scored = {name: score_continuations(learner, halves, texts, rows) for name, texts in continuations.items()}
     samples = [
         {"index": i, "prompt": half, "response": text, "reference": reference}
         | {name: scores[row] for name, scores in scored.items()}
@@ -940,26 +941,17 @@ def save_results(
     lines = "".join(json.dumps(sample) + "\n" for sample in samples)
     write_atomic(run_dir / "eval_samples.jsonl", lines.encode())
     versions = {d.name: d.version for d in distributions() if d.name in PACKAGES}
-    result = {
-        "script": SCRIPT,
-        "policy": args.policy,
-        "dataset": args.dataset,
-        "reward_model": args.reward_function or args.reward_model,
-        "seed": args.seed,
-        "args": asdict(args),
-        "num_updates": counters["update"],
-        "eval_scores": [round(sample["score"], 6) for sample in samples],
-        **{tag.replace("/", "_"): value for tag, value in metrics.items()},
-        "before": {tag.replace("/", "_"): value for tag, value in counters["before"].items()},
-        "rollout_tokens_per_second": counters["rollout_tokens"] / counters["rollout_seconds"],
-        "update_tokens_per_second": counters["update_tokens"] / counters["update_seconds"],
-        "peak_memory_gib": counters["peak_memory_gib"],
-        "num_processes": learner.accelerator.num_processes,
-        "device": torch.cuda.get_device_name() if learner.device.type == "cuda" else "cpu",
-        "wall_seconds": counters["wall_seconds"],
-        "versions": {"python": platform.python_version()} | versions,
-        "commit": commit,
-    }
+    result = {"script": SCRIPT, "policy": args.policy, "dataset": args.dataset, "seed": args.seed, "args": asdict(args)}
+    result |= {"reward_model": args.reward_function or args.reward_model, "num_updates": counters["update"]}
+    result |= {tag.replace("/", "_"): value for tag, value in metrics.items()}
+    result["eval_scores"] = [round(sample["score"], 6) for sample in samples]
+    result["before"] = {tag.replace("/", "_"): value for tag, value in counters["before"].items()}
+    for phase in ("rollout", "update"):
+        result[f"{phase}_tokens_per_second"] = counters[f"{phase}_tokens"] / counters[f"{phase}_seconds"]
+    result["device"] = torch.cuda.get_device_name() if learner.device.type == "cuda" else "cpu"
+    result |= {"num_processes": learner.accelerator.num_processes, "peak_memory_gib": counters["peak_memory_gib"]}
+    result |= {"wall_seconds": counters["wall_seconds"], "commit": commit}
+    result["versions"] = {"python": platform.python_version()} | versions
     write_json(run_dir / "result.json", result)
     (run_dir / "checkpoint.pt").unlink()  # it is several times as large as the policy
 
@@ -1143,22 +1135,21 @@ def main() -> int:
     except (Exception, KeyboardInterrupt) as error:
         stops = isinstance(error, Stop)  # a resumed run would come to the same end
         can_go_on = not args.evaluate and not stops and (run_dir / "checkpoint.pt").exists()
-        hint = f"to go on: python {SCRIPT}.py --resume {run_dir}" if can_go_on else ""
+        hint = [f"to go on: python {SCRIPT}.py --resume {run_dir}"] if can_go_on else []
         disk_full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
         memory_full = isinstance(error, torch.OutOfMemoryError)
         if not stops and not disk_full and not memory_full and not isinstance(error, KeyboardInterrupt):
-            if hint:
-                error.add_note(hint)
+            for line in hint:
+                error.add_note(line)
             raise  # a bug: Python's own traceback, and the hint below it
-        code, message = getattr(error, "code", 1), f"error: {' '.join(str(error).split())}"
-        if memory_full:
-            message = f"error: the GPU is out of memory: {OOM_HINT}"
-        if isinstance(error, KeyboardInterrupt):
-            code, message = 130, "stopped"
+        stopped = isinstance(error, KeyboardInterrupt)
+        code = 130 if stopped else getattr(error, "code", 1)
+        reason = f"the GPU is out of memory: {OOM_HINT}" if memory_full else " ".join(str(error).split())
+        message = "stopped" if stopped else f"error: {reason}"
         if rank == 0:
             if sys.stdout.isatty():
                 print()  # end the progress line
-            print(f"{message}\n{hint}".strip(), file=sys.stderr)
+            print("\n".join([message, *hint]), file=sys.stderr)
         elif disk_full or memory_full:  # which may be so of this process alone
             print(f"process {rank}: {message}", file=sys.stderr)
         return code
