@@ -644,8 +644,8 @@ def save_results(
     result = {"script": SCRIPT, "env_id": args.env_id, "seed": args.seed, "args": asdict(args)}
     result |= {"total_timesteps": counters["global_step"], "eval_returns": eval_returns.tolist()}
     result |= {"eval_mean": eval_returns.mean(), "train_last10_mean": np.mean(last_returns) if last_returns else None}
-    result |= {"sps": sps, "wall_seconds": counters["wall_seconds"], "commit": commit}
-    result["versions"] = {"python": platform.python_version()} | versions
+    versions = {"python": platform.python_version()} | versions
+    result |= {"sps": sps, "wall_seconds": counters["wall_seconds"], "versions": versions, "commit": commit}
     write_json(run_dir / "result.json", result)
 
 
