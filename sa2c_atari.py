@@ -49,7 +49,7 @@ import torch
 import tyro
 from ale_py.vector_env import AtariVectorEnv
 from gymnasium.vector import AutoresetMode
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.tensorboard import SummaryWriter
 
 SCRIPT, VERSION = Path(__file__).stem, 2  # of the format of checkpoint.pt
@@ -104,9 +104,9 @@ class Stop(Exception):
         self.code = code
 
 
-def require(condition: bool, message: str) -> None:
+def require(condition: bool, message: str, code: int = 2) -> None:
     if not condition:
-        raise Stop(message)
+        raise Stop(message, code)
 
 
 def find_game(env_id: str) -> str:
@@ -200,13 +200,13 @@ class Agent(nn.Module):
         self.actor = init(nn.Linear(512, num_actions), 0.01)
         self.critic = init(nn.Linear(512, 1), 1.0)
 
-    def forward(self, obs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def forward(self, obs: Tensor) -> tuple[Tensor, Tensor]:
         """Frames (batch, 4, 84, 84), uint8 -> logits (batch, num_actions), values (batch,)"""
         features = self.trunk(obs.to(torch.float32, memory_format=torch.channels_last).div_(255))
         return self.actor(features), self.critic(features).squeeze(-1)
 
 
-def logprob_and_entropy(logits: torch.Tensor, actions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def logprob_and_entropy(logits: Tensor, actions: Tensor) -> tuple[Tensor, Tensor]:
     """Log-probability of the actions and entropy of the policy, both (...).
 
     logits: (..., num_actions); actions: (...), indices.
@@ -224,9 +224,7 @@ def flip_rewards(rewards: np.ndarray, uniform: np.ndarray, flip_prob: float) -> 
     return np.where(uniform < flip_prob, 1 - rewards, rewards)
 
 
-def symmetric_a2c_loss(
-    logprob: torch.Tensor, advantages: torch.Tensor, alpha: float, beta: float, Z: float
-) -> torch.Tensor:
+def symmetric_a2c_loss(logprob: Tensor, advantages: Tensor, alpha: float, beta: float, Z: float) -> Tensor:
     """alpha * L_a2c + beta * L_ra2c (Eq. 9), averaged over the last dimension: (..., batch) -> (...).
 
     logprob is the joint log-probability of the sampled actions under pi. The reverse loss is Eq. 7 with the aligned
@@ -258,9 +256,7 @@ def gae(
 
 
 @torch.enable_grad()
-def gradients(
-    agent: Agent, batch: Sequence[torch.Tensor], args: Args
-) -> tuple[list[torch.Tensor], dict[str, torch.Tensor]]:
+def gradients(agent: Agent, batch: Sequence[Tensor], args: Args) -> tuple[list[Tensor], dict[str, Tensor]]:
     """Clipped gradients on a batch, and its losses as {tag: ()}.
 
     batch: frames (batch, 4, 84, 84) and (batch,) of actions, whether the policy chose them (1 or 0),
@@ -319,7 +315,7 @@ class Learner:
         optimizer = self.optimizer.state_dict()
         return {"agent": self.agent.state_dict(), "optimizer": optimizer, "generator": self.generator.get_state()}
 
-    def load_networks(self, tensors: dict[str, torch.Tensor], path: Path) -> None:
+    def load_networks(self, tensors: dict[str, Tensor], path: Path) -> None:
         """Take over tensors from path. Raises Stop if they do not fit."""
         try:
             self.agent.load_state_dict(tensors)
@@ -357,12 +353,12 @@ def train(args: Args, run_dir: Path) -> None:
     learner = Learner(args, games.num_actions)
     agent, generator, device = learner.agent, learner.generator, learner.device
     counters = {"global_step": 0, "train_steps": 0, "train_seconds": 0.0, "wall_seconds": 0.0}
-    counters["last_returns"] = []
+    counters |= {"last_returns": [], "curves": []}
     if checkpoint := load_checkpoint(run_dir):
         learner.load_state(checkpoint["learner"], run_dir / "checkpoint.pt")
-        counters = checkpoint["counters"]
+        counters |= checkpoint["counters"]
     global_step, wall_seconds = counters["global_step"], counters["wall_seconds"]
-    log = RunLog(run_dir, args, global_step)
+    log = RunLog(run_dir, args, counters["curves"], global_step)
     progress = Progress(total_timesteps, "step")
     stop_signals = collect_signals()
 
@@ -436,9 +432,8 @@ def train(args: Args, run_dir: Path) -> None:
             counters["train_steps"] += rollout_size
             counters["train_seconds"] += time.perf_counter() - iteration_start
         timed = True
-        if not finite:
-            reason = "the loss is not finite. Try a lower --learning-rate or a lower --beta"
-            raise Stop(f"seed {args.seed} of {args.env_id} failed at step {global_step:,}: {reason}", code=1)
+        reason = "the loss is not finite. Try a lower --learning-rate or a lower --beta"
+        require(finite, f"seed {args.seed} of {args.env_id} failed at step {global_step:,}: {reason}", code=1)
 
         # Evaluate, log, save
         sps = counters["train_steps"] / max(counters["train_seconds"], 1e-9)
@@ -509,7 +504,7 @@ def evaluate(learner: Learner, args: Args, run_dir: Path, step: int | None = Non
     return returns
 
 
-def load_model(path: Path) -> tuple[Args, dict[str, torch.Tensor]]:
+def load_model(path: Path) -> tuple[Args, dict[str, Tensor]]:
     """Arguments and tensors of a saved model, a file or in a run directory. Raises Stop when it is none of ours."""
     path = path / "model.safetensors" if path.is_dir() else path
     require(path.exists(), f"{path} does not exist: a model is written when its run has finished")
@@ -523,7 +518,7 @@ def load_model(path: Path) -> tuple[Args, dict[str, torch.Tensor]]:
     return args, tensors
 
 
-def evaluate_saved(args: Args, tensors: dict[str, torch.Tensor], path: Path) -> np.ndarray:
+def evaluate_saved(args: Args, tensors: dict[str, Tensor], path: Path) -> np.ndarray:
     """Scores (10,) of the model that load_model(path) gave in the games of its run's final evaluation.
 
     Raises Stop when it does not fit this script.
@@ -571,17 +566,13 @@ def read_json(path: Path) -> dict:
 
 
 def create_run_dir(args: Args, run_dir: Path) -> None:
-    """Make run_dir with args.json in it, whole or not at all. Raises Stop when it is in use or cannot be made."""
-    unused = not run_dir.exists() or (run_dir.is_dir() and not any(run_dir.iterdir()))
-    require(unused, f"--run-dir {run_dir} is in use: continue it with --resume {run_dir}, or name another")
-    require(run_dir.name not in ("", ".."), f"--run-dir {run_dir} has no name of its own: name a directory")
-    temporary = run_dir.with_name(f".{run_dir.name}.{os.getpid()}")
+    """Make run_dir with args.json in it. Raises Stop when it is in use or cannot be made."""
     try:
-        temporary.mkdir(parents=True)
-        write_json(temporary / "args.json", {"script": SCRIPT, "args": asdict(args) | {"run_dir": str(run_dir)}})
-        os.replace(temporary, run_dir)
+        run_dir.mkdir(parents=True, exist_ok=True)
+        in_use = f"--run-dir {run_dir} is in use: continue it with --resume {run_dir}, or name another"
+        require(not any(run_dir.iterdir()), in_use)
+        write_json(run_dir / "args.json", {"script": SCRIPT, "args": asdict(args) | {"run_dir": str(run_dir)}})
     except OSError as error:
-        shutil.rmtree(temporary, ignore_errors=True)
         raise Stop(f"--run-dir {run_dir} cannot be made: {error.strerror}") from None
 
 
@@ -620,10 +611,10 @@ def save_checkpoint(run_dir: Path, learner: Learner, counters: dict) -> None:
 def load_checkpoint(run_dir: Path) -> dict | None:
     """The run's last checkpoint, None before the first. Raises Stop when it cannot be read."""
     path = run_dir / "checkpoint.pt"
-    if not path.exists():
-        return None
     try:
         checkpoint = dict(torch.load(path, map_location="cpu", weights_only=True))
+    except FileNotFoundError:
+        return None
     except (RuntimeError, EOFError, OSError, ValueError, TypeError, LookupError, pickle.UnpicklingError) as error:
         raise Stop(f"{path} cannot be read as a checkpoint ({type(error).__name__})") from None
     version = checkpoint.get("version", 1)
@@ -647,6 +638,12 @@ def save_results(
     versions = {"python": platform.python_version()} | versions
     result |= {"sps": sps, "wall_seconds": counters["wall_seconds"], "versions": versions, "commit": commit}
     write_json(run_dir / "result.json", result)
+    print(f"seed {args.seed}: {counters['global_step']:,} steps, evaluation {scores_text(eval_returns)}")
+    print(f"  everything is in {run_dir}; evaluate again with --evaluate {run_dir}")
+
+
+def scores_text(returns: np.ndarray) -> str:
+    return f"{returns.mean():.1f} ({' '.join(f'{r:.1f}' for r in returns)})"
 
 
 def git_commit() -> str | None:
@@ -661,16 +658,10 @@ def git_commit() -> str | None:
 
 
 class RunLog:
-    """TensorBoard, curves.csv and Weights & Biases of one run; on resume, what lies past the checkpoint goes."""
+    """TensorBoard, curves.csv and Weights & Biases of one run. rows: those of curves.csv up to the checkpoint."""
 
-    def __init__(self, run_dir: Path, args: Args, global_step: int):
-        self.path, self.rows, self.wandb = run_dir / "curves.csv", [], None
-        if self.path.exists():
-            try:
-                rows = csv.DictReader(self.path.read_text().splitlines())
-                self.rows = [row for row in rows if int(row["global_step"]) <= global_step]
-            except (ValueError, KeyError, TypeError):
-                raise Stop(f"{self.path} is damaged") from None
+    def __init__(self, run_dir: Path, args: Args, rows: list[dict], global_step: int):
+        self.path, self.rows, self.wandb = run_dir / "curves.csv", rows, None
         self.writer = SummaryWriter(run_dir, purge_step=global_step + 1)
         if args.track:
             import wandb
@@ -685,11 +676,9 @@ class RunLog:
     def write(self, global_step: int, metrics: dict[str, float]) -> None:
         """Log {tag: value}, any tags. curves.csv is written anew, whole, with a column for every tag so far."""
         self.rows.append({"global_step": global_step} | {tag: f"{value:.6g}" for tag, value in metrics.items()})
-        text = io.StringIO()
-        columns = dict.fromkeys(tag for row in self.rows for tag in row)
-        writer = csv.DictWriter(text, list(columns), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(self.rows)
+        columns, text = dict.fromkeys(tag for row in self.rows for tag in row), io.StringIO()
+        lines = [columns, *([row.get(tag, "") for tag in columns] for row in self.rows)]
+        csv.writer(text, lineterminator="\n").writerows(lines)
         write_atomic(self.path, text.getvalue().encode())
         for tag, value in metrics.items():
             self.writer.add_scalar(tag, value, global_step)
@@ -746,10 +735,8 @@ def validate(args: Args) -> None:
 def check_memory(num_bytes: int, flags: str) -> None:
     """Raise Stop when a rollout of that size would not fit this machine's memory."""
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    fits = num_bytes < memory
-    require(
-        fits, f"a rollout takes {num_bytes / 2**30:,.0f} GiB, this machine has {memory / 2**30:,.0f}: lower {flags}"
-    )
+    sizes = f"a rollout takes {num_bytes / 2**30:,.0f} GiB, this machine has {memory / 2**30:,.0f}"
+    require(num_bytes < memory, f"{sizes}: lower {flags}")
 
 
 def check_game(args: Args) -> None:
@@ -758,52 +745,41 @@ def check_game(args: Args) -> None:
     require(find_spec("moviepy") or not args.capture_video, "--capture-video needs moviepy: pip install moviepy")
 
 
-def run(args: Args, run_dir: Path) -> None:
-    """Train what is unfinished and print the result."""
-    if not (run_dir / "result.json").exists():
-        train(args, run_dir)
-    result = read_json(run_dir / "result.json")
-    returns = " ".join(f"{r:.1f}" for r in result["eval_returns"])
-    print(f"seed {args.seed}: {result['total_timesteps']:,} steps, evaluation {result['eval_mean']:.1f} ({returns})")
-    print(f"  everything is in {run_dir}; evaluate again with --evaluate {run_dir}")
-
-
 def main() -> int:
     args = tyro.cli(Args, description=__doc__)
     name = f"{args.env_id.replace('/', '-')}__{SCRIPT}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
     run_dir = Path(args.resume or args.run_dir or f"runs/{name}")
+    resumed = args.resume is not None
     try:
-        empty = "" in (args.run_dir, args.resume, args.evaluate)
-        require(not empty, "--run-dir, --resume and --evaluate need a path, got an empty one")
+        require("" not in (args.run_dir, args.resume, args.evaluate), "--run-dir, --resume and --evaluate need a path")
         if args.evaluate:
-            path = Path(args.evaluate)
-            saved, tensors = load_model(path)
-            returns = evaluate_saved(changed_args(saved, "evaluate", "capture_video"), tensors, path)
-            print(f"evaluation {returns.mean():.1f} ({' '.join(f'{r:.1f}' for r in returns)})")
-        elif args.resume:
+            saved, tensors = load_model(Path(args.evaluate))
+            args = changed_args(saved, "evaluate", "capture_video")
+            print(f"evaluation {scores_text(evaluate_saved(args, tensors, Path(args.evaluate)))}")
+            return 0
+        if resumed:
             args = replace(changed_args(open_run_dir(run_dir), "resume"), resume=None)
-            validate(args)
-            run(args, run_dir)
-        else:
-            validate(args)
+        validate(args)
+        if not resumed:
             args = replace(args, env_id=canonical_id(args.env_id), run_dir=str(run_dir))
             create_run_dir(args, run_dir)
-            run(args, run_dir)
+        if (run_dir / "result.json").exists():
+            print(f"{run_dir} has finished; evaluate again with --evaluate")
+        else:
+            train(args, run_dir)
         return 0
     except (Exception, KeyboardInterrupt) as error:
+        hint = f"to go on: python {SCRIPT}.py --resume {run_dir}"
         can_go_on = not args.evaluate and (run_dir / "checkpoint.pt").exists()
-        hint = [f"to go on: python {SCRIPT}.py --resume {run_dir}"] if can_go_on else []
         disk_full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
         if not disk_full and not isinstance(error, (Stop, KeyboardInterrupt, torch.OutOfMemoryError)):
-            for line in hint:
-                error.add_note(line)
+            if can_go_on:
+                error.add_note(hint)
             raise  # a bug: Python's own traceback, and the hint below it
-        stopped = isinstance(error, KeyboardInterrupt)
-        code = 130 if stopped else getattr(error, "code", 1)
-        if sys.stdout.isatty():
-            print()  # end the progress line
-        message = "stopped" if stopped else f"error: {' '.join(str(error).split())}"
-        print("\n".join([message, *(hint if code != 2 else [])]), file=sys.stderr)
+        code = 130 if isinstance(error, KeyboardInterrupt) else getattr(error, "code", 1)
+        print(end="\n" if sys.stdout.isatty() else "")  # end the progress line
+        message = "stopped" if code == 130 else f"error: {' '.join(str(error).split())}"
+        print(f"{message}\n{hint}" if can_go_on and code != 2 else message, file=sys.stderr)
         return code
 
 

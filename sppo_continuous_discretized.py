@@ -49,7 +49,7 @@ import safetensors.torch
 import torch
 import tyro
 from gymnasium.vector import SyncVectorEnv
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.tensorboard import SummaryWriter
 
 SCRIPT, VERSION = Path(__file__).stem, 2  # of the format of checkpoint.pt
@@ -109,9 +109,9 @@ class Stop(Exception):
         self.code = code
 
 
-def require(condition: bool, message: str) -> None:
+def require(condition: bool, message: str, code: int = 2) -> None:
     if not condition:
-        raise Stop(message)
+        raise Stop(message, code)
 
 
 def make_env(env_id: str, video_dir: Path | None = None) -> gym.Env:
@@ -217,7 +217,7 @@ class BatchedLinear(nn.Module):
         self.weight = nn.Parameter(torch.stack(weights).contiguous())
         self.bias = nn.Parameter(torch.zeros(len(generators), 1, out_features))
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         return torch.baddbmm(self.bias, x, self.weight)
 
 
@@ -240,16 +240,16 @@ class Agent(nn.Module):
         self.critic = mlp(1, 1.0)
         self.action_shape = (action_dim, num_bins)
 
-    def logits(self, obs: torch.Tensor) -> torch.Tensor:
+    def logits(self, obs: Tensor) -> Tensor:
         """(num_agents, batch, obs_dim) -> (num_agents, batch, action_dim, num_bins)"""
         return self.actor(obs).unflatten(-1, self.action_shape)
 
-    def value(self, obs: torch.Tensor) -> torch.Tensor:
+    def value(self, obs: Tensor) -> Tensor:
         """(num_agents, batch, obs_dim) -> (num_agents, batch)"""
         return self.critic(obs).squeeze(-1)
 
 
-def logprob_and_entropy(logits: torch.Tensor, actions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def logprob_and_entropy(logits: Tensor, actions: Tensor) -> tuple[Tensor, Tensor]:
     """Joint log-probability of the actions and entropy of the policy, both (...): sums over the action dimensions.
 
     logits: (..., action_dim, num_bins); actions: (..., action_dim), bin indices.
@@ -260,14 +260,14 @@ def logprob_and_entropy(logits: torch.Tensor, actions: torch.Tensor) -> tuple[to
 
 
 def symmetric_ppo_loss(
-    logprob: torch.Tensor,
-    old_logprob: torch.Tensor,
-    advantages: torch.Tensor,
-    clip_coef: float | torch.Tensor,
+    logprob: Tensor,
+    old_logprob: Tensor,
+    advantages: Tensor,
+    clip_coef: float | Tensor,
     alpha: float,
     beta: float,
     Z: float,
-) -> torch.Tensor:
+) -> Tensor:
     """alpha * L_ppo + beta * L_rppo (Eq. 9), averaged over the last dimension: (..., batch) -> (...).
 
     logprob and old_logprob are joint log-probabilities of the sampled actions under pi and pi_old. The reverse loss
@@ -305,8 +305,8 @@ def gae(
 
 @torch.enable_grad()
 def gradients(
-    agent: Agent, batch: Sequence[torch.Tensor], clip_coef: torch.Tensor, args: Args
-) -> tuple[list[torch.Tensor], dict[str, torch.Tensor]]:
+    agent: Agent, batch: Sequence[Tensor], clip_coef: Tensor, args: Args
+) -> tuple[list[Tensor], dict[str, Tensor]]:
     """Clipped gradients of every agent on a minibatch of its own, and its losses as {tag: (num_agents,)}.
 
     batch: observations (num_agents, batch, obs_dim), actions (num_agents, batch, action_dim), and (num_agents, batch)
@@ -359,7 +359,7 @@ class Learner:
         self.optimizer = torch.optim.Adam(self.agent.parameters(), args.learning_rate, eps=1e-5, fused=True)
         self.normalizer = Normalizer(len(seeds), args.num_envs, obs_dim, args.gamma)
 
-    def draw(self, *shape: int, kind: str) -> torch.Tensor:
+    def draw(self, *shape: int, kind: str) -> Tensor:
         """Random numbers (shape[0], num_agents, *shape[1:]), each agent's from its own generator."""
         return torch.stack([getattr(torch.empty(shape), kind)(generator=g) for g in self.generators], dim=1)
 
@@ -372,7 +372,7 @@ class Learner:
             "generators": [g.get_state() for g in self.generators],
         }
 
-    def load_networks(self, tensors: dict[str, torch.Tensor], path: Path) -> None:
+    def load_networks(self, tensors: dict[str, Tensor], path: Path) -> None:
         """Take over tensors from path, with or without the dimension of one agent. Raises Stop if they do not fit."""
         own = self.agent.state_dict()
         try:
@@ -390,7 +390,7 @@ class Learner:
             generator.set_state(generator_state)
 
 
-def agent_first(x: np.ndarray, device: torch.device) -> torch.Tensor:
+def agent_first(x: np.ndarray, device: torch.device) -> Tensor:
     """(num_steps, num_agents, num_envs, ...) -> (num_agents, num_steps * num_envs, ...)"""
     return torch.from_numpy(x).to(device).transpose(0, 1).flatten(1, 2)
 
@@ -417,15 +417,17 @@ def train(args: Args, run_dir: Path) -> None:
     agent, normalizer, device = learner.agent, learner.normalizer, learner.device
     clip_coef = torch.tensor(args.clip_coef, device=device)
     counters = {"global_step": 0, "train_steps": 0, "train_seconds": 0.0, "wall_seconds": 0.0}
-    counters["last_returns"] = [[] for _ in seeds]
+    counters |= {"last_returns": [[] for _ in seeds], "curves": [[] for _ in seeds]}
     if checkpoint := load_checkpoint(run_dir):
         learner.load_state(checkpoint["learner"], run_dir / "checkpoint.pt")
-        counters = checkpoint["counters"]
+        counters |= checkpoint["counters"]
     global_step, wall_seconds = counters["global_step"], counters["wall_seconds"]
-    logs = [RunLog(seed_dir(args, run_dir, seed), replace(args, seed=seed, num_seeds=1), global_step) for seed in seeds]
+    logs = []
+    for seed, rows in zip(seeds, counters["curves"]):
+        logs.append(RunLog(seed_dir(args, run_dir, seed), replace(args, seed=seed, num_seeds=1), rows, global_step))
     progress = Progress(total_timesteps, "step")
     stop_signals = collect_signals()
-    was_finite = [True] * N
+    failed = []  # seeds whose loss is not finite any more
 
     compute_gradients = gradients
     if args.compile:
@@ -498,16 +500,19 @@ def train(args: Args, run_dir: Path) -> None:
                 learner.optimizer.step()
                 stats.append(losses)
 
-        finite = stats[-1]["losses/grad_norm"].isfinite().tolist()  # of every agent; waits for the GPU
+        norms = stats[-1]["losses/grad_norm"].tolist()  # waits for the GPU
         counters["global_step"] = global_step
         counters["wall_seconds"] = wall_seconds + time.monotonic() - start_time
         if timed:
             counters["train_steps"] += rollout_size
             counters["train_seconds"] += time.perf_counter() - iteration_start
         timed = True
-        if finite != was_finite:
-            report_failures(args, global_step, was_finite, finite, normalizer)
-        was_finite = finite
+        newly_failed = [seed for seed, norm in zip(seeds, norms) if not np.isfinite(norm) and seed not in failed]
+        if newly_failed:
+            failed += newly_failed
+            message = failure(args, global_step, newly_failed, learner)
+            require(len(failed) < N, message, code=1)
+            print(f"{message}; the other seeds go on", file=sys.stderr)
 
         # Evaluate, log, save
         sps = counters["train_steps"] / max(counters["train_seconds"], 1e-9)
@@ -542,12 +547,14 @@ def train(args: Args, run_dir: Path) -> None:
         raise KeyboardInterrupt
     eval_returns = evaluate(learner, args, run_dir)
     counters["wall_seconds"] = wall_seconds + time.monotonic() - start_time
-    finite = torch.stack([p.reshape(N, -1).isfinite().all(1) for p in agent.parameters()]).all(0)
+    finite = torch.stack([p.reshape(N, -1).isfinite().all(1) for p in agent.parameters()]).all(0).tolist()
     for i, log in enumerate(logs):
-        if finite[i] and not (seed_dir(args, run_dir, seeds[i]) / "result.json").exists():
+        if finite[i] and not (log.path.parent / "result.json").exists():
             save_results(learner, args, run_dir, i, eval_returns[i], counters, commit)
             log.write(global_step, {"eval/episodic_return": eval_returns[i].mean()})
         log.close()
+    failed = ", ".join(str(seed) for seed, is_finite in zip(seeds, finite) if not is_finite)
+    require(not failed, f"no result of seed {failed}: the loss is not finite", code=1)
 
 
 @torch.no_grad()
@@ -565,24 +572,22 @@ def evaluate(learner: Learner, args: Args, run_dir: Path, step: int | None = Non
     bins = action_bins(envs.single_action_space, args.num_bins)
     raw_obs, _ = envs.reset(seed=env_seeds(seeds, EVAL_EPISODES, *stream))
     returns = np.zeros(envs.num_envs)
-    running = np.ones(envs.num_envs, dtype=bool)
-    for t in range(EVAL_MAX_STEPS + 1):
-        if not running.any():
-            break
-        if t == EVAL_MAX_STEPS:
-            print(f"evaluation: {running.sum()} episodes of {args.env_id} were cut off after {t:,} steps")
-            break
+    running, steps = np.ones(envs.num_envs, dtype=bool), 0
+    while running.any() and steps < EVAL_MAX_STEPS:
         obs = learner.normalizer.obs(raw_obs.reshape(len(seeds), EVAL_EPISODES, -1), update=False)
         actions = learner.agent.logits(torch.from_numpy(obs).to(learner.device)).argmax(-1).cpu().numpy()
         action_values = bins[actions, np.arange(bins.shape[1])].reshape(envs.action_space.shape)
         raw_obs, reward, terminated, truncated, _ = envs.step(action_values)
         returns += reward * running
         running &= ~(terminated | truncated)
+        steps += 1
     envs.close()
+    if running.any():
+        print(f"evaluation: {running.sum()} episodes of {args.env_id} were cut off after {steps:,} steps")
     return returns.reshape(len(seeds), EVAL_EPISODES)
 
 
-def load_model(path: Path) -> tuple[Args, dict[str, torch.Tensor]]:
+def load_model(path: Path) -> tuple[Args, dict[str, Tensor]]:
     """Arguments and tensors of a saved model, a file or in a run directory. Raises Stop when it is none of ours."""
     if runs := sorted(path.glob("seed*/model.safetensors")):
         raise Stop(f"{path} holds the runs of several seeds: name one, such as {runs[0].parent}")
@@ -598,7 +603,7 @@ def load_model(path: Path) -> tuple[Args, dict[str, torch.Tensor]]:
     return args, tensors
 
 
-def evaluate_saved(args: Args, tensors: dict[str, torch.Tensor], path: Path) -> np.ndarray:
+def evaluate_saved(args: Args, tensors: dict[str, Tensor], path: Path) -> np.ndarray:
     """Returns (10,) of the model that load_model(path) gave in the episodes of its run's final evaluation.
 
     Raises Stop when it does not fit the environment or this script.
@@ -627,19 +632,14 @@ def collect_signals() -> list[int]:
     return received
 
 
-def report_failures(args: Args, step: int, was_finite: list[bool], finite: list[bool], normalizer: Normalizer) -> None:
-    """Name the seeds whose loss is not finite any more, and the cause. Raises Stop when no agent is left."""
-    messages = []
-    for i in [i for i in range(args.num_seeds) if was_finite[i] and not finite[i]]:
-        reason = "the loss is not finite. Try a lower --learning-rate or a lower --beta"
-        statistics = [normalizer.return_rms.var[i], *normalizer.obs_rms.var[i]]
-        if not np.isfinite(statistics).all():  # they have seen every observation and reward
-            reason = "the environment's observations or rewards are not finite"
-        messages.append(f"seed {args.seed + i} of {args.env_id} failed at step {step:,}: {reason}")
-    if not any(finite):
-        raise Stop("; ".join(messages), code=1)
-    for message in messages:
-        print(f"{message}; the other seeds go on", file=sys.stderr)
+def failure(args: Args, step: int, seeds: list[int], learner: Learner) -> str:
+    """Which seeds have a loss that is not finite, and why: the statistics have seen every observation and reward."""
+    rows = [seed - args.seed for seed in seeds]
+    statistics = [learner.normalizer.obs_rms.var[rows].sum(), learner.normalizer.return_rms.var[rows].sum()]
+    reason = "the loss is not finite. Try a lower --learning-rate or a lower --beta"
+    if not np.isfinite(statistics).all():
+        reason = "the environment's observations or rewards are not finite"
+    return f"seed {', '.join(map(str, seeds))} of {args.env_id} failed at step {step:,}: {reason}"
 
 
 def write_atomic(path: Path, content: bytes | memoryview) -> None:
@@ -674,17 +674,13 @@ def seed_dir(args: Args, run_dir: Path, seed: int) -> Path:
 
 
 def create_run_dir(args: Args, run_dir: Path) -> None:
-    """Make run_dir with args.json in it, whole or not at all. Raises Stop when it is in use or cannot be made."""
-    unused = not run_dir.exists() or (run_dir.is_dir() and not any(run_dir.iterdir()))
-    require(unused, f"--run-dir {run_dir} is in use: continue it with --resume {run_dir}, or name another")
-    require(run_dir.name not in ("", ".."), f"--run-dir {run_dir} has no name of its own: name a directory")
-    temporary = run_dir.with_name(f".{run_dir.name}.{os.getpid()}")
+    """Make run_dir with args.json in it. Raises Stop when it is in use or cannot be made."""
     try:
-        temporary.mkdir(parents=True)
-        write_json(temporary / "args.json", {"script": SCRIPT, "args": asdict(args) | {"run_dir": str(run_dir)}})
-        os.replace(temporary, run_dir)
+        run_dir.mkdir(parents=True, exist_ok=True)
+        in_use = f"--run-dir {run_dir} is in use: continue it with --resume {run_dir}, or name another"
+        require(not any(run_dir.iterdir()), in_use)
+        write_json(run_dir / "args.json", {"script": SCRIPT, "args": asdict(args) | {"run_dir": str(run_dir)}})
     except OSError as error:
-        shutil.rmtree(temporary, ignore_errors=True)
         raise Stop(f"--run-dir {run_dir} cannot be made: {error.strerror}") from None
 
 
@@ -725,10 +721,10 @@ def save_checkpoint(run_dir: Path, learner: Learner, counters: dict) -> None:
 def load_checkpoint(run_dir: Path) -> dict | None:
     """The run's last checkpoint, None before the first. Raises Stop when it cannot be read."""
     path = run_dir / "checkpoint.pt"
-    if not path.exists():
-        return None
     try:
         checkpoint = dict(torch.load(path, map_location="cpu", weights_only=True))
+    except FileNotFoundError:
+        return None
     except (RuntimeError, EOFError, OSError, ValueError, TypeError, LookupError, pickle.UnpicklingError) as error:
         raise Stop(f"{path} cannot be read as a checkpoint ({type(error).__name__})") from None
     version = checkpoint.get("version", 1)
@@ -740,7 +736,7 @@ def save_results(
     learner: Learner, args: Args, run_dir: Path, i: int, eval_returns: np.ndarray, counters: dict, commit: str | None
 ) -> None:
     """What a finished agent leaves: model.safetensors, which loads without pickle, and result.json."""
-    seed, rms, last_returns = seeds_of(args)[i], learner.normalizer.obs_rms, counters["last_returns"][i]
+    seed, rms, last_returns = args.seed + i, learner.normalizer.obs_rms, counters["last_returns"][i]
     folder = seed_dir(args, run_dir, seed)
     own_args = asdict(args) | {"seed": seed, "num_seeds": 1, "run_dir": str(folder)}
     tensors = {"obs_mean": torch.tensor(rms.mean[i]), "obs_var": torch.tensor(rms.var[i])}
@@ -756,6 +752,12 @@ def save_results(
     versions = {"python": platform.python_version()} | versions
     result |= {"sps": sps, "wall_seconds": counters["wall_seconds"], "versions": versions, "commit": commit}
     write_json(folder / "result.json", result)
+    print(f"seed {seed}: {counters['global_step']:,} steps, evaluation {scores_text(eval_returns)}")
+    print(f"  everything is in {folder}; evaluate again with --evaluate {folder}")
+
+
+def scores_text(returns: np.ndarray) -> str:
+    return f"{returns.mean():.1f} ({' '.join(f'{r:.1f}' for r in returns)})"
 
 
 def git_commit() -> str | None:
@@ -770,16 +772,10 @@ def git_commit() -> str | None:
 
 
 class RunLog:
-    """TensorBoard, curves.csv and Weights & Biases of one run; on resume, what lies past the checkpoint goes."""
+    """TensorBoard, curves.csv and Weights & Biases of one run. rows: those of curves.csv up to the checkpoint."""
 
-    def __init__(self, run_dir: Path, args: Args, global_step: int):
-        self.path, self.rows, self.wandb = run_dir / "curves.csv", [], None
-        if self.path.exists():
-            try:
-                rows = csv.DictReader(self.path.read_text().splitlines())
-                self.rows = [row for row in rows if int(row["global_step"]) <= global_step]
-            except (ValueError, KeyError, TypeError):
-                raise Stop(f"{self.path} is damaged") from None
+    def __init__(self, run_dir: Path, args: Args, rows: list[dict], global_step: int):
+        self.path, self.rows, self.wandb = run_dir / "curves.csv", rows, None
         self.writer = SummaryWriter(run_dir, purge_step=global_step + 1)
         if args.track:
             import wandb
@@ -794,11 +790,9 @@ class RunLog:
     def write(self, global_step: int, metrics: dict[str, float]) -> None:
         """Log {tag: value}, any tags. curves.csv is written anew, whole, with a column for every tag so far."""
         self.rows.append({"global_step": global_step} | {tag: f"{value:.6g}" for tag, value in metrics.items()})
-        text = io.StringIO()
-        columns = dict.fromkeys(tag for row in self.rows for tag in row)
-        writer = csv.DictWriter(text, list(columns), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(self.rows)
+        columns, text = dict.fromkeys(tag for row in self.rows for tag in row), io.StringIO()
+        lines = [columns, *([row.get(tag, "") for tag in columns] for row in self.rows)]
+        csv.writer(text, lineterminator="\n").writerows(lines)
         write_atomic(self.path, text.getvalue().encode())
         for tag, value in metrics.items():
             self.writer.add_scalar(tag, value, global_step)
@@ -862,10 +856,8 @@ def validate(args: Args) -> None:
 def check_memory(num_bytes: int, flags: str) -> None:
     """Raise Stop when a rollout of that size would not fit this machine's memory."""
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    fits = num_bytes < memory
-    require(
-        fits, f"a rollout takes {num_bytes / 2**30:,.0f} GiB, this machine has {memory / 2**30:,.0f}: lower {flags}"
-    )
+    sizes = f"a rollout takes {num_bytes / 2**30:,.0f} GiB, this machine has {memory / 2**30:,.0f}"
+    require(num_bytes < memory, f"{sizes}: lower {flags}")
 
 
 def check_env(args: Args) -> tuple[int, int]:
@@ -879,9 +871,8 @@ def check_env(args: Args) -> tuple[int, int]:
         raise Stop(f"{name}: {error}") from None
     env.close()
     actions, obs = env.action_space, env.observation_space
-    require(
-        isinstance(actions, gym.spaces.Box), f"{name} has {type(actions).__name__} actions; this script needs a Box"
-    )
+    is_box = isinstance(actions, gym.spaces.Box)
+    require(is_box, f"{name} has {type(actions).__name__} actions; this script needs a Box")
     require(np.isfinite([actions.low, actions.high]).all(), f"{name} has infinite action bounds; bins need finite ones")
     flat = isinstance(obs, gym.spaces.Box) and len(obs.shape) == 1
     require(flat, f"{name} has observations that cannot be flattened")
@@ -894,57 +885,40 @@ def check_env(args: Args) -> tuple[int, int]:
     return obs.shape[0], actions.low.size
 
 
-def run(args: Args, run_dir: Path) -> None:
-    """Train what is unfinished and print the results. Raises Stop when a seed has none."""
-    folders = {seed: seed_dir(args, run_dir, seed) for seed in seeds_of(args)}
-    if not all((folder / "result.json").exists() for folder in folders.values()):
-        train(args, run_dir)
-    failed = [str(seed) for seed, folder in folders.items() if not (folder / "result.json").exists()]
-    for seed, folder in folders.items():
-        if str(seed) not in failed:
-            result = read_json(folder / "result.json")
-            returns = " ".join(f"{r:.1f}" for r in result["eval_returns"])
-            print(f"seed {seed}: {result['total_timesteps']:,} steps, evaluation {result['eval_mean']:.1f} ({returns})")
-            print(f"  everything is in {folder}; evaluate again with --evaluate {folder}")
-    if failed:
-        raise Stop(f"no result of seed {', '.join(failed)}: the loss is not finite", code=1)
-
-
 def main() -> int:
     args = tyro.cli(Args, description=__doc__)
     name = f"{args.env_id.replace('/', '-')}__{SCRIPT}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
     run_dir = Path(args.resume or args.run_dir or f"runs/{name}")
+    resumed = args.resume is not None
     try:
-        empty = "" in (args.run_dir, args.resume, args.evaluate)
-        require(not empty, "--run-dir, --resume and --evaluate need a path, got an empty one")
+        require("" not in (args.run_dir, args.resume, args.evaluate), "--run-dir, --resume and --evaluate need a path")
         if args.evaluate:
-            path = Path(args.evaluate)
-            saved, tensors = load_model(path)
-            returns = evaluate_saved(changed_args(saved, "evaluate", "capture_video"), tensors, path)
-            print(f"evaluation {returns.mean():.1f} ({' '.join(f'{r:.1f}' for r in returns)})")
-        elif args.resume:
+            saved, tensors = load_model(Path(args.evaluate))
+            args = changed_args(saved, "evaluate", "capture_video")
+            print(f"evaluation {scores_text(evaluate_saved(args, tensors, Path(args.evaluate)))}")
+            return 0
+        if resumed:
             args = replace(changed_args(open_run_dir(run_dir), "resume"), resume=None)
-            validate(args)
-            run(args, run_dir)
-        else:
-            validate(args)
+        validate(args)
+        if not resumed:
             create_run_dir(args, run_dir)
-            run(args, run_dir)
+        if all((seed_dir(args, run_dir, seed) / "result.json").exists() for seed in seeds_of(args)):
+            print(f"{run_dir} has finished; evaluate again with --evaluate")
+        else:
+            train(args, run_dir)
         return 0
     except (Exception, KeyboardInterrupt) as error:
+        hint = f"to go on: python {SCRIPT}.py --resume {run_dir}"
         can_go_on = not args.evaluate and (run_dir / "checkpoint.pt").exists()
-        hint = [f"to go on: python {SCRIPT}.py --resume {run_dir}"] if can_go_on else []
         disk_full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
         if not disk_full and not isinstance(error, (Stop, KeyboardInterrupt, torch.OutOfMemoryError)):
-            for line in hint:
-                error.add_note(line)
+            if can_go_on:
+                error.add_note(hint)
             raise  # a bug: Python's own traceback, and the hint below it
-        stopped = isinstance(error, KeyboardInterrupt)
-        code = 130 if stopped else getattr(error, "code", 1)
-        if sys.stdout.isatty():
-            print()  # end the progress line
-        message = "stopped" if stopped else f"error: {' '.join(str(error).split())}"
-        print("\n".join([message, *(hint if code != 2 else [])]), file=sys.stderr)
+        code = 130 if isinstance(error, KeyboardInterrupt) else getattr(error, "code", 1)
+        print(end="\n" if sys.stdout.isatty() else "")  # end the progress line
+        message = "stopped" if code == 130 else f"error: {' '.join(str(error).split())}"
+        print(f"{message}\n{hint}" if can_go_on and code != 2 else message, file=sys.stderr)
         return code
 
 

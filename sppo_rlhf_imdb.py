@@ -140,9 +140,9 @@ class Stop(Exception):
         self.code = code
 
 
-def require(condition: bool, message: str) -> None:
+def require(condition: bool, message: str, code: int = 2) -> None:
     if not condition:
-        raise Stop(message)
+        raise Stop(message, code)
 
 
 def load_pretrained(flag: str, name: str, from_pretrained: Callable, **options):
@@ -669,12 +669,12 @@ def train(args: Args, run_dir: Path, learner: Learner) -> None:
     start_time, commit = time.monotonic(), git_commit()
     accelerator, main_process = learner.accelerator, learner.accelerator.is_main_process
     counters = {"update": 0, "rollout_tokens": 0, "rollout_seconds": 0.0, "update_tokens": 0, "update_seconds": 0.0}
-    counters |= {"wall_seconds": 0.0, "before": None}
+    counters |= {"wall_seconds": 0.0, "before": None, "curves": []}
     if checkpoint := load_checkpoint(run_dir):
         learner.load_state(checkpoint["learner"], run_dir / "checkpoint.pt")
-        counters = checkpoint["counters"]
+        counters |= checkpoint["counters"]
     update, wall_seconds = counters["update"], counters["wall_seconds"]
-    log = RunLog(run_dir, args, update if checkpoint else -1) if main_process else None
+    log = RunLog(run_dir, args, counters["curves"], update if checkpoint else -1) if main_process else None
     progress = Progress(args.num_updates, "update")
     stop_signals = collect_signals()
     if counters["before"] is None:
@@ -702,9 +702,9 @@ def train(args: Args, run_dir: Path, learner: Learner) -> None:
                 learner.optimizer.zero_grad()
                 losses = backward(learner, trajectories, order[start : start + rows_per_minibatch], args)
                 grad_norm = accelerator.clip_grad_norm_(learner.model.parameters(), args.max_grad_norm).item()
-                if not np.isfinite(grad_norm):
-                    reason = "the loss is not finite. Try a lower --learning-rate or a lower --beta"
-                    raise Stop(f"seed {args.seed} of {args.dataset} failed in update {update}: {reason}", code=1)
+                reason = "the loss is not finite. Try a lower --learning-rate or a lower --beta"
+                message = f"seed {args.seed} of {args.dataset} failed in update {update}: {reason}"
+                require(np.isfinite(grad_norm), message, code=1)
                 learner.optimizer.step()
                 stats.append(losses | {"losses/grad_norm": grad_norm})
         update_end = time.perf_counter()
@@ -854,22 +854,18 @@ def read_json(path: Path) -> dict:
 
 
 def check_unused(run_dir: Path) -> None:
-    """Raise Stop when run_dir is in use or has no name: before models are loaded, which may take minutes."""
+    """Raise Stop when run_dir is in use: before models are loaded, which may take minutes."""
     unused = not run_dir.exists() or (run_dir.is_dir() and not any(run_dir.iterdir()))
     require(unused, f"--run-dir {run_dir} is in use: continue it with --resume {run_dir}, or name another")
-    require(run_dir.name not in ("", ".."), f"--run-dir {run_dir} has no name of its own: name a directory")
 
 
 def create_run_dir(args: Args, run_dir: Path) -> None:
-    """Make run_dir with args.json in it, whole or not at all. Raises Stop when it is in use or cannot be made."""
+    """Make run_dir with args.json in it. Raises Stop when it is in use or cannot be made."""
     check_unused(run_dir)
-    temporary = run_dir.with_name(f".{run_dir.name}.{os.getpid()}")
     try:
-        temporary.mkdir(parents=True)
-        write_json(temporary / "args.json", {"script": SCRIPT, "args": asdict(args) | {"run_dir": str(run_dir)}})
-        os.replace(temporary, run_dir)
+        run_dir.mkdir(parents=True, exist_ok=True)
+        write_json(run_dir / "args.json", {"script": SCRIPT, "args": asdict(args) | {"run_dir": str(run_dir)}})
     except OSError as error:
-        shutil.rmtree(temporary, ignore_errors=True)
         raise Stop(f"--run-dir {run_dir} cannot be made: {error.strerror}") from None
 
 
@@ -908,10 +904,10 @@ def save_checkpoint(run_dir: Path, learner: Learner, counters: dict) -> None:
 def load_checkpoint(run_dir: Path) -> dict | None:
     """The run's last checkpoint, None before the first. Raises Stop when it cannot be read."""
     path = run_dir / "checkpoint.pt"
-    if not path.exists():
-        return None
     try:
         checkpoint = dict(torch.load(path, map_location="cpu", weights_only=True))
+    except FileNotFoundError:
+        return None
     except (RuntimeError, EOFError, OSError, ValueError, TypeError, LookupError, pickle.UnpicklingError) as error:
         raise Stop(f"{path} cannot be read as a checkpoint ({type(error).__name__})") from None
     version = checkpoint.get("version", 1)
@@ -954,6 +950,8 @@ def save_results(
     result["versions"] = {"python": platform.python_version()} | versions
     write_json(run_dir / "result.json", result)
     (run_dir / "checkpoint.pt").unlink()  # it is several times as large as the policy
+    print(f"seed {args.seed}: {counters['update']} updates, {summary(metrics)}")
+    print(f"  everything is in {run_dir}; evaluate again with --evaluate {run_dir}")
 
 
 def git_commit() -> str | None:
@@ -968,16 +966,10 @@ def git_commit() -> str | None:
 
 
 class RunLog:
-    """TensorBoard, curves.csv and Weights & Biases of one run; on resume, what lies past the checkpoint goes."""
+    """TensorBoard, curves.csv and Weights & Biases of one run. rows: those of curves.csv up to the checkpoint."""
 
-    def __init__(self, run_dir: Path, args: Args, global_step: int):
-        self.path, self.rows, self.wandb = run_dir / "curves.csv", [], None
-        if self.path.exists():
-            try:
-                rows = csv.DictReader(self.path.read_text().splitlines())
-                self.rows = [row for row in rows if int(row["global_step"]) <= global_step]
-            except (ValueError, KeyError, TypeError):
-                raise Stop(f"{self.path} is damaged") from None
+    def __init__(self, run_dir: Path, args: Args, rows: list[dict], global_step: int):
+        self.path, self.rows, self.wandb = run_dir / "curves.csv", rows, None
         self.writer = SummaryWriter(run_dir, purge_step=global_step + 1)
         if args.track:
             import wandb
@@ -992,11 +984,9 @@ class RunLog:
     def write(self, global_step: int, metrics: dict[str, float]) -> None:
         """Log {tag: value}, any tags. curves.csv is written anew, whole, with a column for every tag so far."""
         self.rows.append({"global_step": global_step} | {tag: f"{value:.6g}" for tag, value in metrics.items()})
-        text = io.StringIO()
-        columns = dict.fromkeys(tag for row in self.rows for tag in row)
-        writer = csv.DictWriter(text, list(columns), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(self.rows)
+        columns, text = dict.fromkeys(tag for row in self.rows for tag in row), io.StringIO()
+        lines = [columns, *([row.get(tag, "") for tag in columns] for row in self.rows)]
+        csv.writer(text, lineterminator="\n").writerows(lines)
         write_atomic(self.path, text.getvalue().encode())
         for tag, value in metrics.items():
             self.writer.add_scalar(tag, value, global_step)
@@ -1091,13 +1081,6 @@ def share_run_dir(args: Args, run_dir: Path, accelerator: Accelerator) -> Path:
     return Path(name)
 
 
-def print_result(run_dir: Path) -> None:
-    result = read_json(run_dir / "result.json")
-    metrics = {"eval/" + key.removeprefix("eval_"): value for key, value in result.items() if key.startswith("eval_")}
-    print(f"seed {result['seed']}: {result['num_updates']} updates, {summary(metrics)}")
-    print(f"  everything is in {run_dir}; evaluate again with --evaluate {run_dir}")
-
-
 def main() -> int:
     args = tyro.cli(Args, description=__doc__)
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
@@ -1108,8 +1091,7 @@ def main() -> int:
     name = f"{Path(args.dataset).name}__{SCRIPT}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
     run_dir, rank = Path(args.resume or args.run_dir or f"runs/{name}"), int(os.environ.get("RANK", 0))
     try:
-        empty = "" in (args.run_dir, args.resume, args.evaluate)
-        require(not empty, "--run-dir, --resume and --evaluate need a path, got an empty one")
+        require("" not in (args.run_dir, args.resume, args.evaluate), "--run-dir, --resume and --evaluate need a path")
         if args.evaluate:
             path = Path(args.evaluate)
             args = changed_args(open_run_dir(path), "evaluate", *MAY_CHANGE)
@@ -1117,39 +1099,36 @@ def main() -> int:
             metrics = evaluate_saved(args, path)
             if rank == 0:
                 print(summary(metrics))
-            return 0
-        if args.resume:
+        elif args.resume:
             args = replace(changed_args(open_run_dir(run_dir), "resume", *MAY_CHANGE), resume=None)
             validate(args)
             if not (run_dir / "result.json").exists():
                 train(args, run_dir, make_learner(args))
+            elif rank == 0:
+                print(f"{run_dir} has finished; evaluate again with --evaluate")
         else:
             check_unused(run_dir)
             validate(args)
             learner = make_learner(args)
             run_dir = share_run_dir(args, run_dir, learner.accelerator)
             train(replace(args, run_dir=str(run_dir)), run_dir, learner)
-        if rank == 0:
-            print_result(run_dir)
         return 0
     except (Exception, KeyboardInterrupt) as error:
+        hint = f"to go on: python {SCRIPT}.py --resume {run_dir}"
         stops = isinstance(error, Stop)  # a resumed run would come to the same end
         can_go_on = not args.evaluate and not stops and (run_dir / "checkpoint.pt").exists()
-        hint = [f"to go on: python {SCRIPT}.py --resume {run_dir}"] if can_go_on else []
         disk_full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
         memory_full = isinstance(error, torch.OutOfMemoryError)
         if not stops and not disk_full and not memory_full and not isinstance(error, KeyboardInterrupt):
-            for line in hint:
-                error.add_note(line)
+            if can_go_on:
+                error.add_note(hint)
             raise  # a bug: Python's own traceback, and the hint below it
-        stopped = isinstance(error, KeyboardInterrupt)
-        code = 130 if stopped else getattr(error, "code", 1)
+        code = 130 if isinstance(error, KeyboardInterrupt) else getattr(error, "code", 1)
         reason = f"the GPU is out of memory: {OOM_HINT}" if memory_full else " ".join(str(error).split())
-        message = "stopped" if stopped else f"error: {reason}"
+        message = "stopped" if code == 130 else f"error: {reason}"
         if rank == 0:
-            if sys.stdout.isatty():
-                print()  # end the progress line
-            print("\n".join([message, *hint]), file=sys.stderr)
+            print(end="\n" if sys.stdout.isatty() else "")  # end the progress line
+            print(f"{message}\n{hint}" if can_go_on else message, file=sys.stderr)
         elif disk_full or memory_full:  # which may be so of this process alone
             print(f"process {rank}: {message}", file=sys.stderr)
         return code

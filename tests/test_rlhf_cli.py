@@ -298,11 +298,11 @@ def test_evaluate_prints_the_numbers_of_the_final_evaluation_and_changes_nothing
     assert snapshot(finished.cwd) == before
 
 
-def test_resume_of_a_finished_run_prints_its_result_and_changes_nothing(script, finished):
+def test_resume_of_a_finished_run_says_so_and_changes_nothing(script, finished):
     before = snapshot(finished.cwd)
     code, out, err = call(script, finished.cwd, ["--resume", "run"])
     assert (code, err) == (0, "")
-    assert out.splitlines() == finished.out.splitlines()[-2:]
+    assert out == "run has finished; evaluate again with --evaluate\n"
     assert snapshot(finished.cwd) == before
 
 
@@ -705,8 +705,8 @@ def test_tracking_without_wandb_names_the_package(script, assets, tmp_path, monk
         (["--evaluate", "run"], ("run", "no policy")),
         (["--evaluate", "missing"], ("missing",)),
         (["--run-dir", "run"], ("--run-dir", "--resume")),
-        (["--resume", ""], ("--resume", "empty")),
-        (["--evaluate", ""], ("--evaluate", "empty")),
+        (["--resume", ""], ("--resume", "need a path")),
+        (["--evaluate", ""], ("--evaluate", "need a path")),
         (["--run-dir", "run/args.json"], ("--run-dir",)),
     ],
 )
@@ -755,8 +755,6 @@ DAMAGE = {
     "checkpoint that broadcasts": lambda d: change_checkpoint(
         d, lambda c: c["learner"]["model"].update({"value_head.weight": torch.zeros(1, 1)})
     ),
-    "curves without a step": lambda d: (d / "curves.csv").write_text("a,b\n1,2\n"),
-    "curves that are no text": lambda d: (d / "curves.csv").write_bytes(b"\xff\xfe"),
 }
 
 
@@ -778,14 +776,6 @@ def test_evaluate_refuses_a_damaged_policy(script, finished, tmp_path):
     path.unlink()
     code, _, err = call(script, tmp_path, ["--evaluate", "run"])
     assert_refused(code, err, "run", "policy")
-    assert out == ""
-
-
-def test_resume_of_a_finished_run_refuses_a_damaged_result(script, finished, tmp_path):
-    run_dir = Path(shutil.copytree(finished.run_dir, tmp_path / "run"))
-    truncate(run_dir / "result.json")
-    code, out, err = call(script, tmp_path, ["--resume", "run"])
-    assert_refused(code, err, "run/result.json is damaged")
     assert out == ""
 
 
