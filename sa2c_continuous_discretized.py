@@ -398,7 +398,7 @@ def train(args: Args, run_dir: Path) -> None:
         logs.append(RunLog(seed_dir(args, run_dir, seed), replace(args, seed=seed, num_seeds=1), rows, global_step))
     progress = Progress(total_timesteps, "step")
     stop_signals = collect_signals()
-    failed = []  # seeds whose loss is not finite any more
+    failed = []  # agents whose loss is not finite any more
 
     compute_gradients = gradients
     if args.compile:
@@ -462,19 +462,14 @@ def train(args: Args, run_dir: Path) -> None:
         learner.optimizer.step()
         stats.append(losses)
 
-        norms = stats[-1]["losses/grad_norm"].tolist()  # waits for the GPU
+        grad_norms = stats[-1]["losses/grad_norm"].tolist()  # waits for the GPU
         counters["global_step"] = global_step
         counters["wall_seconds"] = wall_seconds + time.monotonic() - start_time
         if timed:
             counters["train_steps"] += rollout_size
             counters["train_seconds"] += time.perf_counter() - iteration_start
         timed = True
-        newly_failed = [seed for seed, norm in zip(seeds, norms) if not np.isfinite(norm) and seed not in failed]
-        if newly_failed:
-            failed += newly_failed
-            message = failure(args, global_step, newly_failed, learner)
-            require(len(failed) < N, message, code=1)
-            print(f"{message}; the other seeds go on", file=sys.stderr)
+        check_finite(args, global_step, grad_norms, failed, learner)
 
         # Evaluate, log, save
         sps = counters["train_steps"] / max(counters["train_seconds"], 1e-9)
@@ -509,14 +504,7 @@ def train(args: Args, run_dir: Path) -> None:
         raise KeyboardInterrupt
     eval_returns = evaluate(learner, args, run_dir)
     counters["wall_seconds"] = wall_seconds + time.monotonic() - start_time
-    finite = torch.stack([p.reshape(N, -1).isfinite().all(1) for p in agent.parameters()]).all(0).tolist()
-    for i, log in enumerate(logs):
-        if finite[i] and not (log.path.parent / "result.json").exists():
-            save_results(learner, args, run_dir, i, eval_returns[i], counters, commit)
-            log.write(global_step, {"eval/episodic_return": eval_returns[i].mean()})
-        log.close()
-    failed = ", ".join(str(seed) for seed, is_finite in zip(seeds, finite) if not is_finite)
-    require(not failed, f"no result of seed {failed}: the loss is not finite", code=1)
+    save_results(learner, args, logs, eval_returns, counters, commit)
 
 
 @torch.no_grad()
@@ -594,14 +582,20 @@ def collect_signals() -> list[int]:
     return received
 
 
-def failure(args: Args, step: int, seeds: list[int], learner: Learner) -> str:
-    """Which seeds have a loss that is not finite, and why: the statistics have seen every observation and reward."""
-    rows = [seed - args.seed for seed in seeds]
-    statistics = [learner.normalizer.obs_rms.var[rows].sum(), learner.normalizer.return_rms.var[rows].sum()]
-    reason = "the loss is not finite. Try a lower --learning-rate or a lower --beta"
-    if not np.isfinite(statistics).all():
-        reason = "the environment's observations or rewards are not finite"
-    return f"seed {', '.join(map(str, seeds))} of {args.env_id} failed at step {step:,}: {reason}"
+def check_finite(args: Args, step: int, grad_norms: list[float], failed: list[int], learner: Learner) -> None:
+    """Add to failed the agents whose loss is not finite, and name each once. Raises Stop when none is left."""
+    new = [i for i, norm in enumerate(grad_norms) if not np.isfinite(norm) and i not in failed]
+    failed += new
+    messages = []
+    for i in new:
+        reason = "the loss is not finite. Try a lower --learning-rate or a lower --beta"
+        statistics = [learner.normalizer.return_rms.var[i], *learner.normalizer.obs_rms.var[i]]
+        if not np.isfinite(statistics).all():  # they have seen every observation and reward
+            reason = "the environment's observations or rewards are not finite"
+        messages.append(f"seed {args.seed + i} of {args.env_id} failed at step {step:,}: {reason}")
+    require(not new or len(failed) < args.num_seeds, "; ".join(messages), code=1)
+    for message in messages:
+        print(f"{message}; the other seeds go on", file=sys.stderr)
 
 
 def write_atomic(path: Path, content: bytes | memoryview) -> None:
@@ -695,27 +689,37 @@ def load_checkpoint(run_dir: Path) -> dict | None:
 
 
 def save_results(
-    learner: Learner, args: Args, run_dir: Path, i: int, eval_returns: np.ndarray, counters: dict, commit: str | None
+    learner: Learner, args: Args, logs: list, eval_returns: np.ndarray, counters: dict, commit: str | None
 ) -> None:
-    """What a finished agent leaves: model.safetensors, which loads without pickle, and result.json."""
-    seed, rms, last_returns = args.seed + i, learner.normalizer.obs_rms, counters["last_returns"][i]
-    folder = seed_dir(args, run_dir, seed)
-    own_args = asdict(args) | {"seed": seed, "num_seeds": 1, "run_dir": str(folder)}
-    tensors = {"obs_mean": torch.tensor(rms.mean[i]), "obs_var": torch.tensor(rms.var[i])}
-    for name, x in learner.agent.state_dict().items():
-        tensors[name] = (x[i] if x.shape[:1] == (args.num_seeds,) else x).cpu().contiguous()
-    content = safetensors.torch.save(tensors, {"script": SCRIPT, "args": json.dumps(own_args)})
-    write_atomic(folder / "model.safetensors", content)
-    versions = {d.name: d.version for d in distributions() if d.name in PACKAGES}
+    """What each finished agent leaves: model.safetensors, which loads without pickle, and result.json.
+
+    Raises Stop at the end for agents whose parameters are not finite.
+    """
+    failed, rms, step = [], learner.normalizer.obs_rms, counters["global_step"]
     sps = counters["train_steps"] / counters["train_seconds"] if counters["train_steps"] else None
-    result = {"script": SCRIPT, "env_id": args.env_id, "seed": seed, "args": own_args}
-    result |= {"total_timesteps": counters["global_step"], "eval_returns": eval_returns.tolist()}
-    result |= {"eval_mean": eval_returns.mean(), "train_last10_mean": np.mean(last_returns) if last_returns else None}
-    versions = {"python": platform.python_version()} | versions
-    result |= {"sps": sps, "wall_seconds": counters["wall_seconds"], "versions": versions, "commit": commit}
-    write_json(folder / "result.json", result)
-    print(f"seed {seed}: {counters['global_step']:,} steps, evaluation {scores_text(eval_returns)}")
-    print(f"  everything is in {folder}; evaluate again with --evaluate {folder}")
+    versions = {d.name: d.version for d in distributions() if d.name in PACKAGES}
+    for i, (seed, log, last_returns) in enumerate(zip(seeds_of(args), logs, counters["last_returns"])):
+        folder = log.path.parent
+        own_args = asdict(args) | {"seed": seed, "num_seeds": 1, "run_dir": str(folder)}
+        tensors = {"obs_mean": torch.tensor(rms.mean[i]), "obs_var": torch.tensor(rms.var[i])}
+        for name, x in learner.agent.state_dict().items():
+            tensors[name] = (x[i] if x.shape[:1] == (args.num_seeds,) else x).cpu().contiguous()
+        if not all(x.isfinite().all() for x in tensors.values()):
+            failed.append(str(seed))
+        elif not (folder / "result.json").exists():
+            content = safetensors.torch.save(tensors, {"script": SCRIPT, "args": json.dumps(own_args)})
+            write_atomic(folder / "model.safetensors", content)
+            result = {"script": SCRIPT, "env_id": args.env_id, "seed": seed, "args": own_args, "total_timesteps": step}
+            result |= {"eval_returns": eval_returns[i].tolist(), "eval_mean": eval_returns[i].mean()}
+            result |= {"train_last10_mean": np.mean(last_returns) if last_returns else None, "sps": sps}
+            result |= {"wall_seconds": counters["wall_seconds"]}
+            result |= {"versions": {"python": platform.python_version()} | versions, "commit": commit}
+            write_json(folder / "result.json", result)
+            log.write(step, {"eval/episodic_return": eval_returns[i].mean()})
+            print(f"seed {seed}: {step:,} steps, evaluation {scores_text(eval_returns[i])}")
+            print(f"  everything is in {folder}; evaluate again with --evaluate {folder}")
+        log.close()
+    require(not failed, f"no result of seed {', '.join(failed)}: the loss is not finite", code=1)
 
 
 def scores_text(returns: np.ndarray) -> str:
