@@ -61,9 +61,7 @@ PACKAGES = ("torch", "gymnasium", "ale-py", "numpy")  # their versions go into r
 
 @dataclass
 class Args:
-    env_id: str = (
-        "BreakoutNoFrameskip-v4"  # the game: BreakoutNoFrameskip-v4, ALE/Breakout-v5 and breakout are the same
-    )
+    env_id: str = "BreakoutNoFrameskip-v4"  # the game; ALE/Breakout-v5 and breakout are the same
     sticky_actions: bool = False  # repeat the previous action with probability 0.25
     total_timesteps: int = 5_000_000  # environment steps of 4 frames each, rounded up to whole rollouts
     seed: int = 1  # seed of everything random
