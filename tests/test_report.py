@@ -665,6 +665,15 @@ def test_folders_without_results(tmp_path, capsys):
     assert not (tmp_path / "report").exists()
 
 
+@pytest.mark.parametrize("out", ["file", "file/below"])
+def test_out_that_names_a_file_is_refused(tmp_path, capsys, out):
+    write_run(tmp_path / "runs", [9000.0], **DSPPO)
+    (tmp_path / "file").write_text("mine")
+    assert report.main([str(tmp_path / "runs"), "--out", str(tmp_path / out)]) == 2
+    assert capsys.readouterr() == ("", f"error: --out {tmp_path / out} is no folder\n")
+    assert (tmp_path / "file").read_text() == "mine" and len(list(tmp_path.iterdir())) == 2
+
+
 def test_kept_runs_have_result_thinned_curves_and_every_evaluation(tmp_path):
     run_dir = tmp_path / "runs" / "cell" / "seed1"
     run_dir.mkdir(parents=True)
