@@ -5,6 +5,7 @@ import importlib
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 from collections import Counter
@@ -13,6 +14,7 @@ from dataclasses import asdict
 import numpy as np
 import pytest
 import report
+import same_as_sb3
 import scores
 from cells import PAPER_NUMBERS, PARTS, TABLES, UNNORMALIZED, Cell, identify, parse, read_paper, read_public
 from conftest import ROOT, import_scripts
@@ -672,6 +674,29 @@ def test_out_that_names_a_file_is_refused(tmp_path, capsys, out):
     assert report.main([str(tmp_path / "runs"), "--out", str(tmp_path / out)]) == 2
     assert capsys.readouterr() == ("", f"error: --out {tmp_path / out} is no folder\n")
     assert (tmp_path / "file").read_text() == "mine" and len(list(tmp_path.iterdir())) == 2
+
+
+def test_our_runs_beside_those_of_stable_baselines3(tmp_path, capsys):
+    """The curves rise on a line to the score: the mean of their last tenth is 95 % of it."""
+    cells = tmp_path / "runs"
+    theirs = {"script": "sb3_baseline", "steps": 200_704, "num_bins": 11, "curves": True}
+    write_run(cells / "ppo", [1000.0, 1100.0, 1200.0], algo="ppo", **theirs)
+    write_run(cells / "a2c", [500.0], LANDER, algo="a2c", **theirs)  # ours has not ended
+    write_run(cells / "gaussian", [9000.0], script="sb3_baseline", steps=200_704, curves=True, algo="ppo")
+    document = tmp_path / "results.md"
+    document.write_text(f"a\n<!-- {same_as_sb3.MARKER}: begin -->\nold\n<!-- {same_as_sb3.MARKER}: end -->\nz\n")
+    command = [str(cells), "--out", str(tmp_path / "figures"), "--document", str(document)]
+    assert same_as_sb3.main(command) == 2 and capsys.readouterr().err.startswith("error: no finished runs of both")
+    write_run(cells / "dppo", [1200.0, 1300.0, 1400.0], steps=200_704, curves=True, **DPPO)
+    write_run(cells / "dsppo", [9000.0], steps=200_704, curves=True, **DSPPO)
+    write_run(cells / "noise", [9000.0], steps=200_704, curves=True, reward_noise_std=0.05, **DPPO)
+    assert same_as_sb3.main(command) == 0
+    text = document.read_text()
+    assert text.startswith("a\n") and text.endswith("z\n") and "old" not in text
+    # SE of both: 0.95 * 100 / sqrt(3) = 54.8; 190 / sqrt(2) / 54.8 = 2.45
+    assert rows(text) == [[PENDULUM, "PPO", "1045 ± 55", "1235 ± 55", "3, 3", "+2.45"]]
+    assert re.findall(r"!\[.*?\]\((.*?)\)", text) == ["figures/same_as_sb3_ppo.png", "figures/same_as_sb3_a2c.png"]
+    assert all(1_000 < path.stat().st_size < 300_000 for path in (tmp_path / "figures").iterdir())
 
 
 def test_kept_runs_have_result_thinned_curves_and_every_evaluation(tmp_path):
