@@ -1,9 +1,10 @@
 """EnvPool's environments beside gymnasium's, step by step: an experiment, used by nothing here (docs/speed.md).
 
-    pip install --no-deps --target FOLDER envpool==1.2.5 envpool-assets dm-env dm-tree optree
+    pip install --no-deps --target FOLDER envpool==1.2.5 dm-env dm-tree optree \\
+        "envpool-assets<0.4" "envpool-assets-mujoco-large<0.4"
     PYTHONPATH=FOLDER python benchmark/envpool_check.py
 
-MuJoCo: gymnasium is set to EnvPool's state before every step (--free: after a reset only), and both take the same
+MuJoCo: gymnasium is set to EnvPool's state before every step (then after a reset only), and both take the same
 random action. LunarLander's state, terrain and engine noise cannot be set: returns of gymnasium's own heuristic pilot
 are compared. Then environments that ended are reset by their number, and a coarse timing.
 """

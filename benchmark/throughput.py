@@ -172,16 +172,23 @@ def ours(
         if code:
             raise RuntimeError(f"{script} ended with exit code {code}")
         results = [json.loads(path.read_text()) for path in run_dir.rglob("result.json")]
-    pairs = np.diff(np.array(marks).reshape(-1, 2, 2), axis=1)[compiled:, 0]  # the first iteration compiles
-    wall, cpu = pairs.sum(0)
-    total = num_seeds * results[0]["total_timesteps"] * len(pairs) / (len(pairs) + compiled)
+    seconds_of = iterations(marks)
+    counted = len(seconds_of) / (len(seconds_of) + compiled)  # the first one compiles
+    wall, cpu = seconds_of.sum(0)
+    total = num_seeds * results[0]["total_timesteps"] * counted
     if abs(sum(result["sps"] for result in results) / (total / wall) - 1) > 0.01:
         raise RuntimeError(f"{script} counts other iterations than this program")
-    shares = {part: value / wall * len(pairs) / (len(pairs) + compiled) for part, value in seconds.items()}
+    shares = {part: value / wall * counted for part, value in seconds.items()}
     if parts:
         shares["update and the rest"] = 1 - sum(shares.values())
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     return Speed(total / wall, total / cpu, shares, memory)
+
+
+def iterations(marks: list[tuple[float, float]]) -> np.ndarray:
+    """Seconds by the clock and of CPU of each timed iteration; one that compiles has a start and no end."""
+    ends = np.array(marks[len(marks) % 2 :]).reshape(-1, 2, 2)
+    return ends[:, 1] - ends[:, 0]
 
 
 def in_fresh_process(function: Callable, *inputs):

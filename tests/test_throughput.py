@@ -1,11 +1,12 @@
 """benchmark/throughput.py: what is measured, in which order, and how it is summed up; not how fast anything is."""
 
+import os
 import subprocess
 import sys
 
 import pytest
 from conftest import ROOT
-from throughput import Speed, in_fresh_process, in_turn, ours, processor, ratio, stable_baselines3
+from throughput import Speed, in_fresh_process, in_turn, iterations, ours, processor, ratio, stable_baselines3
 
 
 def test_rounds_go_back_and_forth_and_the_first_is_dropped(capsys):
@@ -36,6 +37,12 @@ def test_ratios_are_of_one_round_and_their_median_has_an_interval():
     assert ratio(mine[:1], peer[:1]) == "2.00 (per CPU second 2.50)"
 
 
+def test_an_iteration_that_compiles_is_left_out():
+    marks = [(1.0, 10.0), (2.0, 11.0), (5.0, 12.0), (6.0, 14.0)]
+    assert iterations(marks).tolist() == [[1.0, 1.0], [1.0, 2.0]]
+    assert iterations([(0.0, 0.0), *marks]).tolist() == iterations(marks).tolist()
+
+
 def test_a_script_is_measured_by_the_clock_and_in_cpu_seconds():
     """Other iterations than those behind the script's own steps per second would raise an error."""
     speed = in_fresh_process(ours, "sppo_continuous_discretized", "InvertedDoublePendulum-v4", 4096, 1, 2, False, True)
@@ -53,3 +60,12 @@ def test_numbers_below_one_are_refused(tmp_path, flags):
     message = "error: --rounds, --num-seeds, --threads, --steps and --scaling must be at least 1\n"
     assert (process.returncode, process.stdout, process.stderr) == (2, "", message)
     assert not any(tmp_path.iterdir())
+
+
+def test_envpool_check_without_envpool_says_where_it_is_from(tmp_path):
+    (tmp_path / "envpool.py").write_text("raise ModuleNotFoundError(name='envpool')")
+    command = [sys.executable, ROOT / "benchmark/envpool_check.py"]
+    environment = os.environ | {"PYTHONPATH": str(tmp_path)}
+    process = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert process.returncode == 2 and process.stderr.count("\n") == 1
+    assert process.stderr.startswith("error: there is no envpool: the head of envpool_check.py")
