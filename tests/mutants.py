@@ -273,9 +273,9 @@ evaluation: in the environments of the training | sppo_continuous_discretized | 
 - TRAINING, EVALUATION = 0, 1
 + TRAINING, EVALUATION = 0, 0
 
-evaluation: counts later games | sppo_atari | atari
-- running &= ~game_over
-+ running &= running
+evaluation: counts later games | sppo_atari | atari -k first_game_alone
+- returns += reward * running
++ returns += reward
 
 resume: random numbers start anew | sppo_continuous_discretized | cli -k round_trip
 - generator.set_state(generator_state)
