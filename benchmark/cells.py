@@ -4,14 +4,14 @@ import csv
 import math
 import shlex
 from collections import defaultdict
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
 
 from sweeps import NOT_COMPARED, ROOT, CellError, Script, cells, take_seeds
 
 PAPER_NUMBERS = Path(__file__).with_name("paper_numbers.csv")
-RL_ZOO_NUMBERS = Path(__file__).with_name("rl_zoo_numbers.csv")
+PUBLIC_SCORES = Path(__file__).with_name("public_scores.csv")
 TABLES = {11: "atari_ppo", 8: "atari_a2c"}  # 1 and 2 are parts of 11 and 13; 4 has a section of its own
 TABLES |= {12: "continuous_ppo", 13: "continuous_ppo", 9: "continuous_a2c", 10: "continuous_a2c"}
 PARTS = {1: 11, 2: 13}
@@ -49,6 +49,22 @@ class Cell:
 
     def __str__(self) -> str:
         return f"{self.printed_mean} ± {self.printed_se}" if self.printed_se else self.printed_mean
+
+
+@dataclass
+class Public:
+    """Published scores of one algorithm."""
+
+    source: str
+    algorithm: str
+    steps: int  # 0: not stated
+    seeds: int
+    url: str
+    means: dict[str, float] = field(default_factory=dict)  # by environment
+
+    @property
+    def steps_text(self) -> str:
+        return f"{self.steps:,} steps" if self.steps else "steps not stated"
 
 
 @dataclass(frozen=True)
@@ -143,11 +159,15 @@ def read_paper() -> dict[int, dict[tuple[str, str, str], Cell]]:
     return dict(tables)
 
 
-def read_rl_zoo() -> dict[tuple[str, str], str]:
-    """{(game, algorithm): mean ± standard deviation over episodes} of RL Zoo's agents, one each, after 1e7 steps."""
-    with RL_ZOO_NUMBERS.open(newline="") as file:
-        rows = list(csv.DictReader(file))
-    return {(row["environment"], row["algorithm"]): f"{row['mean']} ± {row['standard_deviation']}" for row in rows}
+@cache
+def read_public() -> list[Public]:
+    """Published Atari scores of PPO and A2C, without noise, in the order of the file."""
+    found = {}
+    with PUBLIC_SCORES.open(newline="") as file:
+        for row in csv.DictReader(file):
+            key = row["source"], row["algorithm"], int(row["steps"] or 0), int(row["seeds"]), row["url"]
+            found.setdefault(key, Public(*key)).means[row["environment"]] = float(row["mean"])
+    return list(found.values())
 
 
 def family_of(script: str, args: dict) -> str:

@@ -43,7 +43,7 @@ def bin_means(steps: np.ndarray, values: np.ndarray, edges: np.ndarray) -> np.nd
     return np.diff(areas[np.searchsorted(grid, edges)]) / np.diff(edges)
 
 
-def plot(groups: dict[Group, Runs], tag: str, ylabel: str, scale: float, path: Path) -> bool:
+def plot(groups: dict[Group, Runs], tag: str, ylabel: str, scale: float, path: Path, style=line_style) -> bool:
     """Mean and standard error over seeds of one tag, a panel for each environment; False if nobody logged it."""
     lines = defaultdict(list)  # environment: [(group, steps, values of shape (seeds, 100))]
     for group in sorted(groups, key=sort_key):
@@ -65,7 +65,7 @@ def plot(groups: dict[Group, Runs], tag: str, ylabel: str, scale: float, path: P
     size = 1e6 if unit == "steps" else 1
     for ax, (environment, panel) in zip(axes.flat, lines.items()):
         for group, steps, values in panel:
-            label, color = line_style(group)
+            label, color = style(group)
             color = color or cycle.setdefault(label, OTHER_COLORS[len(cycle) % len(OTHER_COLORS)])
             mean = values.mean(0)
             (handle,) = ax.plot(steps / size, mean, color=color, linewidth=1.2)

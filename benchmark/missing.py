@@ -7,7 +7,7 @@ from cells import Group, Planned, identify, parse, short_name
 from sweeps import SWEEPS, cells, seconds, speeds
 from tables import markdown_table
 
-BEGIN, END = "<!-- missing cells: begin -->", "<!-- missing cells: end -->"
+MARKER = "missing cells"
 
 
 def group_of(plan: Planned) -> Group:
@@ -68,10 +68,11 @@ def missing_section(folders: list[Path], run: set[Group]) -> str:
     )
 
 
-def replace_section(text: str, section: str) -> str:
+def replace_section(text: str, section: str, marker: str = MARKER) -> str:
     """text with the section between its marker lines. Raises ValueError where it has none."""
-    before, begin, rest = text.partition(f"{BEGIN}\n")
-    _, end, after = rest.partition(f"{END}\n")
+    first, last = f"<!-- {marker}: begin -->\n", f"<!-- {marker}: end -->\n"
+    before, begin, rest = text.partition(first)
+    _, end, after = rest.partition(last)
     if not (begin and end):
-        raise ValueError(f"it has no lines {BEGIN} and {END}")
+        raise ValueError(f"it has no lines {first}and {last}".replace("\n", " ").strip())
     return before + begin + section + end + after

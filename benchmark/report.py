@@ -24,6 +24,7 @@ try:
     from missing import missing_section, replace_section
     from runs import Results, language_cells, load, unfinished
     from tables import (
+        gains_section,
         language_section,
         language_table_section,
         length_section,
@@ -62,6 +63,7 @@ def write_report(folders: list[Path], results: Results, paper: dict, out: Path) 
             sections.append(table_section(table, paper[table], ours, shorter))
     if table_4:
         sections.append(table_4)
+    sections.append(gains_section(paper, ours))
     language = language_cells(results, "paper")
     for table in LANGUAGE_TABLES:
         if language.keys() & paper[table].keys():

@@ -383,13 +383,14 @@ def totals(jobs: list[Job], todo: list[Job], args: Args) -> str:
     text = f"# {runs} runs, {runs - left} of them finished; {left} to do in {len(todo)} processes, "
     text += f"{sum(job.steps for job in todo):,} {' and '.join(units)}"
     if todo:
-        text += f", {time / 3600 / at_once:,.1f} hours with {at_once} at once"
-    for scripts, why in ((elsewhere, "at the speed of benchmark/results"), (unknown, "not counted, speed unknown")):
-        text += (
-            f" ({', '.join(sorted(scripts))}: {why}; a short run here, with STEPS and SEEDS=1, tells)"
-            if scripts
-            else ""
-        )
+        hours = "hours unknown" if unknown and not time else f"{time / 3600 / at_once:,.1f} hours"
+        text += f", {hours} with {at_once} at once"
+    for scripts, why in (
+        (elsewhere, "at the speed of the finished runs in benchmark/results, not of this machine"),
+        (unknown, "not in the hours, no finished run tells its speed"),
+    ):
+        if scripts:
+            text += f" ({', '.join(sorted(scripts))}: {why}; a short run here, with STEPS and SEEDS=1, tells)"
     return text
 
 

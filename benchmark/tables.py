@@ -14,7 +14,7 @@ from cells import (
     Group,
     LanguageGroup,
     planned,
-    read_rl_zoo,
+    read_public,
     short_name,
 )
 from runs import JUDGE, SFT_UPDATES, Results, Runs, language_cells
@@ -24,6 +24,8 @@ from scores import (
     format_improvement,
     format_interval,
     format_mean,
+    format_number,
+    improvements,
     interquartile_mean,
     joint_difference,
     probability_of_improvement,
@@ -31,7 +33,7 @@ from scores import (
 )
 
 PRINTED_WINS = {(8, "none"): 12, (8, "BSC(0.1)"): 15, (11, "none"): 16, (11, "BSC(0.1)"): 19}
-RL_ZOO_TIMESTEPS = 10_000_000
+ATARI = {11: ("PPO", "SPPO"), 8: ("A2C", "SA2C")}
 METRICS = {"rm_score": "score", "perplexity": "perplexity", "win_rate": "win rate (%)"}
 
 
@@ -114,9 +116,9 @@ def table_section(table: int, cells: dict, ours: dict, shorter: set) -> str:
         mean, se = runs.values.mean(), standard_error(runs.values)
         difference = format_difference(joint_difference(mean, se, cell) if cell else math.nan)
         texts = [format_mean(runs.values), str(len(runs.values)), f"{group.timesteps:,}", str(cell or "-"), difference]
-        rows.append([*group.columns[:names], *texts])
+        rows.append([*group.columns[:names], *texts] + [public_text(*key)] * (table in ATARI))
     header = ["Environment", "Algorithm", "Noise"][:names]
-    header += ["Ours", "n", "Timesteps", "Paper", "Difference / joint SE"]
+    header += ["Ours", "n", "Timesteps", "Paper", "Difference / joint SE"] + ["Public"] * (table in ATARI)
     text = [f"## {table_title(table, cells)}", "", markdown_table(header, rows, right="Ours|n|Timesteps|Paper"), ""]
     for noise in dict.fromkeys(noise for *_, noise in cells):
         text += noise_summary(table, cells, ours, noise)
@@ -131,6 +133,51 @@ def table_section(table: int, cells: dict, ours: dict, shorter: set) -> str:
         where = "everywhere" if len(environments) == per_column else ", ".join(sorted(environments))
         text.append(f"- {what}: {column}: {where}.")
     return "\n".join(text) + "\n"
+
+
+def public_text(environment: str, algorithm: str, noise: str) -> str:
+    """What others have published for a cell; all of it is without noise, and PPO with advantage normalization."""
+    same = [p for p in read_public() if noise == "none" and p.algorithm == algorithm and environment in p.means]
+    texts = [f"{format_number(p.means[environment])} ({p.source}, {p.steps_text}, n {p.seeds})" for p in same]
+    return "; ".join(texts) or "-"
+
+
+def gains_section(paper: dict, ours: dict) -> str:
+    """How far the paper's symmetric cells without noise are above each baseline that there is."""
+    rows = []
+    for table, (baseline, symmetric) in ATARI.items():
+        cells = {e: cell for (e, a, noise), cell in paper[table].items() if (a, noise) == (symmetric, "none")}
+        compared = [("the paper's cells", "5,000,000", "5", {e: paper[table][e, baseline, "none"].mean for e in cells})]
+        for name in (UNNORMALIZED, "PPO") if baseline == "PPO" else ("A2C",):
+            runs = {e: ours[e, name, "none"][1].values for e in cells if (e, name, "none") in ours}
+            seeds = sorted({len(values) for values in runs.values()})
+            means = {e: values.mean() for e, values in runs.items()}
+            compared.append((f"ours, {name}", "5,000,000", " to ".join(map(str, seeds[:1] + seeds[1:][-1:])), means))
+        compared += [
+            (p.source, f"{p.steps:,}" if p.steps else "not stated", str(p.seeds), p.means)
+            for p in read_public()
+            if p.algorithm == baseline
+        ]
+        for name, steps, seeds, means in compared:
+            pairs = [(means[e], cell.mean) for e, cell in cells.items() if e in means]
+            texts = ["", "", ""]
+            if pairs:
+                median = f"{np.median(improvements(pairs)):+.1f} %"
+                texts = [f"{count_wins(pairs)} of {len(pairs)}", format_improvement(pairs), median]
+            rows.append([f"{symmetric} over {baseline}", name, steps, seeds, *texts])
+    header = ["The paper's", "Baseline", "Steps", "n", "Higher in", "Average gain", "Median gain"]
+    links = ", ".join(f"[{source}]({url})" for source, url in {p.source: p.url for p in read_public()}.items())
+    return f"""## The paper's gain over each baseline
+
+The paper's SPPO and SA2C cells of Tables 11 and 8 without noise (5 seeds, taken to be 5e6 steps) over baselines of
+different origin. The paper's PPO cells are taken to be those of the baseline as released, which does not normalize
+advantages; SPPO, CleanRL and openai/baselines do. Runs of 10,000,000 steps say nothing about SPPO at equal length.
+Public scores are those of the last 100 episodes of training (openai/baselines; CleanRL, by its script's default steps:
+the latest returns of its 8 games), of 100 checkpoints (SLM Lab; its A2C has n-step returns) or of the episodes of one
+agent (RL Zoo). Sources, of the first two collected by openrlbenchmark: {links}.
+
+{markdown_table(header, rows, right="|".join(header[2:]))}
+"""
 
 
 def explanations(table: int, keys: list[tuple[str, str, str]]) -> list[str]:
@@ -243,14 +290,14 @@ def table_4_section(paper: dict, results: Results) -> str | None:
 def length_section(kind: str, paper: dict, groups: dict[Group, Runs]) -> str:
     """Shorter or longer runs at the paper's settings."""
     cells = {key: cell for table in TABLES for key, cell in paper[table].items()}
-    rl_zoo, rows = read_rl_zoo(), []
+    atari = any("atari" in group.family for group in groups)
+    rows = []
     for group in sorted(groups, key=sort_key):
         values, cell = groups[group].values, paper_cell(cells, group.cell)
         steps = f"{group.timesteps:,} of {group.paper_timesteps:,}"
         rows.append([*group.columns, steps, format_mean(values), str(len(values)), str(cell or "-")])
-        if kind == "longer":
-            same = group.noise == "none" and RL_ZOO_TIMESTEPS <= group.timesteps <= 1.01 * RL_ZOO_TIMESTEPS
-            rows[-1].append(rl_zoo.get((group.environment, group.algorithm), "-") if same else "-")
+        if atari and kind == "longer":
+            rows[-1].append(public_text(*group.cell))
     header = ["Environment", "Algorithm", "Noise", "Timesteps", f"Ours, {kind}", "n", "Paper, full length"]
     text = [
         f"## {kind.capitalize()} than the paper",
@@ -258,11 +305,9 @@ def length_section(kind: str, paper: dict, groups: dict[Group, Runs]) -> str:
         "The paper's settings, but not its length: no comparison.",
         "",
     ]
-    if kind == "longer":
-        header.append("RL Zoo, 1e7 steps")
-        text[-2] += " [RL Zoo](https://github.com/DLR-RM/rl-baselines3-zoo/blob/master/benchmark.md)'s "
-        text[-2] += "scores after 1e7 steps are those of one agent each, mean ± standard deviation over its episodes."
-    return "\n".join([*text, markdown_table(header, rows, right="|".join(header[3:])), ""])
+    if atari and kind == "longer":
+        header.append("Public")
+    return "\n".join([*text, markdown_table(header, rows, right="|".join(header[3:7])), ""])
 
 
 def other_section(groups: dict[Group, Runs]) -> str:

@@ -1,35 +1,51 @@
-"""Training speed of the scripts as ratios to Stable-Baselines3 at the same settings, measured alternately in one run.
+"""Training speed of the scripts as ratios to Stable-Baselines3 at the same settings, measured in turn.
 
     python benchmark/throughput.py                                            # all four scripts, eager and compiled
     python benchmark/throughput.py --scripts sppo_continuous_discretized --num-seeds 10
     python benchmark/throughput.py --scripts sppo_continuous_discretized --scaling 1 2 5 10 30
 
-Machines are shared and drift, so every round runs Stable-Baselines3 and each variant of ours one after the other, and
-only ratios within a round are compared. Compilation and evaluation are not counted, on either side. --scaling shows how
-the total grows with the number of agents in one process, where the time goes, and the memory that it takes.
+Machines are shared and drift, so every round runs Stable-Baselines3 and each variant of ours one after the other,
+backwards in every second round, and only ratios within a round are compared: of steps per second and, which neighbours
+disturb less, of steps per CPU second of the whole process. Printed are medians with 95 % bootstrap intervals over the
+rounds after the first, absolute steps per second, the processor and the load of the machine. Compilation and evaluation
+are not counted, on either side. --scaling shows in the same way how the total grows with the number of agents in one
+process, and where the time goes.
 """
 
+import contextlib
 import importlib
+import io
 import json
+import os
+import platform
 import resource
-import statistics
-import subprocess
 import sys
 import tempfile
 import time
 import warnings
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 import tyro
+from scores import bootstrap_interval
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+
+
+@dataclass
+class Speed:
+    """What one run did, summed over its agents."""
+
+    wall: float  # steps per second
+    cpu: float  # steps per CPU second of the process with all its threads
+    shares: dict[str, float] = field(default_factory=dict)  # of the time by the clock
+    memory: float = 0.0  # GiB, at most
 
 
 @dataclass
@@ -45,8 +61,8 @@ class Args:
     """environment; default HalfCheetah-v4 and BreakoutNoFrameskip-v4"""
     steps: int | None = None
     """environment steps of each agent and measurement; default 20,480 and on Atari 4,096"""
-    rounds: int = 5
-    """rounds; the median ratio is printed with the smallest and the largest"""
+    rounds: int = 10
+    """rounds that count; one more comes first and does not"""
     num_seeds: int = 1
     """agents trained at once by the continuous scripts; their steps are added up"""
     threads: int | None = None
@@ -57,8 +73,8 @@ class Args:
     """instead of ratios: numbers of agents in one process to compare (continuous scripts, compiled)"""
 
 
-def stable_baselines3(script: str, env_id: str, steps: int, threads: int) -> float:
-    """Steps per second of Stable-Baselines3's PPO or A2C at the settings of the script."""
+def stable_baselines3(script: str, env_id: str, steps: int, threads: int) -> Speed:
+    """Stable-Baselines3's PPO or A2C at the settings of the script."""
     import torch
     from stable_baselines3 import A2C, PPO
     from stable_baselines3.common.env_util import make_atari_env, make_vec_env
@@ -88,69 +104,91 @@ def stable_baselines3(script: str, env_id: str, steps: int, threads: int) -> flo
         env = VecNormalize(make_vec_env(env_id, n_envs=num_envs))
     model = algorithm(policy, env, device="cpu", seed=1, **options)
     model.learn(num_envs * model.n_steps)  # warm up
-    start = time.perf_counter()
+    first = model.num_timesteps
+    wall, cpu = time.perf_counter(), time.process_time()
     model.learn(steps, reset_num_timesteps=False)
-    return steps / (time.perf_counter() - start)
+    wall, cpu, steps = time.perf_counter() - wall, time.process_time() - cpu, model.num_timesteps - first
+    return Speed(steps / wall, steps / cpu)
 
 
-def environments_alone(script: str, env_id: str, steps: int, num_seeds: int) -> float:
-    """Steps per second of the training environments of num_seeds agents in one process, actions constant."""
+def environments_alone(script: str, env_id: str, steps: int, num_seeds: int) -> Speed:
+    """The training environments of num_seeds agents in one process, actions constant."""
     module = importlib.import_module(script)
     envs = module.make_envs(env_id, num_seeds * module.Args().num_envs)
     actions = np.zeros(envs.action_space.shape, envs.action_space.dtype)
     envs.reset(seed=list(range(envs.num_envs)))
-    start = time.perf_counter()
+    wall, cpu = time.perf_counter(), time.process_time()
     for _ in range(steps):
         envs.step(actions)
-    return steps * envs.num_envs / (time.perf_counter() - start)
+    total = steps * envs.num_envs
+    return Speed(total / (time.perf_counter() - wall), total / (time.process_time() - cpu))
 
 
-def ours(script: str, env_id: str, steps: int, threads: int, num_seeds: int, *flags: str) -> float:
-    """Steps per second of one of our scripts, summed over its agents, as result.json has it."""
-    with tempfile.TemporaryDirectory() as folder:
-        run_dir = Path(folder) / "run"
-        command = [sys.executable, str(ROOT / f"{script}.py"), "--env-id", env_id, "--run-dir", str(run_dir)]
-        command += ["--total-timesteps", str(steps), "--num-threads", str(threads), *flags]
-        if num_seeds > 1:
-            command += ["--num-seeds", str(num_seeds)]
-        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
-        return sum(json.loads(path.read_text())["sps"] for path in run_dir.rglob("result.json"))
+def ours(
+    script: str, env_id: str, steps: int, threads: int, num_seeds: int, compiled: bool, parts: bool = False
+) -> Speed:
+    """One of our scripts, steps summed over its agents; with parts also where the time goes (continuous scripts).
 
-
-def breakdown(script: str, env_id: str, steps: int, num_seeds: int) -> tuple[float, dict[str, float], float]:
-    """Total steps per second of num_seeds agents (compiled), shares of the time by part, peak memory in GiB."""
-    import torch
-
+    train calls perf_counter before and after each iteration; the CPU time is taken there too.
+    """
     module = importlib.import_module(script)
-    seconds = {}
+    marks, seconds, perf_counter = [], {}, time.perf_counter
+
+    def clock() -> float:
+        now = perf_counter()
+        if sys._getframe(1).f_code.co_name == "train":
+            marks.append((now, time.process_time()))
+        return now
 
     def time_method(owner: type, name: str, part: str) -> None:
+        import torch
+
         method = getattr(owner, name)
 
         def timed(*inputs, **options):
             if torch.compiler.is_compiling():
                 return method(*inputs, **options)
-            start = time.perf_counter()
+            start = perf_counter()
             result = method(*inputs, **options)
-            seconds[part] = seconds.get(part, 0.0) + time.perf_counter() - start
+            seconds[part] = seconds.get(part, 0.0) + perf_counter() - start
             return result
 
         setattr(owner, name, timed)
 
-    time_method(module.Envs, "step", "environment")
-    time_method(module.Agent, "logits", "policy")
-    time_method(module.Normalizer, "obs", "normalization")
-    time_method(module.Normalizer, "reward", "normalization")
-    module.evaluate = lambda learner, args, run_dir: np.zeros((num_seeds, 10))
+    time.perf_counter = clock
+    module.evaluate = lambda learner, args, *_: np.zeros((num_seeds, 10) if hasattr(args, "num_seeds") else 10)
+    if parts:
+        time_method(module.Envs, "step", "environment")
+        time_method(module.Agent, "logits", "policy")
+        time_method(module.Normalizer, "obs", "normalization")
+        time_method(module.Normalizer, "reward", "normalization")
     with tempfile.TemporaryDirectory() as folder:
-        args = module.Args(env_id=env_id, total_timesteps=steps, num_seeds=num_seeds, compile=True)
         run_dir = Path(folder) / "run"
-        module.create_run_dir(args, run_dir)
-        module.train(args, run_dir)
-        result = json.loads(next(Path(folder).rglob("result.json")).read_text())
-    shares = {part: value / result["total_timesteps"] * result["sps"] for part, value in seconds.items()}
-    shares["update and the rest"] = 1 - sum(shares.values())
-    return num_seeds * result["sps"], shares, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+        sys.argv = [script, "--env-id", env_id, "--run-dir", str(run_dir), "--total-timesteps", str(steps)]
+        sys.argv += ["--num-threads", str(threads), *["--compile"] * compiled]
+        sys.argv += ["--num-seeds", str(num_seeds)] if num_seeds > 1 else []
+        with contextlib.redirect_stdout(io.StringIO()):
+            code = module.main()
+        if code:
+            raise RuntimeError(f"{script} ended with exit code {code}")
+        results = [json.loads(path.read_text()) for path in run_dir.rglob("result.json")]
+    seconds_of = iterations(marks)
+    counted = len(seconds_of) / (len(seconds_of) + compiled)  # the first one compiles
+    wall, cpu = seconds_of.sum(0)
+    total = num_seeds * results[0]["total_timesteps"] * counted
+    if abs(sum(result["sps"] for result in results) / (total / wall) - 1) > 0.01:
+        raise RuntimeError(f"{script} counts other iterations than this program")
+    shares = {part: value / wall * counted for part, value in seconds.items()}
+    if parts:
+        shares["update and the rest"] = 1 - sum(shares.values())
+    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    return Speed(total / wall, total / cpu, shares, memory)
+
+
+def iterations(marks: list[tuple[float, float]]) -> np.ndarray:
+    """Seconds by the clock and of CPU of each timed iteration; one that compiles has a start and no end."""
+    ends = np.array(marks[len(marks) % 2 :]).reshape(-1, 2, 2)
+    return ends[:, 1] - ends[:, 0]
 
 
 def in_fresh_process(function: Callable, *inputs):
@@ -159,39 +197,76 @@ def in_fresh_process(function: Callable, *inputs):
         return executor.submit(function, *inputs).result()
 
 
+def in_turn(rounds: int, measure: dict[str, Callable[[], Speed]], label: str) -> dict[str, list[Speed]]:
+    """Each of measure once in every round, backwards in every second one; without the first round."""
+    found, loads, start = {name: [] for name in measure}, [], time.perf_counter()
+    for i in range(rounds + 1):
+        loads.append(os.getloadavg()[0])
+        for name in list(measure)[:: 1 if i % 2 == 0 else -1]:
+            found[name].append(measure[name]())
+        left = (time.perf_counter() - start) / (i + 1) * (rounds - i) / 60
+        print(f"{label}: round {i} of {rounds}, {left:.0f} min left", file=sys.stderr, flush=True)
+    print(f"{label}, {rounds} rounds; {processor()}, {os.cpu_count()} CPUs, ", end="")
+    print(f"load {min(loads):.1f} to {max(loads):.1f} at the start of a round")
+    return {name: speeds[1:] for name, speeds in found.items()}
+
+
+def processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def ratio(speeds: list[Speed], others: list[Speed]) -> str:
+    """Median ratios of the rounds, by the clock and by CPU seconds, with their 95 % bootstrap intervals."""
+    texts = []
+    for kind in ("wall", "cpu"):
+        ratios = np.array([getattr(a, kind) / getattr(b, kind) for a, b in zip(speeds, others)])
+        interval = bootstrap_interval([ratios], np.median)
+        texts.append(f"{np.median(ratios):.2f}" + (f" [{interval[0]:.2f}, {interval[1]:.2f}]" if interval else ""))
+    return f"{texts[0]} (per CPU second {texts[1]})"
+
+
+def median_wall(speeds: list[Speed]) -> str:
+    return f"{np.median([speed.wall for speed in speeds]):,.0f}"
+
+
 def compare(args: Args, script: str) -> None:
     env_id, steps, threads = settings(args, script)
     num_seeds = 1 if script.endswith("atari") else args.num_seeds
-    ratios = {variant: [] for variant in args.variants}
-    of_environments = []
-    start = time.perf_counter()
-    for done in range(args.rounds):
-        peer = in_fresh_process(stable_baselines3, script, env_id, steps, threads)
-        for variant, values in ratios.items():
-            speed = ours(script, env_id, steps, threads, num_seeds, *(["--compile"] if variant == "compile" else []))
-            values.append(speed / peer)
-        if not script.endswith("atari"):
-            alone = in_fresh_process(environments_alone, script, env_id, 3000, num_seeds)
-            of_environments.append(speed / alone)
-        left = (time.perf_counter() - start) / (done + 1) * (args.rounds - done - 1) / 60
-        latest = ", ".join(f"{variant} {values[-1]:.2f}" for variant, values in ratios.items())
-        print(f"{script}: round {done + 1}: {latest}; {left:.0f} min left", file=sys.stderr, flush=True)
-    print(f"{script}, {env_id}, {num_seeds} agent(s), {threads} thread(s), {args.rounds} rounds of {steps:,} steps")
-    for variant, values in ratios.items():
-        print(f"  {variant:9} {summary(values)} times Stable-Baselines3")
-    if of_environments:
-        print(f"  {variant:9} {summary(of_environments)} of the speed of its environments alone", flush=True)
+
+    def measure(function: Callable, *inputs) -> Callable[[], Speed]:
+        return lambda: in_fresh_process(function, script, env_id, *inputs)
+
+    runs = {"Stable-Baselines3": measure(stable_baselines3, steps, threads)}
+    runs |= {v: measure(ours, steps, threads, num_seeds, v == "compile") for v in args.variants}
+    if not script.endswith("atari"):
+        runs["environments"] = measure(environments_alone, 3000, num_seeds)
+    label = f"{script}, {env_id}, {num_seeds} agent(s), {threads} thread(s), {steps:,} steps"
+    found = in_turn(args.rounds, runs, label)
+    peer, alone = found["Stable-Baselines3"], found.get("environments")
+    for variant in args.variants:
+        print(f"  {variant}: {ratio(found[variant], peer)} times Stable-Baselines3, ", end="")
+        print(f"{median_wall(found[variant])} and {median_wall(peer)} steps/s", flush=True)
+    if alone:
+        print(f"  {variant}: {ratio(found[variant], alone)} of its environments alone, {median_wall(alone)} steps/s")
 
 
 def scale(args: Args, script: str) -> None:
-    env_id, steps, _ = settings(args, script)
-    print(f"{script}, {env_id}, 1 thread, compiled: total speed relative to {args.scaling[0]} agent(s)")
-    first = None
-    for num_seeds in args.scaling:
-        speed, shares, memory = in_fresh_process(breakdown, script, env_id, steps, num_seeds)
-        first = first or speed
-        parts = ", ".join(f"{part} {share:.0%}" for part, share in shares.items())
-        print(f"  {num_seeds:3} agents: {speed / first:5.2f} times; {parts}; peak memory {memory:.2f} GiB", flush=True)
+    env_id, steps, threads = settings(args, script)
+    runs = {
+        f"{n} agents": lambda n=n: in_fresh_process(ours, script, env_id, steps, threads, n, True, True)
+        for n in args.scaling
+    }
+    found = in_turn(args.rounds, runs, f"{script}, {env_id}, {threads} thread(s), {steps:,} steps, compiled")
+    first = found[f"{args.scaling[0]} agents"]
+    for name, speeds in found.items():
+        parts = [f"{part} {np.median([s.shares.get(part, 0) for s in speeds]):.0%}" for part in speeds[0].shares]
+        print(f"  {name}: {ratio(speeds, first)} times {args.scaling[0]}, {median_wall(speeds)} steps/s; ", end="")
+        print(f"{', '.join(parts)}; {max(s.memory for s in speeds):.2f} GiB", flush=True)
 
 
 def settings(args: Args, script: str) -> tuple[str, int, int]:
@@ -201,13 +276,10 @@ def settings(args: Args, script: str) -> tuple[str, int, int]:
     return args.env_id or "HalfCheetah-v4", args.steps or 20_480, args.threads or 1
 
 
-def summary(values: list[float]) -> str:
-    return f"{statistics.median(values):.2f} ({min(values):.2f} to {max(values):.2f})"
-
-
 def main() -> int:
     args = tyro.cli(Args, description=__doc__)
-    if min(args.rounds, args.num_seeds, args.threads or 1, args.steps or 1, *args.scaling) < 1:
+    numbers = (args.rounds, args.num_seeds, args.threads, args.steps, *args.scaling)
+    if any(number is not None and number < 1 for number in numbers):
         print("error: --rounds, --num-seeds, --threads, --steps and --scaling must be at least 1", file=sys.stderr)
         return 2
     for script in args.scripts:

@@ -273,15 +273,15 @@ evaluation: in the environments of the training | sppo_continuous_discretized | 
 - TRAINING, EVALUATION = 0, 1
 + TRAINING, EVALUATION = 0, 0
 
-evaluation: counts later games | sppo_atari | atari
-- running &= ~game_over
-+ running &= running
+evaluation: counts later games | sppo_atari | atari -k first_game_alone
+- returns += reward * running
++ returns += reward
 
 resume: random numbers start anew | sppo_continuous_discretized | cli -k round_trip
 - generator.set_state(generator_state)
 + pass
 
-resume: random numbers start anew | sa2c_atari | atari
+resume: random numbers start anew | sa2c_atari | atari -k survives
 - self.generator.set_state(state["generator"])
 + pass
 
@@ -289,7 +289,7 @@ resume: statistics lost | sppo_continuous_discretized | cli -k round_trip
 - ({k: v.numpy() for k, v in statistics.items()})
 + ({})
 
-resume: optimizer lost | sppo_atari | references_atari
+resume: optimizer lost | sppo_atari | atari -k survives
 - self.optimizer.load_state_dict(state["optimizer"])
 + pass
 

@@ -463,6 +463,7 @@ def test_learner_state_survives_a_checkpoint(script, tmp_path):
     for p in learner.agent.parameters():
         p.grad = torch.randn(p.shape)
     learner.optimizer.step()
+    torch.rand(3, generator=learner.generator)  # a new learner's generator is not where this one is
     torch.save(learner.state(), tmp_path / "state.pt")
     other = make()
     other.load_state(torch.load(tmp_path / "state.pt", weights_only=True), tmp_path / "state.pt")

@@ -5,6 +5,7 @@ import importlib
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 from collections import Counter
@@ -13,8 +14,9 @@ from dataclasses import asdict
 import numpy as np
 import pytest
 import report
+import same_as_sb3
 import scores
-from cells import PAPER_NUMBERS, PARTS, TABLES, UNNORMALIZED, Cell, identify, parse, read_paper
+from cells import PAPER_NUMBERS, PARTS, TABLES, UNNORMALIZED, Cell, identify, parse, read_paper, read_public
 from conftest import ROOT, import_scripts
 from figures import bin_means
 from runs import JUDGE, read_curve
@@ -247,7 +249,7 @@ def test_short_runs_and_other_settings_are_never_mixed_in(tmp_path):
         [PENDULUM, "DSPPO", "none", "51,200 of 1,000,000", "15.0 ± 5.0", "2", "9015 ± 101"],
     ]
     assert rows(section(text, "Longer than the paper")) == [
-        [PENDULUM, "DSPPO", "none", "2,000,000 of 1,000,000", "1.00", "1", "9015 ± 101", "-"]
+        [PENDULUM, "DSPPO", "none", "2,000,000 of 1,000,000", "1.00", "1", "9015 ± 101"]
     ]
     assert [row[1:] for row in rows(section(text, "Other settings"))] == [
         ["DSPPO", "none", "num_bins 7", "1,000,000", "2.00", "1"],
@@ -270,21 +272,53 @@ def test_the_control_of_the_identity_has_a_row_of_its_own(tmp_path):
     assert "- DPPO control: the symmetric algorithm without its reverse loss, its policy loss times" in table
 
 
-def test_atari_runs_of_1e7_steps_stand_beside_rl_zoo(tmp_path):
+def test_public_scores_stand_beside_atari_runs_without_noise(tmp_path):
     beam, alien = "BeamRiderNoFrameskip-v4", "AlienNoFrameskip-v4"
     args = {"script": "sa2c_atari", "alpha": 1.0, "beta": 0.0}
     write_run(tmp_path / "runs" / "5e6", [1100.0], beam, steps=5_000_000, **args)
     write_run(tmp_path / "runs" / "1e7", [2900.0], beam, steps=10_000_000, **args)
-    write_run(tmp_path / "runs" / "noise", [2000.0], beam, steps=10_000_000, reward_flip_prob=0.1, **args)
+    write_run(tmp_path / "runs" / "noise", [2000.0], beam, steps=5_000_000, reward_flip_prob=0.1, **args)
     write_run(tmp_path / "runs" / "8e6", [1000.0], alien, "sppo_atari", 8_000_000, alpha=1.0, beta=0.0)
     text = make_report(tmp_path / "runs")
-    assert [row[1:4] for row in rows(section(text, "Table 8"))] == [["A2C", "none", "1100"]]
-    cells = [str(PAPER[table][key]) for table, key in ((11, (alien, "PPO", "none")), (8, (beam, "A2C", "none")))]
-    assert [(row[0], row[3], *row[6:]) for row in rows(section(text, "Longer than the paper"))[:2]] == [
-        ("Alien", "8,000,000 of 5,000,000", cells[0], "-"),
-        ("BeamRider", "10,000,000 of 5,000,000", cells[1], "2890 ± 1379"),
+    a2c = "4139 (SLM Lab, 10,000,000 steps, n 4); 2890 (RL Zoo, 10,000,000 steps, n 1)"
+    ppo = "1755 (CleanRL, 10,000,000 steps, n 3); 1706 (openai/baselines, steps not stated, n 3); "
+    ppo += "1413 (SLM Lab, 10,000,000 steps, n 4)"
+    assert [(row[2], row[3], row[-1]) for row in rows(section(text, "Table 8"))] == [
+        ("none", "1100", a2c),
+        ("BSC(0.1)", "2000", "-"),
     ]
-    assert rows(section(text, "Longer than the paper"))[2][7] == "-"  # with noise
+    cells = [str(PAPER[table][key]) for table, key in ((11, (alien, "PPO", "none")), (8, (beam, "A2C", "none")))]
+    assert [(row[0], row[3], *row[6:]) for row in rows(section(text, "Longer than the paper"))] == [
+        ("Alien", "8,000,000 of 5,000,000", cells[0], ppo),
+        ("BeamRider", "10,000,000 of 5,000,000", cells[1], a2c),
+    ]
+
+
+def test_public_scores_have_a_source_for_every_game():
+    games = {game for game, *_ in PAPER[11]}
+    public = {(p.source, p.algorithm): p for p in read_public()}
+    assert len(public) == 6
+    for (source, _), p in public.items():
+        assert p.means.keys() == games if source != "RL Zoo" else len(p.means) == 4 and p.means.keys() < games
+        assert p.url.startswith("https://github.com/") and p.seeds >= 1 and min(p.means.values()) > 0
+
+
+def test_gain_of_the_paper_over_each_baseline(tmp_path):
+    sppo = {game: PAPER[11][f"{game}NoFrameskip-v4", "SPPO", "none"].mean for game in ("Alien", "Qbert")}
+    games = {"Alien": sppo["Alien"] / 1.1, "Qbert": sppo["Qbert"] / 1.5}
+    for game, score in games.items():
+        for seeds in (1, 2)[: 2 if game == "Alien" else 1]:
+            args = {"alpha": 1.0, "beta": 0.0, "norm_adv": False, "first_seed": seeds}
+            write_run(
+                tmp_path / "runs" / f"{game}{seeds}", [score], f"{game}NoFrameskip-v4", "sppo_atari", 5_000_192, **args
+            )
+    gains = {tuple(row[:2]): row[2:] for row in rows(section(make_report(tmp_path / "runs"), "The paper's gain"))}
+    assert gains["SPPO over PPO", "the paper's cells"] == ["5,000,000", "5", "16 of 22", "+13.4 %", "+9.6 %"]
+    ours = gains["SPPO over PPO", f"ours, {UNNORMALIZED}"]
+    assert ours == ["5,000,000", "1 to 2", "2 of 2", "+30.0 %", "+30.0 %"]
+    assert gains["SPPO over PPO", "ours, PPO"] == ["5,000,000", "", "", "", ""]
+    assert gains["SPPO over PPO", "openai/baselines"][:3] == ["not stated", "3", "1 of 22"]
+    assert gains["SA2C over A2C", "RL Zoo"][:3] == ["10,000,000", "1", "0 of 4"]
 
 
 def test_ppo_on_atari_with_and_without_normalization(tmp_path):
@@ -612,7 +646,7 @@ def test_the_kept_report_is_what_the_kept_results_make_and_is_quoted_right(tmp_p
     assert {path.name for path in tmp_path.glob("*.png")} == {path.name for path in kept.glob("*.png")}
     document = ROOT / "docs" / "results.md"
     quoted = rows((document if document.exists() else ROOT / "README.md").read_text(encoding="utf-8"))
-    tables = [part for part in made.split("\n## ")[1:] if part.startswith("Table ")]
+    tables = [part for part in made.split("\n## ")[1:] if part.startswith(("Table ", "The paper's gain"))]
     beside = [row for table in tables for row in rows(table) if row[-1] != "-"]
     assert beside and all(row in quoted for row in beside)
 
@@ -631,6 +665,38 @@ def test_folders_without_results(tmp_path, capsys):
         error = capsys.readouterr().err
         assert message in error and error.count("\n") == 1
     assert not (tmp_path / "report").exists()
+
+
+@pytest.mark.parametrize("out", ["file", "file/below"])
+def test_out_that_names_a_file_is_refused(tmp_path, capsys, out):
+    write_run(tmp_path / "runs", [9000.0], **DSPPO)
+    (tmp_path / "file").write_text("mine")
+    assert report.main([str(tmp_path / "runs"), "--out", str(tmp_path / out)]) == 2
+    assert capsys.readouterr() == ("", f"error: --out {tmp_path / out} is no folder\n")
+    assert (tmp_path / "file").read_text() == "mine" and len(list(tmp_path.iterdir())) == 2
+
+
+def test_our_runs_beside_those_of_stable_baselines3(tmp_path, capsys):
+    """The curves rise on a line to the score: the mean of their last tenth is 95 % of it."""
+    cells = tmp_path / "runs"
+    theirs = {"script": "sb3_baseline", "steps": 200_704, "num_bins": 11, "curves": True}
+    write_run(cells / "ppo", [1000.0, 1100.0, 1200.0], algo="ppo", **theirs)
+    write_run(cells / "a2c", [500.0], LANDER, algo="a2c", **theirs)  # ours has not ended
+    write_run(cells / "gaussian", [9000.0], script="sb3_baseline", steps=200_704, curves=True, algo="ppo")
+    document = tmp_path / "results.md"
+    document.write_text(f"a\n<!-- {same_as_sb3.MARKER}: begin -->\nold\n<!-- {same_as_sb3.MARKER}: end -->\nz\n")
+    command = [str(cells), "--out", str(tmp_path / "figures"), "--document", str(document)]
+    assert same_as_sb3.main(command) == 2 and capsys.readouterr().err.startswith("error: no finished runs of both")
+    write_run(cells / "dppo", [1200.0, 1300.0, 1400.0], steps=200_704, curves=True, **DPPO)
+    write_run(cells / "dsppo", [9000.0], steps=200_704, curves=True, **DSPPO)
+    write_run(cells / "noise", [9000.0], steps=200_704, curves=True, reward_noise_std=0.05, **DPPO)
+    assert same_as_sb3.main(command) == 0
+    text = document.read_text()
+    assert text.startswith("a\n") and text.endswith("z\n") and "old" not in text
+    # SE of both: 0.95 * 100 / sqrt(3) = 54.8; 190 / sqrt(2) / 54.8 = 2.45
+    assert rows(text) == [[PENDULUM, "PPO", "1045 ± 55", "1235 ± 55", "3, 3", "+2.45"]]
+    assert re.findall(r"!\[.*?\]\((.*?)\)", text) == ["figures/same_as_sb3_ppo.png", "figures/same_as_sb3_a2c.png"]
+    assert all(1_000 < path.stat().st_size < 300_000 for path in (tmp_path / "figures").iterdir())
 
 
 def test_kept_runs_have_result_thinned_curves_and_every_evaluation(tmp_path):

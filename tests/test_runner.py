@@ -392,13 +392,19 @@ def test_a_dry_run_ends_with_totals(fake):
     cells = ["succeed --seeds 3 --total-timesteps 360000", "single --seeds 2"]
     totals = run(cells, "--dry-run", "--workers", "1")[1].splitlines()[-1]
     assert totals.startswith(
-        "# 5 runs, 0 of them finished; 5 to do in 3 processes, 1,080,020 steps, 0.0 hours with 1 at"
+        "# 5 runs, 0 of them finished; 5 to do in 3 processes, 1,080,020 steps, hours unknown with 1 at"
     )
-    assert "(single, succeed: not counted, speed unknown; a short run here, with STEPS and SEEDS=1, tells)" in totals
+    assert "(single, succeed: not in the hours, no finished run tells its speed; a short run here, with STEPS" in totals
     assert run(cells, STEPS="4")[0] == 0  # three seeds in one process at 2 steps per second each
     assert run(cells[1:])[0] == 0
     totals = run(cells, "--dry-run", "--workers", "1")[1].splitlines()[-1]
     assert totals == "# 5 runs, 2 of them finished; 3 to do in 1 processes, 1,080,000 steps, 50.0 hours with 1 at once"
+
+
+def test_hours_without_a_run_here_are_those_of_the_kept_results(tmp_path):
+    totals = sweep("continuous_ppo", tmp_path, "--dry-run", ENVS="HalfCheetah").stdout.splitlines()[-1]
+    assert re.search(r", [\d.]+ hours with \d+ at once \(", totals) and "unknown" not in totals
+    assert "at the speed of the finished runs in benchmark/results, not of this machine; a short run here" in totals
 
 
 @pytest.mark.parametrize(
@@ -661,17 +667,18 @@ def test_flags_have_the_types_that_result_files_have():
     [
         (["--num-bins", "1"], "--num-bins must be "),
         (["--gamma", "1.1"], "--gamma must be between 0 and 1"),
+        (["--total-timesteps", "-1"], "--total-timesteps must be at least 1, not -1"),
         (["--policy-coef", "0"], "--policy-coef must be "),
         (["--policy-coef", "2", "--algo", "a2c"], "--policy-coef must be "),
         (["--env-id", "NoSuchEnv-v4"], "--env-id NoSuchEnv-v4: "),
     ],
 )
 def test_stable_baselines3_refuses_what_it_cannot_do(tmp_path, flags, words):
-    command = [sys.executable, "benchmark/sb3_baseline.py", "--run-dir", tmp_path / "run", *flags]
-    command += ["--total-timesteps", "2048"]
+    command = [sys.executable, "benchmark/sb3_baseline.py", "--run-dir", tmp_path / "run"]
+    command += ["--total-timesteps", "2048", *flags]
     process = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert process.returncode == 2 and process.stderr.startswith(f"error: {words}")
-    assert process.stderr.count("\n") == 1 and not (tmp_path / "run").exists()
+    assert process.stderr.count("\n") == 1 and not process.stdout and not any(tmp_path.iterdir())
 
 
 def test_the_baseline_without_its_package_names_the_requirements_file(tmp_path):

@@ -361,3 +361,14 @@ def test_killed_batch_resumes_to_the_same_total(script, monkeypatch, tmp_path, c
             row.split(",") for row in old_rows[1 : 1 + kept]
         ]
         assert [int(row.split(",")[0]) for row in rows[1:]] == [32, 64, 96, 128, 160, 160]
+
+
+@pytest.mark.parametrize("script", import_scripts("s*_[ac]*.py"))
+def test_no_evaluation_starts_where_training_did(script):
+    def seeds(*streams):
+        seed = 3 if script.SCRIPT.endswith("atari") else [3]
+        return {s for stream in streams for s in script.env_seeds(seed, 10, *stream)}
+
+    training = seeds((script.TRAINING, 0), (script.TRAINING, 2048))
+    evaluation = seeds((script.EVALUATION,), (script.EVALUATION, 2048))
+    assert len(training) == len(evaluation) == 20 and not training & evaluation

@@ -1,0 +1,71 @@
+"""benchmark/throughput.py: what is measured, in which order, and how it is summed up; not how fast anything is."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT
+from throughput import Speed, in_fresh_process, in_turn, iterations, ours, processor, ratio, stable_baselines3
+
+
+def test_rounds_go_back_and_forth_and_the_first_is_dropped(capsys):
+    calls = []
+
+    def measure(name):
+        def run():
+            calls.append(name)
+            return Speed(len(calls), 1.0)
+
+        return run
+
+    found = in_turn(3, {"a": measure("a"), "b": measure("b")}, "label")
+    assert "".join(calls) == "abbaabba"
+    assert {name: [speed.wall for speed in speeds] for name, speeds in found.items()} == {
+        "a": [4, 5, 8],
+        "b": [3, 6, 7],
+    }
+    line = capsys.readouterr().out
+    assert line.startswith(f"label, 3 rounds; {processor()}, ") and processor() and ", load " in line
+
+
+def test_ratios_are_of_one_round_and_their_median_has_an_interval():
+    """Both slow down tenfold in one round: the ratios do not."""
+    peer = [Speed(x, 2.0) for x in (100.0, 10.0, 100.0, 100.0, 100.0)]
+    mine = [Speed(x, y) for x, y in ((200.0, 5.0), (20.0, 5.0), (300.0, 5.0), (200.0, 5.0), (150.0, 5.0))]
+    assert ratio(mine, peer) == "2.00 [1.50, 3.00] (per CPU second 2.50 [2.50, 2.50])"
+    assert ratio(mine[:1], peer[:1]) == "2.00 (per CPU second 2.50)"
+
+
+def test_an_iteration_that_compiles_is_left_out():
+    marks = [(1.0, 10.0), (2.0, 11.0), (5.0, 12.0), (6.0, 14.0)]
+    assert iterations(marks).tolist() == [[1.0, 1.0], [1.0, 2.0]]
+    assert iterations([(0.0, 0.0), *marks]).tolist() == iterations(marks).tolist()
+
+
+def test_a_script_is_measured_by_the_clock_and_in_cpu_seconds():
+    """Other iterations than those behind the script's own steps per second would raise an error."""
+    speed = in_fresh_process(ours, "sppo_continuous_discretized", "InvertedDoublePendulum-v4", 4096, 1, 2, False, True)
+    assert 0 < speed.wall < 1.1 * speed.cpu  # one thread: CPU seconds are no more than seconds
+    assert sum(speed.shares.values()) == pytest.approx(1) and min(speed.shares.values()) > 0
+    assert 0.1 < speed.memory < 4
+    peer = in_fresh_process(stable_baselines3, "sa2c_continuous_discretized", "InvertedDoublePendulum-v4", 64, 1)
+    assert 0 < peer.wall < 1.1 * peer.cpu
+
+
+@pytest.mark.parametrize("flags", [("--scaling", "0"), ("--scaling", "1", "0"), ("--rounds", "0"), ("--steps", "0")])
+def test_numbers_below_one_are_refused(tmp_path, flags):
+    command = [sys.executable, ROOT / "benchmark/throughput.py", *flags]
+    process = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    message = "error: --rounds, --num-seeds, --threads, --steps and --scaling must be at least 1\n"
+    assert (process.returncode, process.stdout, process.stderr) == (2, "", message)
+    assert not any(tmp_path.iterdir())
+
+
+def test_envpool_check_without_envpool_says_where_it_is_from(tmp_path):
+    (tmp_path / "envpool.py").write_text("raise ModuleNotFoundError(name='envpool')")
+    command = [sys.executable, ROOT / "benchmark/envpool_check.py"]
+    environment = os.environ | {"PYTHONPATH": str(tmp_path)}
+    process = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert process.returncode == 2 and process.stderr.count("\n") == 1
+    assert process.stderr.startswith("error: there is no envpool: the head of envpool_check.py")
