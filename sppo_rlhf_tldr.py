@@ -139,7 +139,7 @@ class Args:
     resume: str | None = None  # run directory to continue; only --micro-batch-size and --rollout-batch-size may change
     evaluate: str | None = None  # run directory to evaluate instead of training
     eval_every: int = 0  # updates between evaluations during training; 0: only before and after
-    eval_samples: int = 100  # validation prompts of an evaluation; 0: all. Perplexity is always that of all
+    eval_samples: int = 100  # validation prompts of an evaluation; 0: all. Perplexity is that of their references
     checkpoint_every: int = 10  # updates between checkpoints
     track: bool = False  # log to Weights & Biases as well (pip install wandb)
     wandb_project_name: str = "symmetric-rl"  # Weights & Biases project
@@ -179,13 +179,13 @@ def load_auto(flag: str, name: str, auto_class: type, **options):
     return load_pretrained(flag, name, auto_class.from_pretrained, trust_remote_code=False, **options)
 
 
-def load_rows(name: str, columns: Sequence[str], keep_others: bool = False) -> tuple[list[dict], list[dict]]:
-    """Rows of the training and the validation split; without one, a random fifth of the training split.
+def load_rows(args: Args, columns: Sequence[str]) -> tuple[list[dict], list[dict]]:
+    """Rows of the training and the validation split; without one, a fifth of the training split, drawn by the seed.
 
-    They have the columns, which are texts, or all columns. Raises Stop when there is no such data set or column, no
-    row, or something else than text in a row.
+    They have the columns, which are texts, or, for a reward function, all columns. Raises Stop when there is no such
+    data set or column, no row, or something else than text in a row.
     """
-    path = Path(name)
+    name, path = args.dataset, Path(args.dataset)
     require(not path.is_file() or path.stat().st_size, f"--dataset {name} is empty")
     if path.is_file():
         data = load_pretrained("dataset", name, lambda file: datasets.load_dataset("json", data_files=file))
@@ -200,13 +200,13 @@ def load_rows(name: str, columns: Sequence[str], keep_others: bool = False) -> t
         validation = data[names[0]]
     else:
         require(len(train) > 1, f"--dataset {name} has {len(train)} rows: too few for training and validation")
-        train, validation = train.train_test_split(test_size=0.2, seed=0).values()
+        train, validation = train.train_test_split(test_size=0.2, seed=args.seed).values()
     for split in (train, validation):
         missing = [column for column in columns if column not in split.column_names]
         require(not missing, f"--dataset {name} has no column {', '.join(missing)}, only {split.column_names}")
         texts = all(isinstance(cell, str) for column in columns for cell in split[column])
         require(texts, f"--dataset {name} has rows in which {' or '.join(columns)} is no text")
-    if not keep_others:
+    if not args.reward_function:
         train, validation = train.select_columns(columns), validation.select_columns(columns)
     return train.to_list(), validation.to_list()
 
@@ -594,9 +594,7 @@ class Learner:
         self.accelerator, self.device = accelerator, accelerator.device
         self.reward_function = RewardFunction(args.reward_function) if args.reward_function else None
         with accelerator.main_process_first():  # the others find the data set prepared
-            self.rows, self.validation = load_rows(
-                args.dataset, ["prompt", "label"], keep_others=bool(args.reward_function)
-            )
+            self.rows, self.validation = load_rows(args, ["prompt", "label"])
         # All load models at once: of what has to be downloaded, huggingface_hub lets one process fetch each file.
         require(
             not load_pretrained("policy", args.policy, find_adapter_config_file),
@@ -896,7 +894,7 @@ def evaluate(learner: Learner, args: Args) -> tuple[dict[str, float], list[dict]
     metrics = {f"eval/{name}": float(np.mean([sample[name] for sample in samples])) for name in names}
     metrics["eval/empty_wins"] = float(np.mean([s["score_empty"] > s["score"] for s in samples]))
     metrics["eval/truncated_wins"] = float(np.mean([s["score_truncated"] > s["score"] for s in samples]))
-    texts = [row["label"].strip() for row in learner.validation]
+    texts = [sample["reference"] for sample in samples]
     metrics["eval/perplexity"] = perplexity(learner, learner.actor_critic.switch_to("policy"), texts)
     return metrics, samples
 
@@ -915,12 +913,16 @@ def evaluate_saved(args: Args, run_dir: Path) -> dict[str, float]:
 
 @torch.no_grad()
 def perplexity(learner: Learner, policy: PreTrainedModel, texts: list[str]) -> float:
-    """The policy's perplexity of texts, joined by blank lines: strides of 512 tokens, each with as many before it."""
+    """The policy's perplexity of texts, joined by blank lines: strides of 512 tokens after as many as it has room for.
+
+    Of more than GPT-J's 2,048 positions no use is made; with fewer than 1,024 a stride is half of them.
+    """
     tokens = learner.tokenizer("\n\n".join(texts), verbose=False, return_tensors="pt").input_ids.to(learner.device)
-    stride = min(512, (getattr(policy.config, "max_position_embeddings", None) or sys.maxsize) // 2)
+    room = min(getattr(policy.config, "max_position_embeddings", None) or 2048, 2048)
+    stride = min(512, room // 2)
     loss = torch.zeros((), dtype=torch.float64, device=learner.device)
     for start in learner.shard(range(0, tokens.shape[1], stride)):
-        window = tokens[:, max(0, start - stride) : start + stride]
+        window = tokens[:, max(0, start + stride - room) : start + stride]
         num_predicted = min(stride, tokens.shape[1] - start) - (start == 0)  # nothing predicts the first token
         if num_predicted:
             loss -= response_logprobs(policy, window, torch.ones_like(window), num_predicted).sum()

@@ -863,6 +863,19 @@ def test_perplexity_is_that_of_strides_with_as_many_tokens_before_them(script, s
 
 
 @both
+@pytest.mark.parametrize("room, context", [(1024, 512), (1100, 588), (2048, 1536), (8192, 1536)])
+def test_context_of_perplexity_is_positions_minus_stride_up_to_gpt_js(script, make_learner, monkeypatch, room, context):
+    learner, _ = make_learner(script)
+    windows, policy = [], policy_of(learner)
+    monkeypatch.setattr(policy.config, "n_positions" if script is IMDB else "max_position_embeddings", room)
+    logprobs = torch.zeros(1, 512)
+    monkeypatch.setattr(script, "response_logprobs", lambda lm, x, mask, n: windows.append((x.shape[1], n)) or logprobs)
+    script.perplexity(learner, policy, ["x" * 4097])
+    starts = range(0, 4096, 512)
+    assert windows == [(min(start, context) + 512, 512 - (start == 0)) for start in starts] + [(1 + context, 1)]
+
+
+@both
 def test_perplexity_of_a_short_text_is_the_models_own_loss(script, scrambled):
     learner, _ = scrambled(script)
     tokens = torch.tensor([learner.tokenizer("the movie was\n\nfine to watch").input_ids])
@@ -901,6 +914,9 @@ def test_evaluation_of_tldr_is_greedy_and_has_rouge(scrambled, monkeypatch):
     torch.manual_seed(0)
     first, samples = TLDR.evaluate(learner, args)
     greedy, responses, references, empty, cut = seen
+    labels = [row["label"].strip() for row in rows]  # of the evaluated posts alone, as in the authors' runs
+    expected = TLDR.perplexity(learner, policy_of(learner), labels)
+    assert first["eval/perplexity"] == pytest.approx(expected, rel=1e-5)
     assert greedy and len(learner.validation) == 8
     posts = [learner.tokenizer.decode(p) for p in TLDR.encode_prompts(learner.tokenizer, rows, args.prompt_length)]
     assert empty == [post + " " for post in posts]
@@ -1047,7 +1063,7 @@ DATASETS = {
 @pytest.mark.parametrize("kind", DATASETS)
 def test_data_set_with_a_validation_split(script, tmp_path, kind):
     DATASETS[kind](tmp_path / "data")
-    train, validation = script.load_rows(str(tmp_path / "data"), ["text"])
+    train, validation = script.load_rows(script.Args(dataset=str(tmp_path / "data")), ["text"])
     assert train == [{"text": row["text"]} for row in ROWS[:7]]
     assert validation == [{"text": row["text"]} for row in ROWS[7:]]
 
@@ -1064,13 +1080,16 @@ WITHOUT_VALIDATION = {
 
 @both
 @pytest.mark.parametrize("kind", WITHOUT_VALIDATION)
-def test_data_set_without_a_validation_split_gives_its_last_fifth(script, tmp_path, kind):
+def test_data_set_without_a_validation_split_gives_a_fifth_drawn_by_the_seed(script, tmp_path, kind):
     path = tmp_path / "data.jsonl"
     WITHOUT_VALIDATION[kind](path)
-    train, validation = script.load_rows(str(path), ["text", "label"])
+    args = script.Args(dataset=str(path))
+    train, validation = script.load_rows(args, ["text", "label"])
     assert len(train) == 8 and len(validation) == 2
     assert sorted(train + validation, key=lambda row: row["text"]) == ROWS
-    assert script.load_rows(str(path), ["text", "label"]) == (train, validation)
+    assert script.load_rows(args, ["text", "label"]) == (train, validation)
+    splits = [script.load_rows(replace(args, seed=seed), ["text"])[1] for seed in range(5)]
+    assert len({str(split) for split in splits}) > 1  # as in the authors' runs, the seed draws the split
 
 
 BAD_DATASETS = {
@@ -1108,7 +1127,7 @@ def test_unusable_data_set_is_refused_by_name(script, tmp_path, kind):
     make, words = BAD_DATASETS[kind]
     make(tmp_path / "data")
     with pytest.raises(script.Stop, match=words) as caught:
-        script.load_rows(str(tmp_path / "data"), ["text"])
+        script.load_rows(script.Args(dataset=str(tmp_path / "data")), ["text"])
     assert f"--dataset {tmp_path / 'data'}" in str(caught.value)
 
 
