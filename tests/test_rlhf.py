@@ -122,12 +122,19 @@ def test_pad_puts_prompts_left_and_responses_right_of_one_column():
     assert IMDB.positions(mask).tolist() == [[0, 0, 0, 1, 2], [0, 1, 2, 3, 3]]
 
 
-@pytest.mark.parametrize("script, model", [(IMDB, "gpt2"), (IMDB, "llama"), (TLDR, "gpt2"), (TLDR, "llama")])
+families = pytest.mark.parametrize("family", tiny.FAMILIES)
+
+
+@pytest.mark.parametrize(
+    "script, model", [(IMDB, "gpt2"), (IMDB, "llama"), (TLDR, "gpt2"), *((TLDR, name) for name in tiny.FAMILIES)]
+)
 def test_padded_batch_has_the_logprobs_and_values_of_each_sequence_alone(script, model, scrambled, assets):
-    """With the absolute positions of GPT-2 and the rotary ones of Llama, which are blind to a common shift."""
+    """With the absolute positions of GPT-2 and the rotary ones of the others, which are blind to a common shift."""
     changes = {"policy": str(assets / model)}
     if (script, model) == (TLDR, "gpt2"):
         changes |= {"lora_targets": ("c_attn",), "reward_model": str(assets / "scalar")}
+    elif script is TLDR:
+        changes |= tiny.family(model, assets)
     learner, _ = scrambled(script, **changes)
     tokens, attention, mask = script.pad(PROMPTS, RESPONSES, learner.device)
     with torch.no_grad():
@@ -564,9 +571,10 @@ def test_policy_and_value_model_learn_and_nothing_else_changes(script, make_lear
     assert len(frozen) > 20 and all(torch.equal(now[n], p) for n, p in frozen.items())
 
 
-def test_reward_and_reference_of_tldr_are_those_of_the_base_while_the_adapters_learn(scrambled, assets):
-    learner, _ = scrambled(TLDR)
-    ac, base = learner.actor_critic, AutoModelForCausalLM.from_pretrained(assets / "llama").eval()
+@families
+def test_reward_and_reference_of_tldr_are_those_of_the_base_while_the_adapters_learn(scrambled, assets, family):
+    learner, args = scrambled(TLDR, **tiny.family(family, assets))
+    ac, base = learner.actor_critic, AutoModelForCausalLM.from_pretrained(assets / family).eval()
     scores = learner.reward(["the movie", "was good to watch"])
     tokens, attention, _ = TLDR.pad(PROMPTS, RESPONSES, learner.device)
     for active in ("policy", "value", "reward"):
@@ -580,7 +588,9 @@ def test_reward_and_reference_of_tldr_are_those_of_the_base_while_the_adapters_l
     tiny.randomize(trained(learner).items(), 0.1)
     assert learner.reward(["the movie", "was good to watch"]) == scores
     for name, p in base.named_parameters():
-        name = "lm." + name.replace("q_proj", "q_proj.base_layer").replace("v_proj", "v_proj.base_layer")
+        for target in args.lora_targets:
+            name = name.replace(target, f"{target}.base_layer")
+        name = f"lm.{name}"
         assert torch.equal(dict(ac.named_parameters())[name], p), name
 
 
@@ -596,8 +606,9 @@ def test_rollout_of_tldr_charges_the_kl_against_the_base(scrambled, assets, monk
     assert_close(seen["ref"][rollout.mask], expected[mask])
 
 
-def test_policy_and_value_adapters_of_tldr_do_not_touch_each_other(scrambled):
-    learner, _ = scrambled(TLDR)
+@families
+def test_policy_and_value_adapters_of_tldr_do_not_touch_each_other(scrambled, assets, family):
+    learner, _ = scrambled(TLDR, **tiny.family(family, assets))
     tokens, attention, mask = TLDR.pad(PROMPTS, RESPONSES, learner.device)
 
     def outputs():
@@ -734,16 +745,18 @@ def test_classifiers_that_name_no_token_to_pad_with(script, assets, make_learner
     assert learner.reward(texts) == pytest.approx([learner.reward([text])[0] for text in texts], abs=1e-5)
 
 
-def test_adapter_reward_is_its_head_on_the_end_token_with_only_that_adapter(scrambled, assets):
-    learner, _ = scrambled(TLDR, rollout_batch_size=2)
-    base = AutoModel.from_pretrained(assets / "llama")
-    weights = load_file(assets / "adapter" / "adapter_model.safetensors")
+@families
+def test_adapter_reward_is_its_head_on_the_end_token_with_only_that_adapter(scrambled, assets, family):
+    learner, args = scrambled(TLDR, rollout_batch_size=2, **tiny.family(family, assets))
+    base = AutoModel.from_pretrained(assets / family)
+    weights = load_file(Path(args.reward_model) / "adapter_model.safetensors")
     (head,) = (x for name, x in weights.items() if "score" in name)
-    config = json.loads((assets / "adapter" / "adapter_config.json").read_text())
+    config = json.loads((Path(args.reward_model) / "adapter_config.json").read_text())
     modules = dict(base.named_modules())
     for name, A in weights.items():  # W + B A alpha / r, by hand
         if "lora_A" in name:
-            linear = modules[name.removeprefix("base_model.model.model.").removesuffix(".lora_A.weight")]
+            prefix = f"base_model.model.{learner.actor_critic.lm.base_model_prefix}."
+            linear = modules[name.removeprefix(prefix).removesuffix(".lora_A.weight")]
             B = weights[name.replace("lora_A", "lora_B")]
             linear.weight.data += B @ A * config["lora_alpha"] / config["r"]
     texts = ["the movie was good", "bad", "the cast was a pain to watch again", "fine"]
