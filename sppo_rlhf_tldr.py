@@ -276,21 +276,24 @@ def response_logprobs(
 
 
 class ActorCritic(nn.Module):
-    """One base model with LoRA adapters "policy", "value" and perhaps "reward"; with all off, it is the reference."""
+    """One base model with LoRA adapters for policy, value and perhaps reward; with all off, it is the reference.
+
+    peft finds an adapter by its name in those of the parameters: no module of a model may have the same.
+    """
 
     def __init__(self, base: PreTrainedModel, args: Args):
         super().__init__()
         lora = LoraConfig(r=args.lora_rank, lora_alpha=args.lora_alpha, target_modules=list(args.lora_targets))
         self.lm = base  # the adapters are put into it
-        self.adapters = get_peft_model(base, lora, adapter_name="policy")
-        self.adapters.add_adapter("value", lora)
+        self.adapters = get_peft_model(base, lora, adapter_name="policy_adapter")
+        self.adapters.add_adapter("value_adapter", lora)
         self.value_head = nn.Linear(base.config.hidden_size, 1)
-        self.switch_to("policy")
+        self.switch_to("policy_adapter")
 
     def switch_to(self, adapter: str) -> PreTrainedModel:
         """The base model, which computes with that adapter until the next switch."""
         self.adapters.set_adapter(adapter)  # also freezes the others
-        self.adapters.set_requires_grad(["policy", "value"])
+        self.adapters.set_requires_grad(["policy_adapter", "value_adapter"])
         return self.lm
 
     def load_adapter(self, adapter: str, weights: dict[str, torch.Tensor]) -> bool:
@@ -317,14 +320,14 @@ class ActorCritic(nn.Module):
 
         target: prompts with reference responses, as from pad(), whose log-probabilities come third; None without.
         """
-        policy = self.switch_to("policy")
+        policy = self.switch_to("policy_adapter")
         logprob = response_logprobs(policy, tokens, attention_mask, num_actions)
         target_logprob = None
         if target:
             target_tokens, target_attention_mask, target_mask = target
             num_target = target_mask.shape[1]
             target_logprob = response_logprobs(policy, target_tokens, target_attention_mask, num_target)
-        hidden = self.hidden("value", tokens, attention_mask)
+        hidden = self.hidden("value_adapter", tokens, attention_mask)
         return logprob, self.value_head(hidden[:, -num_actions - 1 : -1]).squeeze(-1), target_logprob
 
 
@@ -372,9 +375,12 @@ class AdapterReward:
     def __init__(self, args: Args, actor_critic: ActorCritic, tokenizer: PreTrainedTokenizerBase):
         config = load_pretrained("reward-model", args.reward_model, PeftConfig.from_pretrained)
         weights = load_pretrained("reward-model", args.reward_model, load_peft_weights, device="cpu")
+        weights = {
+            name: x for name, x in weights.items() if ".original_module." not in name
+        }  # the head before training
         config.modules_to_save, config.inference_mode = None, True  # the head is not a module of the base model
         try:
-            actor_critic.adapters.add_adapter("reward", config)
+            actor_critic.adapters.add_adapter("reward_adapter", config)
         except ValueError as error:
             message = f"--reward-model {args.reward_model} does not fit --policy {args.policy}: {error}"
             raise Stop(message) from None
@@ -384,9 +390,9 @@ class AdapterReward:
         self.head = weights.pop(heads[0]).float()
         biases = [name for name, x in weights.items() if "lora_" not in name and x.shape == (1,)]
         self.bias = weights.pop(biases[0]).item() if biases else 0.0
-        fits = actor_critic.load_adapter("reward", weights)
+        fits = actor_critic.load_adapter("reward_adapter", weights)
         require(fits, f"--reward-model {args.reward_model} is an adapter for another model than --policy {args.policy}")
-        actor_critic.switch_to("policy")
+        actor_critic.switch_to("policy_adapter")
         self.actor_critic, self.tokenizer, self.batch_size = actor_critic, tokenizer, args.rollout_batch_size
         self.room = getattr(actor_critic.lm.config, "max_position_embeddings", None) or sys.maxsize
 
@@ -399,7 +405,7 @@ class AdapterReward:
         for start in range(0, len(texts), self.batch_size):
             rows = order[start : start + self.batch_size]
             batch, mask, _ = pad([tokens[i] for i in rows], [[]] * len(rows), device)
-            last = self.actor_critic.hidden("reward", batch, mask)[:, -1]
+            last = self.actor_critic.hidden("reward_adapter", batch, mask)[:, -1]
             for i, score in zip(rows, (last @ self.head.to(device).T + self.bias).squeeze(-1).tolist()):
                 scores[i] = score
         return scores
@@ -677,7 +683,7 @@ def rollout(learner: Learner, rows: list[dict], args: Args) -> tuple[Rollout, di
     """
     tokenizer, device = learner.tokenizer, learner.device
     prompts = encode_prompts(tokenizer, rows, args.prompt_length)
-    policy = learner.actor_critic.switch_to("policy")
+    policy = learner.actor_critic.switch_to("policy_adapter")
     responses = generate(policy, tokenizer, prompts, args.rollout_batch_size, greedy=False)
     summaries = [continuation(tokenizer, p, r) for p, r in zip(prompts, responses)]
     posts = [tokenizer.decode(prompt, skip_special_tokens=True) for prompt in prompts]
@@ -872,7 +878,7 @@ def evaluate(learner: Learner, args: Args) -> tuple[dict[str, float], list[dict]
     index = learner.shard(range(len(learner.validation))[: args.eval_samples or None])
     rows = [learner.validation[i] for i in index]
     prompts = encode_prompts(tokenizer, rows, args.prompt_length)
-    policy = learner.actor_critic.switch_to("policy")
+    policy = learner.actor_critic.switch_to("policy_adapter")
     responses = generate(policy, tokenizer, prompts, args.rollout_batch_size, greedy=True)
     posts = [tokenizer.decode(prompt, skip_special_tokens=True) for prompt in prompts]
     references = [row["label"].strip() for row in rows]
@@ -895,7 +901,7 @@ def evaluate(learner: Learner, args: Args) -> tuple[dict[str, float], list[dict]
     metrics["eval/empty_wins"] = float(np.mean([s["score_empty"] > s["score"] for s in samples]))
     metrics["eval/truncated_wins"] = float(np.mean([s["score_truncated"] > s["score"] for s in samples]))
     texts = [sample["reference"] for sample in samples]
-    metrics["eval/perplexity"] = perplexity(learner, learner.actor_critic.switch_to("policy"), texts)
+    metrics["eval/perplexity"] = perplexity(learner, learner.actor_critic.switch_to("policy_adapter"), texts)
     return metrics, samples
 
 
@@ -906,7 +912,7 @@ def evaluate_saved(args: Args, run_dir: Path) -> dict[str, float]:
     require(has_adapter, f"{run_dir} holds no policy: it is written when the run has finished")
     weights = load_pretrained("evaluate", str(path), load_peft_weights, device="cpu")
     learner = make_learner(args)
-    fits = learner.actor_critic.load_adapter("policy", weights)
+    fits = learner.actor_critic.load_adapter("policy_adapter", weights)
     require(fits, f"{path} does not fit the adapters of this {SCRIPT}.py on {args.policy}")
     return evaluate(learner, args)[0]
 
@@ -1049,9 +1055,9 @@ def save_policy(learner: Learner, run_dir: Path) -> None:
     for old in (folder, temporary):
         shutil.rmtree(old, ignore_errors=True)  # of an attempt that was killed
     try:
-        learner.actor_critic.adapters.save_pretrained(temporary, selected_adapters=["policy"])
-        learner.tokenizer.save_pretrained(temporary / "policy")
-        os.replace(temporary / "policy", folder)
+        learner.actor_critic.adapters.save_pretrained(temporary, selected_adapters=["policy_adapter"])
+        learner.tokenizer.save_pretrained(temporary / "policy_adapter")
+        os.replace(temporary / "policy_adapter", folder)
     except SafetensorError as error:  # what it has for a full disk
         raise OSError(errno.ENOSPC, f"{folder} cannot be written: {error}") from None
     finally:

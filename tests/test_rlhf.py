@@ -28,6 +28,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
+    BertConfig,
     BloomConfig,
     BloomForSequenceClassification,
     GPT2Config,
@@ -86,7 +87,7 @@ def backward(script, learner, rollout, args, rows=range(8)):
 
 def policy_of(learner):
     ac = learner.actor_critic
-    return ac.switch_to("policy") if hasattr(ac, "switch_to") else ac.policy
+    return ac.switch_to("policy_adapter") if hasattr(ac, "switch_to") else ac.policy
 
 
 def policy_logprobs(learner, prompt, response):
@@ -101,8 +102,8 @@ def unpadded_values(script, learner, prompt, response):
     if script is IMDB:
         hidden = ac.value_model(tokens).last_hidden_state[0]
     else:
-        ac.adapters.set_adapter("value")
-        ac.adapters.set_requires_grad(["policy", "value"])
+        ac.adapters.set_adapter("value_adapter")
+        ac.adapters.set_requires_grad(["policy_adapter", "value_adapter"])
         hidden = ac.lm.base_model(tokens).last_hidden_state[0]
     return ac.value_head(hidden[len(prompt) - 1 : -1]).squeeze(-1)
 
@@ -556,7 +557,9 @@ def test_policy_and_value_model_learn_and_nothing_else_changes(script, make_lear
         frozen |= {f"reference.{n}": p.clone() for n, p in learner.reference.named_parameters()}
         frozen |= {f"reward.{n}": p.clone() for n, p in learner.reward.model.named_parameters()}
     else:
-        assert all(".policy." in n or ".value." in n or n.startswith("value_head") for n in trained(learner))
+        assert all(
+            ".policy_adapter." in n or ".value_adapter." in n or n.startswith("value_head") for n in trained(learner)
+        )
     before = {n: p.detach().clone() for n, p in trained(learner).items()}
     for _ in range(2):  # LoRA's A has no gradient before B has moved
         rollout, _, _ = script.rollout(learner, learner.rows[:8], args)
@@ -577,7 +580,7 @@ def test_reward_and_reference_of_tldr_are_those_of_the_base_while_the_adapters_l
     ac, base = learner.actor_critic, AutoModelForCausalLM.from_pretrained(assets / family).eval()
     scores = learner.reward(["the movie", "was good to watch"])
     tokens, attention, _ = TLDR.pad(PROMPTS, RESPONSES, learner.device)
-    for active in ("policy", "value", "reward"):
+    for active in ("policy_adapter", "value_adapter", "reward_adapter"):
         ac.switch_to(active)
         with torch.no_grad():
             actual = ac.reference_logprobs(tokens, attention, 6)
@@ -616,7 +619,11 @@ def test_policy_and_value_adapters_of_tldr_do_not_touch_each_other(scrambled, as
             logprob, values, _ = learner.actor_critic(tokens, attention, 6)
         return logprob[mask], values[mask]
 
-    for adapter, changes in ((".policy.", (True, False)), (".value.", (False, True)), ("value_head", (False, True))):
+    for adapter, changes in (
+        (".policy_adapter.", (True, False)),
+        (".value_adapter.", (False, True)),
+        ("value_head", (False, True)),
+    ):
         before = outputs()
         tiny.randomize([(n, p) for n, p in trained(learner).items() if adapter in n], 0.3)
         assert tuple(not torch.equal(a, b) for a, b in zip(before, outputs())) == changes
@@ -765,7 +772,7 @@ def test_adapter_reward_is_its_head_on_the_end_token_with_only_that_adapter(scra
         expected = [(base.eval()(torch.tensor([t])).last_hidden_state[0, -1] @ head[0]).item() for t in tokens]
     assert np.std(expected) > 0.05
     assert learner.reward(texts) == pytest.approx(expected, abs=1e-4)
-    learner.actor_critic.switch_to("value")
+    learner.actor_critic.switch_to("value_adapter")
     assert learner.reward(texts) == pytest.approx(expected, abs=1e-4)
 
 
@@ -793,7 +800,7 @@ def test_adapter_reward_of_a_long_text_is_that_of_its_end(make_learner):
 def test_checkpoint_of_tldr_holds_both_adapters_whichever_was_used_last(scrambled):
     learner, _ = scrambled(TLDR)
     expected = {name: p.detach().clone() for name, p in trained(learner).items()}
-    for use in ("policy", "value", "reward"):
+    for use in ("policy_adapter", "value_adapter", "reward_adapter"):
         learner.actor_critic.switch_to(use)
         state = learner.state()["model"]
         assert state.keys() == expected.keys() and all(torch.equal(state[name], expected[name]) for name in expected)
@@ -806,6 +813,31 @@ def test_adapter_reward_adds_the_bias_of_its_head(make_learner, assets, tmp_path
     with_bias, without = (make_learner(TLDR, **c)[0] for c in ({"reward_model": str(tmp_path)}, {}))
     texts = ["the movie was good", "bad"]
     assert with_bias.reward(texts) == pytest.approx([score + 3.5 for score in without.reward(texts)], abs=1e-5)
+
+
+def test_adapter_reward_that_holds_its_head_twice_has_the_trained_one(make_learner, assets, tmp_path):
+    folder = Path(shutil.copytree(assets / "adapter", tmp_path / "twice"))
+    weights = load_file(folder / "adapter_model.safetensors")
+    head = weights.pop("base_model.model.score.weight")
+    weights |= {
+        f"base_model.model.score.{x}.weight": head * i for i, x in enumerate(("original_module", "modules_to_save"))
+    }
+    save_file(weights, folder / "adapter_model.safetensors")
+    twice, once = (make_learner(TLDR, **c)[0] for c in ({"reward_model": str(folder)}, {}))
+    assert twice.reward(["the movie was good"]) == once.reward(["the movie was good"]) != [0.0]
+
+
+def test_no_adapter_is_mistaken_for_a_module_of_the_model(scrambled, assets, tmp_path):
+    """Bert's attention has a module "value"."""
+    config = BertConfig(vocab_size=320, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, is_decoder=True)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "bert")
+    changes = {"tokenizer": str(assets / "llama"), "lora_targets": ("query", "value")}
+    changes |= {"policy": str(tmp_path / "bert"), "reward_model": str(assets / "scalar")}
+    learner, _ = scrambled(TLDR, **changes)
+    (tmp_path / "run").mkdir()
+    TLDR.save_policy(learner, tmp_path / "run")
+    saved = load_file(tmp_path / "run" / "policy" / "adapter_model.safetensors")
+    assert len(saved) == 4 == sum("policy" in name for name in trained(learner))  # A and B of query and value
 
 
 def adapter_without_head(assets, folder):

@@ -24,7 +24,7 @@ from accelerate import Accelerator
 from conftest import import_scripts, largest_file, wait_for_the_next_second
 from pausing import interrupt
 from peft import PeftModel
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -162,7 +162,7 @@ def finished(script, assets, tmp_path_factory):
 
     def spy(learner, run_dir):
         ac = learner.actor_critic
-        logprobs.append(sequence_logprobs(ac.policy if script is IMDB else ac.switch_to("policy")))
+        logprobs.append(sequence_logprobs(ac.policy if script is IMDB else ac.switch_to("policy_adapter")))
         save_policy(learner, run_dir)
 
     with patch.object(script, "save_policy", spy):
@@ -410,6 +410,21 @@ def test_run_killed_at_an_awkward_moment_resumes_to_the_same_run(
     assert (code, err) == (0, "")
     assert_same_run(tmp_path / "run", finished)
     assert {p.name for p in (tmp_path / "run").iterdir() if "tfevents" not in p.name} == FILES
+
+
+@pytest.mark.parametrize("family", ["gptj", "neox"])
+def test_run_of_another_family_resumes_and_leaves_an_adapter_that_peft_loads_whole(assets, tmp_path, family):
+    flags = tiny.flags(TLDR.SCRIPT, assets) | RUN | tiny.family(family, assets) | {"num_updates": 2}
+    killed_in(TLDR, tmp_path, flags, "rollout", 2)
+    assert call(TLDR, tmp_path, ["--resume", "run"])[0] == 0
+    base = AutoModelForCausalLM.from_pretrained(assets / family).eval()
+    start = sequence_logprobs(base)
+    model = PeftModel.from_pretrained(base, tmp_path / "run" / "policy").eval()
+    assert (sequence_logprobs(model) - start).abs().max() > 1e-3
+    loaded = model.load_adapter(tmp_path / "run" / "policy", "again")
+    assert not loaded.unexpected_keys and not any("lora_" in key for key in loaded.missing_keys)
+    assert len(weights(tmp_path / "run")) == 4 * len(flags["lora_targets"])  # A and B in two layers
+    assert call(TLDR, tmp_path, ["--evaluate", "run"])[0] == 0
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -779,6 +794,19 @@ def test_evaluate_refuses_a_damaged_policy(script, finished, tmp_path):
     code, _, err = call(script, tmp_path, ["--evaluate", "run"])
     assert_refused(code, err, "run", "policy")
     assert out == ""
+
+
+def test_evaluate_refuses_an_adapter_with_a_part_missing(script, finished, tmp_path):
+    if script is IMDB:
+        pytest.skip("leaves no adapter")
+    shutil.copytree(finished.run_dir, tmp_path / "run")
+    parameters = weights(tmp_path / "run")
+    for name in sorted(parameters):
+        rest = {other: x for other, x in parameters.items() if other != name}
+        save_file(rest, tmp_path / "run" / "policy" / "adapter_model.safetensors")
+        code, out, err = call(script, tmp_path, ["--evaluate", "run"])
+        assert_refused(code, err, "run/policy does not fit")
+        assert out == ""
 
 
 def test_resume_of_a_finished_run_refuses_a_damaged_result(script, finished, tmp_path):
