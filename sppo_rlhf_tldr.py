@@ -99,7 +99,7 @@ ROUGE = RougeScorer(("rouge1", "rouge2", "rougeL"), use_stemmer=True)
 class Args:
     policy: str = "CarperAI/openai_summarize_tldr_sft"  # model to start from, base of all adapters: hub id or folder
     tokenizer: str | None = None  # hub id or folder; default the policy's own, or what TOKENIZERS has for it
-    base_precision: Literal["4bit", "bfloat16", "float32"] = "4bit"  # of the base; 4bit: CUDA and bitsandbytes
+    base_precision: Literal["4bit", "bfloat16", "float32"] = "4bit"  # of the base; 4bit: bitsandbytes
     double_quant: bool = True  # quantize the scales of a 4bit base as well, as in the authors' files
     lora_rank: int = 8  # rank r of the adapters
     lora_alpha: int = 64  # alpha of the adapters, whose output is multiplied by alpha / rank
@@ -1185,9 +1185,8 @@ def validate(args: Args) -> None:
     message = f"--eval-samples must be 0 (all) or at least the number of processes, {num_processes}, "
     enough = args.eval_samples == 0 or args.eval_samples >= num_processes
     require(enough, message + f"got {args.eval_samples}")
-    can_quantize = torch.cuda.is_available() and not args.cpu and find_spec("bitsandbytes")
-    message = "--base-precision 4bit needs a CUDA device and bitsandbytes (pip install bitsandbytes); "
-    require(can_quantize or args.base_precision != "4bit", message + "float32 works anywhere")
+    can_quantize = find_spec("bitsandbytes") or args.base_precision != "4bit"
+    require(can_quantize, "--base-precision 4bit needs bitsandbytes: pip install -r requirements-4bit.txt")
     require(not args.track or find_spec("wandb"), "--track needs Weights & Biases: pip install wandb")
 
 

@@ -412,6 +412,24 @@ def test_run_killed_at_an_awkward_moment_resumes_to_the_same_run(
     assert {p.name for p in (tmp_path / "run").iterdir() if "tfevents" not in p.name} == FILES
 
 
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+def test_run_on_a_base_in_4_bits_resumes_and_is_evaluated(assets, tmp_path, family):
+    """For real, on the CPU, where bitsandbytes is installed."""
+    pytest.importorskip("bitsandbytes")
+    flags = tiny.flags(TLDR.SCRIPT, assets) | RUN | tiny.family(family, assets) | {"base_precision": "4bit"}
+    killed_in(TLDR, tmp_path, flags, "rollout", 2)
+    assert call(TLDR, tmp_path, ["--resume", "run"])[0] == 0
+    rows = read_curves(tmp_path / "run")[1:4]
+    assert all(float(row["losses/grad_norm"]) > 0 and 0.5 < float(row["val/ratio"]) < 2 for row in rows)
+    assert any(float(row["objective/kl"]) for row in rows[1:])
+    code, out, _ = call(TLDR, tmp_path, ["--evaluate", "run"])
+    assert code == 0 and out.startswith(f"score {read_result(tmp_path / 'run')['eval_score']:.4f}")
+    learner = TLDR.Learner(TLDR.Args(**flags), Accelerator(cpu=True))
+    exact = sequence_logprobs(AutoModelForCausalLM.from_pretrained(assets / family).eval())
+    error = (sequence_logprobs(learner.actor_critic.switch_to("policy_adapter")).float() - exact).abs().mean()
+    assert any(p.dtype == torch.uint8 for p in learner.actor_critic.lm.parameters()) and 0 < error < 1
+
+
 @pytest.mark.parametrize("family", ["gptj", "neox"])
 def test_run_of_another_family_resumes_and_leaves_an_adapter_that_peft_loads_whole(assets, tmp_path, family):
     flags = tiny.flags(TLDR.SCRIPT, assets) | RUN | tiny.family(family, assets) | {"num_updates": 2}
@@ -631,7 +649,6 @@ BAD_TLDR_FLAGS = [
     ({"lora_targets": "c_attn"}, "--lora-targets c_attn"),
     ({"lora_rank": 0}, "--lora-rank", "at least 1"),
     ({"lora_alpha": 0}, "--lora-alpha", "at least 1"),
-    ({"base_precision": "4bit"}, "--base-precision 4bit", "CUDA", "float32"),
 ]
 
 
@@ -701,10 +718,13 @@ def test_processes_that_accelerate_does_not_see_are_refused(script, assets, tmp_
     assert list(tmp_path.iterdir()) == []
 
 
-def test_tracking_without_wandb_names_the_package(script, assets, tmp_path, monkeypatch):
-    monkeypatch.setattr(script, "find_spec", lambda name: None)
+def test_a_package_that_only_a_flag_needs_is_named_where_it_is_missing(script, assets, tmp_path, monkeypatch):
+    for module in (IMDB, TLDR):
+        monkeypatch.setattr(module, "find_spec", lambda name: None)
     code, _, err = call(script, tmp_path, tiny.flags(script.SCRIPT, assets) | {"track": True})
     assert_refused(code, err, "--track", "pip install wandb")
+    code, _, err = call(TLDR, tmp_path, tiny.flags(TLDR.SCRIPT, assets) | {"base_precision": "4bit"})
+    assert_refused(code, err, "--base-precision 4bit", "requirements-4bit.txt")
 
 
 @pytest.mark.parametrize(
