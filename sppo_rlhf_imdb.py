@@ -31,6 +31,7 @@ import json
 import os
 import pickle
 import platform
+import re
 import resource
 import shutil
 import signal
@@ -41,7 +42,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from copy import deepcopy
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import timedelta
 from importlib.metadata import distributions
 from importlib.util import find_spec
@@ -56,7 +57,7 @@ import torch
 import transformers
 import tyro
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list, gather_object
+from accelerate.utils import InitProcessGroupKwargs, broadcast_object_list, gather_object
 from datasets.exceptions import DatasetsError
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
@@ -91,6 +92,7 @@ class Args:
     reward_model: str = "lvwerra/distilbert-imdb"  # classifier, its "positive" is the reward: hub id or folder
     reward_function: str | None = None  # module:name of a function that is the reward instead; see RewardFunction
     dataset: str = "stanfordnlp/imdb"  # column "text": hub id, JSONL file, or folder (*.jsonl per split, save_to_disk)
+    revision: dict[str, str] = field(default_factory=dict)  # hub ids, each followed by its branch, tag or commit
     num_updates: int = 60  # rollouts, each with update_epochs passes over it
     seed: int = 1  # seed of everything random
     alpha: float = 0.5  # weight of the PPO loss in Eq. 9
@@ -145,8 +147,10 @@ def require(condition: bool, message: str) -> None:
         raise Stop(message)
 
 
-def load_pretrained(flag: str, name: str, from_pretrained: Callable, **options):
+def load_pretrained(args: Args, flag: str, name: str, from_pretrained: Callable, **options):
     """from_pretrained(name), hub id or local folder. Raises Stop with one line that says what to give instead."""
+    if name in args.revision:
+        options["revision"] = args.revision[name]
     try:
         return from_pretrained(name, **options)
     except LOAD_ERRORS as error:
@@ -155,28 +159,39 @@ def load_pretrained(flag: str, name: str, from_pretrained: Callable, **options):
         raise Stop(f"--{flag} {name} cannot be loaded ({reason}): give {instead}") from None
 
 
-def load_auto(flag: str, name: str, auto_class: type, **options):
+def load_auto(args: Args, flag: str, name: str, auto_class: type, **options):
     """A model or tokenizer by one of transformers' Auto classes; code that comes with it is never run."""
-    return load_pretrained(flag, name, auto_class.from_pretrained, trust_remote_code=False, **options)
+    return load_pretrained(args, flag, name, auto_class.from_pretrained, trust_remote_code=False, **options)
 
 
-def load_rows(args: Args, columns: Sequence[str]) -> tuple[list[dict], list[dict]]:
+def hub_commit(args: Args, name: str) -> str | None:
+    """Commit of the files in the cache that a hub id was loaded from; None for a local folder."""
+    if Path(name).exists():
+        return None
+    for file in ("config.json", "adapter_config.json", "tokenizer_config.json"):
+        path = huggingface_hub.try_to_load_from_cache(name, file, revision=args.revision.get(name))
+        if isinstance(path, str):
+            return Path(path).parent.name
+
+
+def load_rows(args: Args, columns: Sequence[str]) -> tuple[list[dict], list[dict], str | None]:
     """Rows of the training and the validation split; without one, a fifth of the training split, drawn by the seed.
 
-    They have the columns, which are texts, or, for a reward function, all columns. Raises Stop when there is no such
-    data set or column, no row, or something else than text in a row.
+    They have the columns, which are texts, or, for a reward function, all columns. Third is the commit on the hub.
+    Raises Stop when there is no such data set or column, no row, or something else than text in a row.
     """
     name, path = args.dataset, Path(args.dataset)
     require(not path.is_file() or path.stat().st_size, f"--dataset {name} is empty")
     if path.is_file():
-        data = load_pretrained("dataset", name, lambda file: datasets.load_dataset("json", data_files=file))
+        data = load_pretrained(args, "dataset", name, lambda file: datasets.load_dataset("json", data_files=file))
     elif (path / "dataset_dict.json").exists() or (path / "dataset_info.json").exists():
-        data = load_pretrained("dataset", name, datasets.load_from_disk)
+        data = load_pretrained(args, "dataset", name, datasets.load_from_disk)
     else:
-        data = load_pretrained("dataset", name, datasets.load_dataset)
+        data = load_pretrained(args, "dataset", name, datasets.load_dataset)
     data = data if isinstance(data, datasets.DatasetDict) else {"train": data}
     require("train" in data, f"--dataset {name} has no split train, only {', '.join(data)}")
     train = data["train"]
+    commit = re.search(r"/([0-9a-f]{40})/", str(train.cache_files))  # names a folder of the cache
     if names := [name for name in ("validation", "valid") if name in data]:
         validation = data[names[0]]
     else:
@@ -189,7 +204,7 @@ def load_rows(args: Args, columns: Sequence[str]) -> tuple[list[dict], list[dict
         require(texts, f"--dataset {name} has rows in which {' or '.join(columns)} is no text")
     if not args.reward_function:
         train, validation = train.select_columns(columns), validation.select_columns(columns)
-    return train.to_list(), validation.to_list()
+    return train.to_list(), validation.to_list(), commit and commit[1]
 
 
 def first_half(review: str) -> str:
@@ -284,8 +299,8 @@ class Reward:
     """Probability of "positive" under a sequence classifier; of a text that is too long, the end counts."""
 
     def __init__(self, args: Args, device: torch.device):
-        self.model = load_auto("reward-model", args.reward_model, AutoModelForSequenceClassification)
-        self.tokenizer = load_auto("reward-model", args.reward_model, AutoTokenizer)
+        self.model = load_auto(args, "reward-model", args.reward_model, AutoModelForSequenceClassification)
+        self.tokenizer = load_auto(args, "reward-model", args.reward_model, AutoTokenizer)
         check_vocabulary("reward-model", args.reward_model, self.tokenizer, self.model)
         self.tokenizer.pad_token = self.tokenizer.pad_token or self.tokenizer.eos_token
         require(self.tokenizer.pad_token, f"--reward-model {args.reward_model}: the tokenizer has no token to pad with")
@@ -489,18 +504,22 @@ class Learner:
         self.accelerator, self.device = accelerator, accelerator.device
         self.reward_function = RewardFunction(args.reward_function) if args.reward_function else None
         with accelerator.main_process_first():  # the others find the data set prepared
-            train, validation = load_rows(args, ["text"])
+            train, validation, data_commit = load_rows(args, ["text"])
         # All load models at once: of what has to be downloaded, huggingface_hub lets one process fetch each file.
         require(
-            not load_pretrained("policy", args.policy, find_adapter_config_file),
+            not load_pretrained(args, "policy", args.policy, find_adapter_config_file),
             f"--policy {args.policy} is an adapter: give a model that the adapter has been merged into",
         )
         tokenizer = args.tokenizer or TOKENIZERS.get(args.policy, args.policy)
-        self.tokenizer = load_auto("policy" if tokenizer == args.policy else "tokenizer", tokenizer, AutoTokenizer)
-        policy = load_auto("policy", args.policy, AutoModelForCausalLM, dtype=torch.float32)
-        value_model = load_auto("policy", args.policy, AutoModel, dtype=torch.float32)
+        self.tokenizer = load_auto(
+            args, "policy" if tokenizer == args.policy else "tokenizer", tokenizer, AutoTokenizer
+        )
+        policy = load_auto(args, "policy", args.policy, AutoModelForCausalLM, dtype=torch.float32)
+        value_model = load_auto(args, "policy", args.policy, AutoModel, dtype=torch.float32)
         check_vocabulary("policy", args.policy, self.tokenizer, policy)
         self.reward = None if args.reward_function else Reward(args, self.device)
+        models = (args.policy, tokenizer, *(() if args.reward_function else (args.reward_model,)))
+        self.hub_commits = {name: hub_commit(args, name) for name in models} | {args.dataset: data_commit}
         room = getattr(policy.config, "max_position_embeddings", None) or sys.maxsize
         length = args.prompt_length + args.response_length
         require(
@@ -650,7 +669,7 @@ def backward(learner: Learner, trajectories: Rollout, rows: list[int], args: Arg
                 "loss/policy_avg": share * policy_loss,
                 "loss/value_avg": share * value_loss,
                 "loss/target_avg": target_loss,
-                "policy/approxkl_avg": share * masked_mean(ratio - 1 - logratio, mask),
+                "policy/approxkl_avg": share * masked_mean(ratio - 1 - logratio, mask),  # TRL's: logratio^2 / 2
                 "policy/clipfrac_avg": share * masked_mean(((ratio - 1).abs() > args.clip_coef).float(), mask),
                 "val/clipfrac_avg": share
                 * masked_mean(((values - old_values).abs() > args.clip_coef_value).float(), mask),
@@ -955,6 +974,7 @@ def save_results(
     result["device"] = torch.cuda.get_device_name() if learner.device.type == "cuda" else "cpu"
     result |= {"num_processes": learner.accelerator.num_processes, "peak_memory_gib": counters["peak_memory_gib"]}
     result |= {"wall_seconds": counters["wall_seconds"], "commit": commit}
+    result["hub_commits"] = {name: commit for name, commit in learner.hub_commits.items() if commit}
     result["versions"] = {"python": platform.python_version()} | versions
     write_json(run_dir / "result.json", result)
     (run_dir / "checkpoint.pt").unlink()  # it is several times as large as the policy
@@ -1059,6 +1079,9 @@ def validate(args: Args) -> None:
     message = f"--eval-samples must be 0 (all) or at least the number of processes, {num_processes}, "
     enough = args.eval_samples == 0 or args.eval_samples >= num_processes
     require(enough, message + f"got {args.eval_samples}")
+    for name in args.revision:
+        used = name in (args.policy, args.tokenizer, args.reward_model, args.dataset) and not Path(name).exists()
+        require(used, f"--revision {name} is no hub id among --policy, --tokenizer, --reward-model and --dataset")
     require(not args.track or find_spec("wandb"), "--track needs Weights & Biases: pip install wandb")
 
 
@@ -1080,7 +1103,8 @@ def make_learner(args: Args) -> Learner:
     """Data and networks on this process. Raises Stop when Accelerate does not see the others."""
     if args.num_threads:
         torch.set_num_threads(args.num_threads)
-    accelerator = Accelerator(cpu=args.cpu or not torch.cuda.is_available())
+    patient = InitProcessGroupKwargs(timeout=timedelta(hours=12))  # while one process downloads models and data
+    accelerator = Accelerator(cpu=args.cpu or not torch.cuda.is_available(), kwargs_handlers=[patient])
     started, seen = int(os.environ.get("WORLD_SIZE", 1)), accelerator.num_processes
     require(started == seen, f"started as one of {started} processes, but Accelerate sees {seen}: use torchrun")
     return Learner(args, accelerator)

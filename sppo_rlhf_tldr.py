@@ -34,6 +34,7 @@ import json
 import os
 import pickle
 import platform
+import re
 import resource
 import shutil
 import signal
@@ -43,7 +44,7 @@ import time
 import warnings
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import timedelta
 from importlib.metadata import distributions
 from importlib.util import find_spec
@@ -59,7 +60,7 @@ import torch
 import transformers
 import tyro
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list, gather_object
+from accelerate.utils import InitProcessGroupKwargs, broadcast_object_list, gather_object
 from datasets.exceptions import DatasetsError
 from huggingface_hub.errors import StrictDataclassError
 from peft import LoraConfig, PeftConfig, get_peft_model, set_peft_model_state_dict
@@ -107,6 +108,7 @@ class Args:
     reward_model: str = "jdchang/tldr_rm_adapter"  # adapter with a scalar head, or classifier with one label
     reward_function: str | None = None  # module:name of a function that is the reward instead; see RewardFunction
     dataset: str = "CarperAI/openai_summarize_tldr"  # columns "prompt", "label": hub id, JSONL file or folder of splits
+    revision: dict[str, str] = field(default_factory=dict)  # hub ids, each followed by its branch, tag or commit
     num_updates: int = 100  # rollouts, each with update_epochs passes over it
     seed: int = 1  # seed of everything random
     alpha: float = 0.5  # weight of the PPO loss in Eq. 9
@@ -164,8 +166,10 @@ def require(condition: bool, message: str) -> None:
         raise Stop(message)
 
 
-def load_pretrained(flag: str, name: str, from_pretrained: Callable, **options):
+def load_pretrained(args: Args, flag: str, name: str, from_pretrained: Callable, **options):
     """from_pretrained(name), hub id or local folder. Raises Stop with one line that says what to give instead."""
+    if name in args.revision:
+        options["revision"] = args.revision[name]
     try:
         return from_pretrained(name, **options)
     except LOAD_ERRORS as error:
@@ -174,28 +178,39 @@ def load_pretrained(flag: str, name: str, from_pretrained: Callable, **options):
         raise Stop(f"--{flag} {name} cannot be loaded ({reason}): give {instead}") from None
 
 
-def load_auto(flag: str, name: str, auto_class: type, **options):
+def load_auto(args: Args, flag: str, name: str, auto_class: type, **options):
     """A model or tokenizer by one of transformers' Auto classes; code that comes with it is never run."""
-    return load_pretrained(flag, name, auto_class.from_pretrained, trust_remote_code=False, **options)
+    return load_pretrained(args, flag, name, auto_class.from_pretrained, trust_remote_code=False, **options)
 
 
-def load_rows(args: Args, columns: Sequence[str]) -> tuple[list[dict], list[dict]]:
+def hub_commit(args: Args, name: str) -> str | None:
+    """Commit of the files in the cache that a hub id was loaded from; None for a local folder."""
+    if Path(name).exists():
+        return None
+    for file in ("config.json", "adapter_config.json", "tokenizer_config.json"):
+        path = huggingface_hub.try_to_load_from_cache(name, file, revision=args.revision.get(name))
+        if isinstance(path, str):
+            return Path(path).parent.name
+
+
+def load_rows(args: Args, columns: Sequence[str]) -> tuple[list[dict], list[dict], str | None]:
     """Rows of the training and the validation split; without one, a fifth of the training split, drawn by the seed.
 
-    They have the columns, which are texts, or, for a reward function, all columns. Raises Stop when there is no such
-    data set or column, no row, or something else than text in a row.
+    They have the columns, which are texts, or, for a reward function, all columns. Third is the commit on the hub.
+    Raises Stop when there is no such data set or column, no row, or something else than text in a row.
     """
     name, path = args.dataset, Path(args.dataset)
     require(not path.is_file() or path.stat().st_size, f"--dataset {name} is empty")
     if path.is_file():
-        data = load_pretrained("dataset", name, lambda file: datasets.load_dataset("json", data_files=file))
+        data = load_pretrained(args, "dataset", name, lambda file: datasets.load_dataset("json", data_files=file))
     elif (path / "dataset_dict.json").exists() or (path / "dataset_info.json").exists():
-        data = load_pretrained("dataset", name, datasets.load_from_disk)
+        data = load_pretrained(args, "dataset", name, datasets.load_from_disk)
     else:
-        data = load_pretrained("dataset", name, datasets.load_dataset)
+        data = load_pretrained(args, "dataset", name, datasets.load_dataset)
     data = data if isinstance(data, datasets.DatasetDict) else {"train": data}
     require("train" in data, f"--dataset {name} has no split train, only {', '.join(data)}")
     train = data["train"]
+    commit = re.search(r"/([0-9a-f]{40})/", str(train.cache_files))  # names a folder of the cache
     if names := [name for name in ("validation", "valid") if name in data]:
         validation = data[names[0]]
     else:
@@ -208,7 +223,7 @@ def load_rows(args: Args, columns: Sequence[str]) -> tuple[list[dict], list[dict
         require(texts, f"--dataset {name} has rows in which {' or '.join(columns)} is no text")
     if not args.reward_function:
         train, validation = train.select_columns(columns), validation.select_columns(columns)
-    return train.to_list(), validation.to_list()
+    return train.to_list(), validation.to_list(), commit and commit[1]
 
 
 def encode_labels(tokenizer: PreTrainedTokenizerBase, rows: list[dict], max_length: int) -> list[list[int]]:
@@ -340,8 +355,8 @@ class ClassifierReward:
     """Logit of a sequence classifier with one label on prompt + summary; of a text that is too long, the end counts."""
 
     def __init__(self, args: Args, device: torch.device):
-        self.model = load_auto("reward-model", args.reward_model, AutoModelForSequenceClassification)
-        self.tokenizer = load_auto("reward-model", args.reward_model, AutoTokenizer)
+        self.model = load_auto(args, "reward-model", args.reward_model, AutoModelForSequenceClassification)
+        self.tokenizer = load_auto(args, "reward-model", args.reward_model, AutoTokenizer)
         check_vocabulary("reward-model", args.reward_model, self.tokenizer, self.model)
         self.tokenizer.pad_token = self.tokenizer.pad_token or self.tokenizer.eos_token
         require(self.tokenizer.pad_token, f"--reward-model {args.reward_model}: the tokenizer has no token to pad with")
@@ -373,8 +388,8 @@ class AdapterReward:
     """
 
     def __init__(self, args: Args, actor_critic: ActorCritic, tokenizer: PreTrainedTokenizerBase):
-        config = load_pretrained("reward-model", args.reward_model, PeftConfig.from_pretrained)
-        weights = load_pretrained("reward-model", args.reward_model, load_peft_weights, device="cpu")
+        config = load_pretrained(args, "reward-model", args.reward_model, PeftConfig.from_pretrained)
+        weights = load_pretrained(args, "reward-model", args.reward_model, load_peft_weights, device="cpu")
         weights = {
             name: x for name, x in weights.items() if ".original_module." not in name
         }  # the head before training
@@ -588,7 +603,7 @@ def load_base(args: Args, device: torch.device) -> PreTrainedModel:
         nf4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": torch.bfloat16}
         nf4["bnb_4bit_use_double_quant"] = args.double_quant
         options |= {"quantization_config": BitsAndBytesConfig(**nf4), "device_map": {"": device}}
-    base = load_auto("policy", args.policy, AutoModelForCausalLM, **options)
+    base = load_auto(args, "policy", args.policy, AutoModelForCausalLM, **options)
     return base if args.base_precision == "4bit" else base.to(device)
 
 
@@ -600,14 +615,16 @@ class Learner:
         self.accelerator, self.device = accelerator, accelerator.device
         self.reward_function = RewardFunction(args.reward_function) if args.reward_function else None
         with accelerator.main_process_first():  # the others find the data set prepared
-            self.rows, self.validation = load_rows(args, ["prompt", "label"])
+            self.rows, self.validation, data_commit = load_rows(args, ["prompt", "label"])
         # All load models at once: of what has to be downloaded, huggingface_hub lets one process fetch each file.
         require(
-            not load_pretrained("policy", args.policy, find_adapter_config_file),
+            not load_pretrained(args, "policy", args.policy, find_adapter_config_file),
             f"--policy {args.policy} is an adapter: give a model that the adapter has been merged into",
         )
         tokenizer = args.tokenizer or TOKENIZERS.get(args.policy, args.policy)
-        self.tokenizer = load_auto("policy" if tokenizer == args.policy else "tokenizer", tokenizer, AutoTokenizer)
+        self.tokenizer = load_auto(
+            args, "policy" if tokenizer == args.policy else "tokenizer", tokenizer, AutoTokenizer
+        )
         base = load_base(args, self.device)
         check_vocabulary("policy", args.policy, self.tokenizer, base)
         torch.manual_seed(args.seed)  # the adapters and the value head are the same in every process
@@ -616,10 +633,11 @@ class Learner:
         except ValueError as error:  # peft names the layers it did not find
             raise Stop(f"--lora-targets {' '.join(args.lora_targets)}: {error}") from None
         self.reward = None
-        if not args.reward_function and load_pretrained("reward-model", args.reward_model, find_adapter_config_file):
-            self.reward = AdapterReward(args, model, self.tokenizer)
-        elif not args.reward_function:
-            self.reward = ClassifierReward(args, self.device)
+        if not args.reward_function:
+            adapter = load_pretrained(args, "reward-model", args.reward_model, find_adapter_config_file)
+            self.reward = AdapterReward(args, model, self.tokenizer) if adapter else ClassifierReward(args, self.device)
+        models = (args.policy, tokenizer, *(() if args.reward_function else (args.reward_model,)))
+        self.hub_commits = {name: hub_commit(args, name) for name in models} | {args.dataset: data_commit}
         room = getattr(base.config, "max_position_embeddings", None) or sys.maxsize
         end = self.tokenizer(PROMPT_END, add_special_tokens=False).input_ids
         length = args.prompt_length + len(end) + args.response_length
@@ -768,7 +786,7 @@ def backward(learner: Learner, trajectories: Rollout, rows: list[int], args: Arg
                 "loss/policy_avg": share * policy_loss,
                 "loss/value_avg": share * value_loss,
                 "loss/target_avg": target_loss,
-                "policy/approxkl_avg": share * masked_mean(ratio - 1 - logratio, mask),
+                "policy/approxkl_avg": share * masked_mean(ratio - 1 - logratio, mask),  # TRL's: logratio^2 / 2
                 "policy/clipfrac_avg": share * masked_mean(((ratio - 1).abs() > args.clip_coef).float(), mask),
                 "val/clipfrac_avg": share
                 * masked_mean(((values - old_values).abs() > args.clip_coef_value).float(), mask),
@@ -910,7 +928,7 @@ def evaluate_saved(args: Args, run_dir: Path) -> dict[str, float]:
     path = run_dir / "policy"
     has_adapter = (path / "adapter_model.safetensors").exists()
     require(has_adapter, f"{run_dir} holds no policy: it is written when the run has finished")
-    weights = load_pretrained("evaluate", str(path), load_peft_weights, device="cpu")
+    weights = load_pretrained(args, "evaluate", str(path), load_peft_weights, device="cpu")
     learner = make_learner(args)
     fits = learner.actor_critic.load_adapter("policy_adapter", weights)
     require(fits, f"{path} does not fit the adapters of this {SCRIPT}.py on {args.policy}")
@@ -1081,6 +1099,7 @@ def save_results(
     result["device"] = torch.cuda.get_device_name() if learner.device.type == "cuda" else "cpu"
     result |= {"num_processes": learner.accelerator.num_processes, "peak_memory_gib": counters["peak_memory_gib"]}
     result |= {"wall_seconds": counters["wall_seconds"], "commit": commit}
+    result["hub_commits"] = {name: commit for name, commit in learner.hub_commits.items() if commit}
     result["versions"] = {"python": platform.python_version()} | versions
     write_json(run_dir / "result.json", result)
     (run_dir / "checkpoint.pt").unlink()  # it is several times as large as the policy
@@ -1187,6 +1206,9 @@ def validate(args: Args) -> None:
     require(enough, message + f"got {args.eval_samples}")
     can_quantize = find_spec("bitsandbytes") or args.base_precision != "4bit"
     require(can_quantize, "--base-precision 4bit needs bitsandbytes: pip install -r requirements-4bit.txt")
+    for name in args.revision:
+        used = name in (args.policy, args.tokenizer, args.reward_model, args.dataset) and not Path(name).exists()
+        require(used, f"--revision {name} is no hub id among --policy, --tokenizer, --reward-model and --dataset")
     require(not args.track or find_spec("wandb"), "--track needs Weights & Biases: pip install wandb")
 
 
@@ -1208,7 +1230,8 @@ def make_learner(args: Args) -> Learner:
     """Data and networks on this process. Raises Stop when Accelerate does not see the others."""
     if args.num_threads:
         torch.set_num_threads(args.num_threads)
-    accelerator = Accelerator(cpu=args.cpu or not torch.cuda.is_available())
+    patient = InitProcessGroupKwargs(timeout=timedelta(hours=12))  # while one process downloads models and data
+    accelerator = Accelerator(cpu=args.cpu or not torch.cuda.is_available(), kwargs_handlers=[patient])
     started, seen = int(os.environ.get("WORLD_SIZE", 1)), accelerator.num_processes
     require(started == seen, f"started as one of {started} processes, but Accelerate sees {seen}: use torchrun")
     return Learner(args, accelerator)

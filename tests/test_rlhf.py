@@ -1108,7 +1108,7 @@ DATASETS = {
 @pytest.mark.parametrize("kind", DATASETS)
 def test_data_set_with_a_validation_split(script, tmp_path, kind):
     DATASETS[kind](tmp_path / "data")
-    train, validation = script.load_rows(script.Args(dataset=str(tmp_path / "data")), ["text"])
+    train, validation, _ = script.load_rows(script.Args(dataset=str(tmp_path / "data")), ["text"])
     assert train == [{"text": row["text"]} for row in ROWS[:7]]
     assert validation == [{"text": row["text"]} for row in ROWS[7:]]
 
@@ -1129,10 +1129,10 @@ def test_data_set_without_a_validation_split_gives_a_fifth_drawn_by_the_seed(scr
     path = tmp_path / "data.jsonl"
     WITHOUT_VALIDATION[kind](path)
     args = script.Args(dataset=str(path))
-    train, validation = script.load_rows(args, ["text", "label"])
+    train, validation, commit = script.load_rows(args, ["text", "label"])
     assert len(train) == 8 and len(validation) == 2
     assert sorted(train + validation, key=lambda row: row["text"]) == ROWS
-    assert script.load_rows(args, ["text", "label"]) == (train, validation)
+    assert script.load_rows(args, ["text", "label"]) == (train, validation, None) and commit is None
     splits = [script.load_rows(replace(args, seed=seed), ["text"])[1] for seed in range(5)]
     assert len({str(split) for split in splits}) > 1  # as in the authors' runs, the seed draws the split
 

@@ -15,6 +15,8 @@ from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import patch
 
+import datasets
+import huggingface_hub
 import numpy as np
 import pytest
 import tiny
@@ -55,6 +57,7 @@ RESULT_KEYS = {
     "wall_seconds",
     "versions",
     "commit",
+    "hub_commits",
 }
 ROUGE = {"eval_rouge1", "eval_rouge2", "eval_rougeL"}
 TAGS = {
@@ -214,6 +217,7 @@ def test_result_has_the_agreed_keys(script, finished, assets):
     assert result["before"]["eval_perplexity"] != result["eval_perplexity"]
     assert all(math.isfinite(result[key]) for key in result if key.startswith("eval_") and key != "eval_scores")
     assert result["rollout_tokens_per_second"] > 1 and result["update_tokens_per_second"] > 1
+    assert result["hub_commits"] == {}  # all folders
     assert result["num_processes"] == 1 and result["device"] == "cpu" and 0.1 < result["peak_memory_gib"] < 100
     assert result["versions"]["torch"] == torch.__version__ and "transformers" in result["versions"]
 
@@ -342,6 +346,44 @@ def test_default_run_directory_is_named_after_data_set_script_seed_and_time(scri
     (run_dir,) = (tmp_path / "runs").iterdir()
     assert run_dir.name.startswith(f"{Path(flags['dataset']).name}__{script.SCRIPT}__5__2")
     assert read_result(run_dir)["args"]["run_dir"] == f"runs/{run_dir.name}"
+
+
+@pytest.fixture
+def hub(assets, script):
+    """The tiny models and data as the cache has them after a download: {hub id: commit of its revision v1}."""
+    cache, flags, commits = Path(huggingface_hub.constants.HF_HUB_CACHE), tiny.flags(script.SCRIPT, assets), {}
+    for number, flag in enumerate(("policy", "reward_model")):
+        repository = cache / f"models--owner--{script.SCRIPT}-{flag}"
+        commits[f"owner/{script.SCRIPT}-{flag}"] = commit = f"{number + 1:040x}"
+        shutil.copytree(flags[flag], repository / "snapshots" / commit)
+        (repository / "refs").mkdir()
+        (repository / "refs" / "v1").write_text(commit)
+    commits[f"owner/{script.SCRIPT}"] = commit = f"{9:040x}"
+    cached = Path(datasets.load_dataset(flags["dataset"])["train"].cache_files[0]["filename"]).parent
+    folder = Path(datasets.config.HF_DATASETS_CACHE) / f"owner___{script.SCRIPT}" / "default" / "0.0.0" / commit
+    shutil.copytree(cached, folder)
+    for path in folder.glob("*.arrow"):
+        path.rename(folder / path.name.replace(Path(flags["dataset"]).name, script.SCRIPT))
+    yield commits
+    for path in (*cache.glob("models--owner--*"), folder):
+        shutil.rmtree(path)
+
+
+def test_result_names_the_commits_of_what_came_from_a_hub_at_the_revisions_that_were_asked_for(
+    script, assets, tmp_path, hub
+):
+    policy, reward_model, dataset = hub
+    changes = {"num_updates": 1, "policy": policy, "reward_model": reward_model, "dataset": dataset}
+    changes["revision"] = (policy, "v1", reward_model, "v1")
+    code, _, err = call(script, tmp_path, tiny.flags(script.SCRIPT, assets) | RUN | changes)
+    assert (code, err) == (0, "")
+    assert read_result(tmp_path / "run")["hub_commits"] == hub
+    changes |= {"run_dir": "other", "revision": (policy, "v1")}
+    code, _, err = call(script, tmp_path, tiny.flags(script.SCRIPT, assets) | RUN | changes)
+    assert_refused(code, err, f"--reward-model {reward_model}")  # there is nothing but v1
+    changes["revision"] = (str(assets / "gpt2"), "v1")
+    code, _, err = call(script, tmp_path, tiny.flags(script.SCRIPT, assets) | RUN | changes)
+    assert_refused(code, err, "--revision", "no hub id")
 
 
 # Survival
