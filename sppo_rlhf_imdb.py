@@ -62,7 +62,6 @@ from datasets.exceptions import DatasetsError
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from torch import nn
-from torch.utils.checkpoint import checkpoint as recompute
 from torch.utils.tensorboard import SummaryWriter
 from transformers import (
     AutoModel,
@@ -251,14 +250,8 @@ def positions(attention_mask: torch.Tensor) -> torch.Tensor:
 
 
 def token_logprobs(logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
-    """Log-probabilities (batch, length), float32, of tokens (batch, length) under logits (batch, length, vocabulary).
-
-    The softmax is normalized one sequence at a time, and once more in the backward pass: no second tensor of the
-    logits' size is made or, for bfloat16 logits in float32, kept.
-    """
-    chosen = logits.gather(-1, tokens.unsqueeze(-1)).squeeze(-1).float()
-    options = {"use_reentrant": False, "preserve_rng_state": False}
-    return chosen - torch.stack([recompute(lambda x: x.float().logsumexp(-1), row, **options) for row in logits])
+    """Log-probabilities (batch, length), float32, of tokens (batch, length) by logits (batch, length, vocabulary)."""
+    return logits.float().log_softmax(-1).gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
 
 
 def response_logprobs(
