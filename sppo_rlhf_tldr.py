@@ -125,7 +125,9 @@ class Args:
     update_epochs: int = 4  # epochs per rollout
     minibatch_size: int = 32  # responses per optimizer step, over all processes
     micro_batch_size: int = 4  # responses per forward and backward pass of a process; changes memory, not the result
-    rollout_batch_size: int = 32  # responses generated at once by a process; changes memory, not the algorithm
+    rollout_batch_size: int = (
+        32  # responses generated and scored at once by a process; changes memory, not the algorithm
+    )
     learning_rate: float = 5e-6  # AdamW's learning rate
     weight_decay: float = 0.01  # AdamW's weight decay, not of biases and norms
     gamma: float = 1.0  # discount factor
@@ -264,6 +266,12 @@ def pad(prompts: list[list[int]], responses: list[list[int]], device: torch.devi
     return tokens, mask, mask[:, P:].bool()
 
 
+def batches(lengths: list[int], size: int) -> list[list[int]]:
+    """Indices of sequences of these lengths, size at a time, like lengths together."""
+    order = sorted(range(len(lengths)), key=lengths.__getitem__)
+    return [order[start : start + size] for start in range(0, len(order), size)]
+
+
 def positions(attention_mask: torch.Tensor) -> torch.Tensor:
     """Position of every token in its own sequence, (batch, length): the first real one is at 0."""
     return (attention_mask.cumsum(-1) - 1).clamp(min=0)
@@ -364,9 +372,8 @@ class ClassifierReward:
 
     @torch.no_grad()
     def __call__(self, texts: list[str]) -> list[float]:
-        scores, order = [0.0] * len(texts), sorted(range(len(texts)), key=lambda i: len(texts[i]))
-        for start in range(0, len(texts), self.batch_size):
-            rows = order[start : start + self.batch_size]
+        scores = [0.0] * len(texts)
+        for rows in batches([len(text) for text in texts], self.batch_size):
             options = {"truncation": True, "max_length": self.max_length, "padding": True, "return_tensors": "pt"}
             batch = self.tokenizer([texts[i] for i in rows], **options).to(self.model.device)
             for i, score in zip(rows, self.model(**batch).logits.squeeze(-1).tolist()):
@@ -409,9 +416,8 @@ class AdapterReward:
         device, end = self.actor_critic.lm.device, self.tokenizer.eos_token_id
         tokens = self.tokenizer([f"<|startoftext|>{text}" for text in texts]).input_ids
         tokens = [[*text, end][-self.room :] for text in tokens]  # the beginning goes, the summary stays
-        scores, order = [0.0] * len(texts), sorted(range(len(texts)), key=lambda i: len(tokens[i]))
-        for start in range(0, len(texts), self.batch_size):
-            rows = order[start : start + self.batch_size]
+        scores = [0.0] * len(texts)
+        for rows in batches([len(text) for text in tokens], self.batch_size):
             batch, mask, _ = pad([tokens[i] for i in rows], [[]] * len(rows), device)
             last = self.actor_critic.hidden("reward_adapter", batch, mask)[:, -1]
             for i, score in zip(rows, (last @ self.head.to(device).T + self.bias).squeeze(-1).tolist()):
@@ -537,9 +543,8 @@ def generate(
     policy: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: list[list[int]], batch_size: int, greedy: bool
 ) -> list[list[int]]:
     """A response to each prompt, with its end-of-text token where there is one; prompts of like length go together."""
-    responses, order = [[] for _ in prompts], sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-    for start in range(0, len(prompts), batch_size):
-        rows = order[start : start + batch_size]
+    responses = [[] for _ in prompts]
+    for rows in batches([len(prompt) for prompt in prompts], batch_size):
         tokens, mask, _ = pad([prompts[i] for i in rows], [[]] * len(rows), policy.device)
         with torch.no_grad():
             output = policy.generate(tokens, attention_mask=mask, do_sample=not greedy)[:, tokens.shape[1] :].tolist()
@@ -695,7 +700,9 @@ def rollout(learner: Learner, rows: list[dict], args: Args) -> tuple[Rollout, di
     tokenizer, device = learner.tokenizer, learner.device
     prompts = encode_prompts(tokenizer, rows, args.prompt_length)
     policy = learner.actor_critic.switch_to("policy_adapter")
+    start = time.perf_counter()
     responses = generate(policy, tokenizer, prompts, args.rollout_batch_size, greedy=False)
+    generation_seconds = time.perf_counter() - start
     summaries = [continuation(tokenizer, p, r) for p, r in zip(prompts, responses)]
     posts = [tokenizer.decode(prompt, skip_special_tokens=True) for prompt in prompts]
     scores = torch.tensor(score_summaries(learner, posts, summaries, rows), device=device)
@@ -703,13 +710,12 @@ def rollout(learner: Learner, rows: list[dict], args: Args) -> tuple[Rollout, di
     # pi_old, V and pi_ref from a fresh forward pass: generation has other log-probabilities (top-k) and other kernels.
     mask = torch.zeros(len(prompts), args.response_length, dtype=torch.bool, device=device)
     logprob, values, ref_logprob = torch.zeros(3, *mask.shape, device=device)
-    for start in range(0, len(prompts), args.micro_batch_size):
-        micro = slice(start, start + args.micro_batch_size)
-        tokens, attention_mask, micro_mask = pad(prompts[micro], responses[micro], device)
-        R = micro_mask.shape[1]
-        mask[micro, :R] = micro_mask
-        logprob[micro, :R], values[micro, :R], _ = learner.actor_critic(tokens, attention_mask, R)
-        ref_logprob[micro, :R] = learner.actor_critic.reference_logprobs(tokens, attention_mask, R)
+    for batch in batches([len(p) + len(r) for p, r in zip(prompts, responses)], args.rollout_batch_size):
+        tokens, attention_mask, batch_mask = pad([prompts[i] for i in batch], [responses[i] for i in batch], device)
+        R = batch_mask.shape[1]
+        mask[batch, :R] = batch_mask
+        logprob[batch, :R], values[batch, :R], _ = learner.actor_critic(tokens, attention_mask, R)
+        ref_logprob[batch, :R] = learner.actor_critic.reference_logprobs(tokens, attention_mask, R)
     logprob, values, ref_logprob = (torch.where(mask, x, 0.0) for x in (logprob, values, ref_logprob))
 
     rewards = token_rewards(scores, logprob, ref_logprob, mask, args.kl_coef)
@@ -732,7 +738,7 @@ def rollout(learner: Learner, rows: list[dict], args: Args) -> tuple[Rollout, di
         for score, post, summary in zip(scores.tolist()[:4], posts, summaries)
     ]
     trajectories = Rollout(prompts, responses, targets, mask, logprob, values, advantages, returns)
-    return trajectories, dict(zip(sums, means.tolist())), samples
+    return trajectories, dict(zip(sums, means.tolist())) | {"perf/generation_seconds": generation_seconds}, samples
 
 
 def backward(learner: Learner, trajectories: Rollout, rows: list[int], args: Args) -> dict[str, float]:
@@ -798,10 +804,10 @@ def train(args: Args, run_dir: Path, learner: Learner) -> None:
     start_time, commit = time.monotonic(), git_commit()
     accelerator, main_process = learner.accelerator, learner.accelerator.is_main_process
     counters = {"update": 0, "rollout_tokens": 0, "rollout_seconds": 0.0, "update_tokens": 0, "update_seconds": 0.0}
-    counters |= {"wall_seconds": 0.0, "before": None}
+    counters |= {"generation_seconds": 0.0, "wall_seconds": 0.0, "before": None}
     if checkpoint := load_checkpoint(run_dir):
         learner.load_state(checkpoint["learner"], run_dir / "checkpoint.pt")
-        counters = checkpoint["counters"]
+        counters |= checkpoint["counters"]
     update, wall_seconds = counters["update"], counters["wall_seconds"]
     log = RunLog(run_dir, args, update if checkpoint else -1) if main_process else None
     progress = Progress(args.num_updates, "update")
@@ -843,6 +849,7 @@ def train(args: Args, run_dir: Path, learner: Learner) -> None:
         counters["update"] = update
         counters["rollout_tokens"] += num_tokens
         counters["rollout_seconds"] += rollout_seconds
+        counters["generation_seconds"] += metrics["perf/generation_seconds"]
         counters["update_tokens"] += num_tokens * args.update_epochs
         counters["update_seconds"] += update_seconds
         counters["wall_seconds"] = wall_seconds + time.monotonic() - start_time
@@ -1089,6 +1096,8 @@ def save_results(
     result["before"] = {tag.replace("/", "_"): value for tag, value in counters["before"].items()}
     for phase in ("rollout", "update"):
         result[f"{phase}_tokens_per_second"] = counters[f"{phase}_tokens"] / counters[f"{phase}_seconds"]
+    seconds = counters["rollout_seconds"] + counters["update_seconds"]
+    result["generation_time_share"] = counters["generation_seconds"] / seconds
     result["device"] = torch.cuda.get_device_name() if learner.device.type == "cuda" else "cpu"
     result |= {"num_processes": learner.accelerator.num_processes, "peak_memory_gib": counters["peak_memory_gib"]}
     result |= {"wall_seconds": counters["wall_seconds"], "commit": commit}

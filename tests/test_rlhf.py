@@ -535,12 +535,17 @@ def test_micro_batches_have_the_gradient_of_the_whole_batch(script, scrambled, t
 
 
 @both
-def test_micro_batches_of_a_rollout_have_the_results_of_the_whole_batch(script, scrambled, monkeypatch):
+def test_batches_of_a_rollout_have_the_results_of_the_whole_batch_and_like_lengths(script, scrambled, monkeypatch):
     learner, args = scrambled(script)
     answers = tiny.responses(8, args.response_length, learner.tokenizer.vocab_size)
     monkeypatch.setattr(script, "generate", lambda *a, **k: answers)
-    one, _, _ = script.rollout(learner, learner.rows[:8], replace(args, micro_batch_size=1))
-    all_, _, _ = script.rollout(learner, learner.rows[:8], replace(args, micro_batch_size=8, rollout_batch_size=8))
+    one, _, _ = script.rollout(learner, learner.rows[:8], replace(args, rollout_batch_size=1))
+    all_, _, _ = script.rollout(learner, learner.rows[:8], replace(args, rollout_batch_size=8))
+    pad, padded = script.pad, []
+    monkeypatch.setattr(script, "pad", lambda *inputs: padded.append(inputs[:2]) or pad(*inputs))
+    script.rollout(learner, learner.rows[:8], replace(args, micro_batch_size=1, rollout_batch_size=3))
+    lengths = [[len(p) + len(r) for p, r in zip(*batch)] for batch in padded if batch[1][0]]
+    assert [len(batch) for batch in lengths] == [3, 3, 2] and [*chain(*lengths)] == sorted(chain(*lengths))
     for name in ("mask", "logprob", "values", "advantages", "returns"):
         assert_close(getattr(one, name), getattr(all_, name), rtol=1e-4, atol=1e-4)
 

@@ -51,6 +51,7 @@ RESULT_KEYS = {
     "before",
     "rollout_tokens_per_second",
     "update_tokens_per_second",
+    "generation_time_share",
     "peak_memory_gib",
     "num_processes",
     "device",
@@ -80,6 +81,7 @@ TAGS = {
     "losses/explained_variance",
     "perf/rollout_tokens_per_second",
     "perf/update_tokens_per_second",
+    "perf/generation_seconds",
     "eval/score",
     "eval/score_reference",
     "eval/score_empty",
@@ -217,6 +219,7 @@ def test_result_has_the_agreed_keys(script, finished, assets):
     assert result["before"]["eval_perplexity"] != result["eval_perplexity"]
     assert all(math.isfinite(result[key]) for key in result if key.startswith("eval_") and key != "eval_scores")
     assert result["rollout_tokens_per_second"] > 1 and result["update_tokens_per_second"] > 1
+    assert 0 < result["generation_time_share"] < 1
     assert result["hub_commits"] == {}  # all folders
     assert result["num_processes"] == 1 and result["device"] == "cpu" and 0.1 < result["peak_memory_gib"] < 100
     assert result["versions"]["torch"] == torch.__version__ and "transformers" in result["versions"]
