@@ -279,21 +279,18 @@ class ActorCritic(nn.Module):
         self.policy, self.value_model = policy, value_model
         self.value_head = nn.Linear(policy.config.hidden_size, 1)
 
-    def forward(self, tokens: torch.Tensor, attention_mask: torch.Tensor, num_actions: int, target=None):
-        """Log-probabilities and values (batch, num_actions) of the last num_actions tokens and the states before them.
+    def forward(
+        self, tokens: torch.Tensor, attention_mask: torch.Tensor, num_actions: int, num_rows: int | None = None
+    ):
+        """Log-probabilities (batch, num_actions) of the last num_actions tokens and values of the states before them.
 
-        target: prompts with reference responses, as from pad(), whose log-probabilities come third; None without.
+        Values are (num_rows, num_actions), of the first sequences of the batch; None: of all.
         """
         logprob = response_logprobs(self.policy, tokens, attention_mask, num_actions)
+        tokens, attention_mask = tokens[:num_rows], attention_mask[:num_rows]
         options = {"position_ids": positions(attention_mask), "use_cache": False}
         hidden = self.value_model(tokens, attention_mask=attention_mask, **options).last_hidden_state
-        values = self.value_head(hidden[:, -num_actions - 1 : -1]).squeeze(-1)
-        target_logprob = None
-        if target:
-            target_tokens, target_attention_mask, target_mask = target
-            num_target = target_mask.shape[1]
-            target_logprob = response_logprobs(self.policy, target_tokens, target_attention_mask, num_target)
-        return logprob, values, target_logprob
+        return logprob, self.value_head(hidden[:, -num_actions - 1 : -1]).squeeze(-1)
 
 
 class Reward:
@@ -599,7 +596,7 @@ def rollout(learner: Learner, rows: list[dict], args: Args) -> tuple[Rollout, di
         tokens, attention_mask, batch_mask = pad([prompts[i] for i in batch], [responses[i] for i in batch], device)
         R = batch_mask.shape[1]
         mask[batch, :R] = batch_mask
-        logprob[batch, :R], values[batch, :R], _ = learner.actor_critic(tokens, attention_mask, R)
+        logprob[batch, :R], values[batch, :R] = learner.actor_critic(tokens, attention_mask, R)
         ref_logprob[batch, :R] = response_logprobs(learner.reference, tokens, attention_mask, R)
     logprob, values, ref_logprob = (torch.where(mask, x, 0.0) for x in (logprob, values, ref_logprob))
 
@@ -639,27 +636,26 @@ def backward(learner: Learner, trajectories: Rollout, rows: list[int], args: Arg
     sums = {}
     for start in range(0, len(rows), args.micro_batch_size):
         micro = rows[start : start + args.micro_batch_size]
-        prompts = [trajectories.prompts[i] for i in micro]
-        tokens, attention_mask, mask = pad(prompts, [trajectories.responses[i] for i in micro], learner.device)
-        R = mask.shape[1]
+        prompts, responses = ([x[i] for i in micro] for x in (trajectories.prompts, trajectories.responses))
+        targets = [trajectories.targets[i] for i in micro] if args.target_coef else []
+        inputs = prompts + prompts[: len(targets)], responses + targets  # one pass of the policy over both
+        tokens, attention_mask, mask = pad(*inputs, learner.device)
+        mask, target_mask, R = mask[: len(micro)], mask[len(micro) :], mask.shape[1]
         A, A_normalized = (x[start : start + args.micro_batch_size, :R] for x in (advantages, normalized))
         old_logprob, old_values, returns = (
             x[micro, :R] for x in (trajectories.logprob, trajectories.values, trajectories.returns)
         )
-        target = pad(prompts, [trajectories.targets[i] for i in micro], learner.device) if args.target_coef else None
         last = start + args.micro_batch_size >= len(rows)
         with nullcontext() if last else learner.accelerator.no_sync(learner.model):
-            logprob, values, target_logprob = learner.model(tokens, attention_mask, R, target)
+            logprob, values = learner.model(tokens, attention_mask, R, len(micro))
+            logprob, target_logprob = logprob[: len(micro)], logprob[len(micro) :]
             policy_loss = symmetric_ppo_loss(
                 logprob, old_logprob, A_normalized, args.clip_coef, args.alpha, args.beta, args.Z, mask
             )
             value_loss = clipped_value_loss(values, old_values, returns, args.clip_coef_value, mask)
             share = mask.sum() / num_tokens
-            loss = share * (policy_loss + args.vf_coef * value_loss)
-            target_loss = torch.zeros((), device=learner.device)
-            if target:
-                target_loss = -torch.where(target[2], target_logprob, 0.0).sum() / num_target_tokens
-                loss = loss + args.target_coef * target_loss
+            target_loss = -torch.where(target_mask, target_logprob, 0.0).sum() / num_target_tokens.clamp(min=1)
+            loss = share * (policy_loss + args.vf_coef * value_loss) + args.target_coef * target_loss
             learner.accelerator.backward(loss * learner.accelerator.num_processes)
 
         with torch.no_grad():

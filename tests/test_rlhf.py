@@ -139,8 +139,8 @@ def test_padded_batch_has_the_logprobs_and_values_of_each_sequence_alone(script,
     learner, _ = scrambled(script, **changes)
     tokens, attention, mask = script.pad(PROMPTS, RESPONSES, learner.device)
     with torch.no_grad():
-        logprob, values, target = learner.actor_critic(tokens, attention, 6)
-        assert target is None
+        logprob, values = learner.actor_critic(tokens, attention, 6)
+        assert values.shape == (3, 6) and learner.actor_critic(tokens, attention, 6, 2)[1].shape == (2, 6)
         for i, (prompt, response) in enumerate(zip(PROMPTS, RESPONSES)):
             assert mask[i].sum() == len(response)
             assert_close(logprob[i][mask[i]], policy_logprobs(learner, prompt, response))
@@ -590,7 +590,7 @@ def test_reward_and_reference_of_tldr_are_those_of_the_base_while_the_adapters_l
         with torch.no_grad():
             actual = ac.reference_logprobs(tokens, attention, 6)
             expected = TLDR.response_logprobs(base, tokens, attention, 6)
-            policy, _, _ = ac(tokens, attention, 6)
+            policy, _ = ac(tokens, attention, 6)
         assert_close(actual, expected, rtol=0, atol=1e-6)
         assert (policy - expected).abs().max() > 0.1
     tiny.randomize(trained(learner).items(), 0.1)
@@ -621,7 +621,7 @@ def test_policy_and_value_adapters_of_tldr_do_not_touch_each_other(scrambled, as
 
     def outputs():
         with torch.no_grad():
-            logprob, values, _ = learner.actor_critic(tokens, attention, 6)
+            logprob, values = learner.actor_critic(tokens, attention, 6)
         return logprob[mask], values[mask]
 
     for adapter, changes in (

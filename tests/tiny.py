@@ -182,7 +182,7 @@ def fixed_rollout(script, learner, args):
     mask = torch.tensor([[t < len(answer) for t in range(args.response_length)] for answer in answers])
     with torch.no_grad():
         tokens, attention, _ = script.pad(prompts, answers, learner.device)
-        logprob, values, _ = learner.actor_critic(tokens, attention, args.response_length)
+        logprob, values = learner.actor_critic(tokens, attention, args.response_length)
     noise = torch.randn(4, *mask.shape, generator=generator) * mask
     logprob, values = (logprob + 0.2 * noise[0]) * mask, (values + 0.3 * noise[1]) * mask
     return script.Rollout(prompts, answers, targets, mask, logprob, values, noise[2] + 0.7 * mask, noise[3])
