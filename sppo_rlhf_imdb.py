@@ -88,6 +88,7 @@ PACKAGES = ("torch", "transformers", "datasets", "accelerate", "numpy")  # their
 class Args:
     policy: str = "rajkumarrrk/gpt2-fine-tuned-on-imdb-positive-reviews"  # model to start from: hub id or folder
     tokenizer: str | None = None  # hub id or folder; default the policy's own, or what TOKENIZERS has for it
+    bfloat16: bool = False  # autocast policy, value model and reference to bfloat16; weights stay float32
     reward_model: str = "lvwerra/distilbert-imdb"  # classifier, its "positive" is the reward: hub id or folder
     reward_function: str | None = None  # module:name of a function that is the reward instead; see RewardFunction
     dataset: str = "stanfordnlp/imdb"  # column "text": hub id, JSONL file, or folder (*.jsonl per split, save_to_disk)
@@ -131,6 +132,7 @@ class Args:
     track: bool = False  # log to Weights & Biases as well (pip install wandb)
     wandb_project_name: str = "symmetric-rl"  # Weights & Biases project
     wandb_entity: str | None = None  # Weights & Biases team
+    tf32: bool = False  # on CUDA, multiply float32 matrices in TF32: faster, with 10 bits of mantissa
     cpu: bool = False  # stay on the CPU where there is a GPU
     num_threads: int = 0  # CPU threads of torch; 0: as torch chooses
 
@@ -290,7 +292,7 @@ class ActorCritic(nn.Module):
         tokens, attention_mask = tokens[:num_rows], attention_mask[:num_rows]
         options = {"position_ids": positions(attention_mask), "use_cache": False}
         hidden = self.value_model(tokens, attention_mask=attention_mask, **options).last_hidden_state
-        return logprob, self.value_head(hidden[:, -num_actions - 1 : -1]).squeeze(-1)
+        return logprob, self.value_head(hidden[:, -num_actions - 1 : -1].float()).squeeze(-1)
 
 
 class Reward:
@@ -528,6 +530,8 @@ class Learner:
             require(enough, f"--dataset {args.dataset} has {len(rows)} {split} reviews of at least two words")
         policy.generation_config = generation_config(args, self.tokenizer)
         self.reference = deepcopy(policy).to(self.device).eval().requires_grad_(False)
+        for network in (policy, value_model, self.reference) if args.bfloat16 else ():
+            network.forward = torch.autocast(self.device.type, torch.bfloat16)(network.forward)
         torch.manual_seed(args.seed)  # the value head is the same in every process
         model = ActorCritic(policy, value_model).to(self.device).eval()  # eval: dropout is never active
         self.trained = [name for name, p in model.named_parameters() if p.requires_grad]
@@ -1102,6 +1106,7 @@ def make_learner(args: Args) -> Learner:
     """Data and networks on this process. Raises Stop when Accelerate does not see the others."""
     if args.num_threads:
         torch.set_num_threads(args.num_threads)
+    torch.backends.cuda.matmul.allow_tf32 = args.tf32
     patient = InitProcessGroupKwargs(timeout=timedelta(hours=12))  # while one process downloads models and data
     accelerator = Accelerator(cpu=args.cpu or not torch.cuda.is_available(), kwargs_handlers=[patient])
     started, seen = int(os.environ.get("WORLD_SIZE", 1)), accelerator.num_processes

@@ -46,6 +46,7 @@ from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import timedelta
+from functools import partial
 from importlib.metadata import distributions
 from importlib.util import find_spec
 from numbers import Real
@@ -68,6 +69,7 @@ from peft.utils import load_peft_weights
 from rouge_score.rouge_scorer import RougeScorer
 from safetensors import SafetensorError
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 from torch.utils.tensorboard import SummaryWriter
 from transformers import (
     AutoModelForCausalLM,
@@ -78,6 +80,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils.peft_utils import find_adapter_config_file
 
 SCRIPT, VERSION = Path(__file__).stem, 2  # of the format of checkpoint.pt
@@ -101,6 +104,7 @@ class Args:
     tokenizer: str | None = None  # hub id or folder; default the policy's own, or what TOKENIZERS has for it
     base_precision: Literal["4bit", "bfloat16", "float32"] = "4bit"  # of the base; 4bit: bitsandbytes
     double_quant: bool = True  # quantize the scales of a 4bit base as well, as in the authors' files
+    gradient_checkpointing: bool = False  # keep no activations within layers but compute them again: less memory
     lora_rank: int = 8  # rank r of the adapters
     lora_alpha: int = 64  # alpha of the adapters, whose output is multiplied by alpha / rank
     lora_targets: tuple[str, ...] = ("q_proj", "v_proj")  # names of the linear layers that get adapters
@@ -147,6 +151,7 @@ class Args:
     track: bool = False  # log to Weights & Biases as well (pip install wandb)
     wandb_project_name: str = "symmetric-rl"  # Weights & Biases project
     wandb_entity: str | None = None  # Weights & Biases team
+    tf32: bool = False  # on CUDA, multiply float32 matrices in TF32: faster, with 10 bits of mantissa
     cpu: bool = False  # stay on the CPU where there is a GPU
     num_threads: int = 0  # CPU threads of torch; 0: as torch chooses
 
@@ -305,11 +310,26 @@ class ActorCritic(nn.Module):
         self.adapters.add_adapter("value_adapter", lora)
         self.value_head = nn.Linear(base.config.hidden_size, 1)
         self.switch_to("policy_adapter")
+        for layer in base.modules() if args.gradient_checkpointing else ():
+            if isinstance(layer, GradientCheckpointingLayer):  # transformers' own way needs training mode, with dropout
+                layer.forward = partial(self.checkpoint_layer, layer.forward)
+
+    def checkpoint_layer(self, forward: Callable, *inputs, **options):
+        """A layer's forward pass, which the backward pass repeats with the adapter that it had."""
+        adapter = self.active
+
+        def forward_with_adapter(*inputs, **options):
+            if self.active != adapter:
+                self.switch_to(adapter)
+            return forward(*inputs, **options)
+
+        return checkpoint(forward_with_adapter, *inputs, use_reentrant=False, preserve_rng_state=False, **options)
 
     def switch_to(self, adapter: str) -> PreTrainedModel:
         """The base model, which computes with that adapter until the next switch."""
         self.adapters.set_adapter(adapter)  # also freezes the others
         self.adapters.set_requires_grad(["policy_adapter", "value_adapter"])
+        self.active = adapter
         return self.lm
 
     def load_adapter(self, adapter: str, weights: dict[str, torch.Tensor]) -> bool:
@@ -1227,6 +1247,7 @@ def make_learner(args: Args) -> Learner:
     """Data and networks on this process. Raises Stop when Accelerate does not see the others."""
     if args.num_threads:
         torch.set_num_threads(args.num_threads)
+    torch.backends.cuda.matmul.allow_tf32 = args.tf32
     patient = InitProcessGroupKwargs(timeout=timedelta(hours=12))  # while one process downloads models and data
     accelerator = Accelerator(cpu=args.cpu or not torch.cuda.is_available(), kwargs_handlers=[patient])
     started, seen = int(os.environ.get("WORLD_SIZE", 1)), accelerator.num_processes

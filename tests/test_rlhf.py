@@ -158,6 +158,48 @@ def test_base_in_bfloat16_has_adapters_head_and_log_probabilities_in_float32(scr
     assert losses["val/ratio"] == pytest.approx(1, abs=0.05) and all(g.any() for g in grads.values())
 
 
+def test_imdb_in_bfloat16_has_weights_log_probabilities_and_values_in_float32(scrambled):
+    learner, args = scrambled(IMDB, bfloat16=True)
+    exact, _ = scrambled(IMDB)
+    ac, (tokens, attention, mask) = learner.actor_critic, IMDB.pad(PROMPTS, RESPONSES, learner.device)
+    with torch.no_grad():
+        assert {m(tokens).logits.dtype for m in (ac.policy, learner.reference)} == {torch.bfloat16}
+        for actual, expected in zip(ac(tokens, attention, 6), exact.actor_critic(tokens, attention, 6)):
+            error = (actual - expected)[mask].abs()
+            assert actual.dtype == torch.float32 and 0 < error.mean() < 0.05
+    rollout, _, _ = IMDB.rollout(learner, learner.rows[:8], args)
+    losses, grads = backward(IMDB, learner, rollout, args)
+    assert {x.dtype for x in (*trained(learner).values(), *grads.values())} == {torch.float32}
+    assert losses["val/ratio"] == pytest.approx(1, abs=0.05)
+    fresh, args = scrambled(IMDB, bfloat16=True)
+    fresh.actor_critic.policy.load_state_dict(fresh.reference.state_dict())
+    assert IMDB.rollout(fresh, fresh.rows[:8], args)[1]["objective/kl"] == 0
+    assert 1 < IMDB.evaluate(fresh, args)[0]["eval/perplexity"] < 1e4
+
+
+@families
+def test_gradient_checkpointing_computes_layers_again_with_their_adapter_and_changes_no_gradient(
+    scrambled, assets, family
+):
+    gradients, calls = [], []
+    for on in (False, True):
+        learner, args = scrambled(TLDR, gradient_checkpointing=on, target_coef=0.1, **tiny.family(family, assets))
+        rollout = tiny.fixed_rollout(TLDR, learner, args)
+        (linear, *_) = (m for n, m in learner.actor_critic.lm.named_modules() if n.endswith(args.lora_targets))
+        linear.register_forward_hook(lambda *_, on=on: calls.append(on))
+        gradients.append(backward(TLDR, learner, rollout, args)[1])
+    assert calls.count(True) == 2 * calls.count(False) == 12  # policy and value of three micro-batches
+    assert_same_gradients(*gradients, tolerance=1e-6)
+
+
+@both
+def test_tf32_is_off_unless_asked_for(script, assets):
+    flags = tiny.flags(script.SCRIPT, assets)
+    for on in (True, False):
+        script.make_learner(script.Args(**flags, tf32=on))
+        assert torch.backends.cuda.matmul.allow_tf32 == on
+
+
 @pytest.mark.parametrize("double_quant", [True, False])
 def test_base_in_4_bits_is_nf4_that_computes_in_bfloat16(monkeypatch, double_quant):
     seen = {}
