@@ -42,7 +42,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from copy import deepcopy
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from datetime import timedelta
 from importlib.metadata import distributions
 from importlib.util import find_spec
@@ -92,7 +92,7 @@ class Args:
     reward_model: str = "lvwerra/distilbert-imdb"  # classifier, its "positive" is the reward: hub id or folder
     reward_function: str | None = None  # module:name of a function that is the reward instead; see RewardFunction
     dataset: str = "stanfordnlp/imdb"  # column "text": hub id, JSONL file, or folder (*.jsonl per split, save_to_disk)
-    revision: dict[str, str] = field(default_factory=dict)  # hub ids, each followed by its branch, tag or commit
+    revision: dict[str, str] | None = None  # hub ids, each followed by its branch, tag or commit
     num_updates: int = 60  # rollouts, each with update_epochs passes over it
     seed: int = 1  # seed of everything random
     alpha: float = 0.5  # weight of the PPO loss in Eq. 9
@@ -152,7 +152,7 @@ def require(condition: bool, message: str) -> None:
 
 def load_pretrained(args: Args, flag: str, name: str, from_pretrained: Callable, **options):
     """from_pretrained(name), hub id or local folder. Raises Stop with one line that says what to give instead."""
-    if name in args.revision:
+    if name in (args.revision or {}):
         options["revision"] = args.revision[name]
     try:
         return from_pretrained(name, **options)
@@ -172,7 +172,7 @@ def hub_commit(args: Args, name: str) -> str | None:
     if Path(name).exists():
         return None
     for file in ("config.json", "adapter_config.json", "tokenizer_config.json"):
-        path = huggingface_hub.try_to_load_from_cache(name, file, revision=args.revision.get(name))
+        path = huggingface_hub.try_to_load_from_cache(name, file, revision=(args.revision or {}).get(name))
         if isinstance(path, str):
             return Path(path).parent.name
 
@@ -1082,7 +1082,7 @@ def validate(args: Args) -> None:
     message = f"--eval-samples must be 0 (all) or at least the number of processes, {num_processes}, "
     enough = args.eval_samples == 0 or args.eval_samples >= num_processes
     require(enough, message + f"got {args.eval_samples}")
-    for name in args.revision:
+    for name in args.revision or {}:
         used = name in (args.policy, args.tokenizer, args.reward_model, args.dataset) and not Path(name).exists()
         require(used, f"--revision {name} is no hub id among --policy, --tokenizer, --reward-model and --dataset")
     require(not args.track or find_spec("wandb"), "--track needs Weights & Biases: pip install wandb")

@@ -44,7 +44,7 @@ import time
 import warnings
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from datetime import timedelta
 from functools import partial
 from importlib.metadata import distributions
@@ -111,7 +111,7 @@ class Args:
     reward_model: str = "jdchang/tldr_rm_adapter"  # adapter with a scalar head, or classifier with one label
     reward_function: str | None = None  # module:name of a function that is the reward instead; see RewardFunction
     dataset: str = "CarperAI/openai_summarize_tldr"  # columns "prompt", "label": hub id, JSONL file or folder of splits
-    revision: dict[str, str] = field(default_factory=dict)  # hub ids, each followed by its branch, tag or commit
+    revision: dict[str, str] | None = None  # hub ids, each followed by its branch, tag or commit
     num_updates: int = 100  # rollouts, each with update_epochs passes over it
     seed: int = 1  # seed of everything random
     alpha: float = 0.5  # weight of the PPO loss in Eq. 9
@@ -174,7 +174,7 @@ def require(condition: bool, message: str) -> None:
 
 def load_pretrained(args: Args, flag: str, name: str, from_pretrained: Callable, **options):
     """from_pretrained(name), hub id or local folder. Raises Stop with one line that says what to give instead."""
-    if name in args.revision:
+    if name in (args.revision or {}):
         options["revision"] = args.revision[name]
     try:
         return from_pretrained(name, **options)
@@ -194,7 +194,7 @@ def hub_commit(args: Args, name: str) -> str | None:
     if Path(name).exists():
         return None
     for file in ("config.json", "adapter_config.json", "tokenizer_config.json"):
-        path = huggingface_hub.try_to_load_from_cache(name, file, revision=args.revision.get(name))
+        path = huggingface_hub.try_to_load_from_cache(name, file, revision=(args.revision or {}).get(name))
         if isinstance(path, str):
             return Path(path).parent.name
 
@@ -1223,7 +1223,7 @@ def validate(args: Args) -> None:
     require(enough, message + f"got {args.eval_samples}")
     can_quantize = find_spec("bitsandbytes") or args.base_precision != "4bit"
     require(can_quantize, "--base-precision 4bit needs bitsandbytes: pip install -r requirements-4bit.txt")
-    for name in args.revision:
+    for name in args.revision or {}:
         used = name in (args.policy, args.tokenizer, args.reward_model, args.dataset) and not Path(name).exists()
         require(used, f"--revision {name} is no hub id among --policy, --tokenizer, --reward-model and --dataset")
     require(not args.track or find_spec("wandb"), "--track needs Weights & Biases: pip install wandb")
