@@ -109,6 +109,7 @@ class Args:
     lora_alpha: int = 64  # alpha of the adapters, whose output is multiplied by alpha / rank
     lora_targets: tuple[str, ...] = ("q_proj", "v_proj")  # names of the linear layers that get adapters
     reward_model: str = "jdchang/tldr_rm_adapter"  # adapter with a scalar head, or classifier with one label
+    reward_end: str = ""  # what a classifier reads after a summary, such as <|endoftext|>
     reward_function: str | None = None  # module:name of a function that is the reward instead; see RewardFunction
     dataset: str = "CarperAI/openai_summarize_tldr"  # columns "prompt", "label": hub id, JSONL file or folder of splits
     revision: dict[str, str] | None = None  # hub ids, each followed by its branch, tag or commit
@@ -369,7 +370,7 @@ def reward_text(prompt: str, summary: str) -> str:
 
 
 class ClassifierReward:
-    """Logit of a sequence classifier with one label on prompt + summary; of a text that is too long, the end counts."""
+    """Logit of a classifier with one label on prompt + summary + --reward-end; of a long text, the end counts."""
 
     def __init__(self, args: Args, device: torch.device):
         self.model = load_auto(args, "reward-model", args.reward_model, AutoModelForSequenceClassification)
@@ -380,7 +381,7 @@ class ClassifierReward:
         self.model.config.pad_token_id = self.tokenizer.pad_token_id
         labels = self.model.config.num_labels
         require(labels == 1, f"--reward-model {args.reward_model} has {labels} labels; a reward is one number")
-        self.batch_size = args.rollout_batch_size
+        self.end, self.batch_size = args.reward_end, args.rollout_batch_size
         room = getattr(self.model.config, "max_position_embeddings", None) or 2**30
         self.max_length = min(self.tokenizer.model_max_length, room)
         self.tokenizer.truncation_side = "left"
@@ -391,7 +392,7 @@ class ClassifierReward:
         scores = [0.0] * len(texts)
         for rows in batches([len(text) for text in texts], self.batch_size):
             options = {"truncation": True, "max_length": self.max_length, "padding": True, "return_tensors": "pt"}
-            batch = self.tokenizer([texts[i] for i in rows], **options).to(self.model.device)
+            batch = self.tokenizer([texts[i] + self.end for i in rows], **options).to(self.model.device)
             for i, score in zip(rows, self.model(**batch).logits.squeeze(-1).tolist()):
                 scores[i] = score
         return scores

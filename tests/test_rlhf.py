@@ -777,6 +777,20 @@ def test_classifier_of_tldr_gives_its_logit(make_learner, assets):
     assert learner.reward(texts) == pytest.approx(expected, abs=1e-5)
 
 
+def test_classifier_on_pythia_gives_its_logit_on_the_end_token(make_learner, assets):
+    changes = {"reward_model": str(assets / "neox-reward"), "reward_end": "<|endoftext|>", "rollout_batch_size": 2}
+    learner, _ = make_learner(TLDR, **tiny.family("neox", assets) | changes)
+    model = AutoModelForSequenceClassification.from_pretrained(assets / "neox-reward").eval()
+    tokenizer = AutoTokenizer.from_pretrained(assets / "neox-reward")
+    assert tokenizer.pad_token_id != tokenizer.eos_token_id
+    texts = ["the movie was good", "bad", "the cast was a pain to watch again again"]
+    with torch.no_grad():
+        tokens = [[*tokenizer(text).input_ids, tokenizer.eos_token_id] for text in texts]
+        hidden = [model.gpt_neox(torch.tensor([t])).last_hidden_state[0, -1] for t in tokens]
+        expected = [model.score(h).item() for h in hidden]
+    assert learner.reward(texts) == pytest.approx(expected, abs=1e-5) and np.std(expected) > 0.01
+
+
 @both
 @pytest.mark.parametrize("family", ["gpt2", "bloom"])
 def test_classifiers_that_name_no_token_to_pad_with(script, assets, make_learner, tmp_path, family):

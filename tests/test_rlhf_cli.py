@@ -7,6 +7,7 @@ import io
 import json
 import math
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -23,7 +24,7 @@ import tiny
 import torch
 import two_processes
 from accelerate import Accelerator
-from conftest import import_scripts, largest_file, wait_for_the_next_second
+from conftest import ROOT, import_scripts, largest_file, wait_for_the_next_second
 from pausing import interrupt
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
@@ -635,6 +636,33 @@ def test_out_of_memory_while_loading_is_no_unknown_model(script, assets, tmp_pat
     with patch.object(script.AutoModelForCausalLM, "from_pretrained", out_of_memory):
         code, _, err = call(script, tmp_path, tiny.flags(script.SCRIPT, assets) | RUN)
     assert code == 1 and "out of memory: lower" in err
+
+
+def test_the_sweep_on_pythia_trains_resumes_and_evaluates_on_tiny_models_of_its_classes(assets, tmp_path):
+    """Every step of benchmark/rlhf_pythia.sh: its cells with local names and smaller numbers."""
+    names = {"POLICY": "neox", "REWARD_MODEL": "neox-reward", "DATASET": "posts"}
+    small = tiny.flags(TLDR.SCRIPT, assets) | {"num_updates": 2, "checkpoint_every": 1, "run_dir": "run"}
+    small = {key: value for key, value in small.items() if key not in ("policy", "reward_model", "dataset")}
+    environment = os.environ | {key: str(assets / name) for key, name in names.items()}
+    environment |= {"FLAGS": " ".join(tiny.command_line(small)), "CONTROL": "1"}
+    command = [ROOT / "benchmark" / "rlhf_pythia.sh", "--cells"]
+    cells = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout.splitlines()
+    weights_of = [
+        (words[words.index("--alpha") + 1], words[words.index("--beta") + 1]) for words in map(str.split, cells)
+    ]
+    assert weights_of == [("1", "0"), ("0.5", "0.2"), ("0.7", "0")]
+    script, _, seeds, *flags = shlex.split(cells[1])
+    assert (script, seeds) == (TLDR.SCRIPT, "4")
+    killed_in(TLDR, tmp_path, flags, "rollout", 2)
+    assert call(TLDR, tmp_path, ["--resume", "run"])[0] == 0
+    result = read_result(tmp_path / "run")
+    assert result["args"]["lora_targets"] == ["query_key_value"] and result["args"]["reward_end"] == tiny.END
+    code, out, _ = call(TLDR, tmp_path, ["--evaluate", "run"])
+    assert code == 0 and out.startswith(f"score {result['eval_score']:.4f}")
+    model = PeftModel.from_pretrained(
+        AutoModelForCausalLM.from_pretrained(assets / "neox"), tmp_path / "run" / "policy"
+    )
+    assert model.active_adapter == "default"
 
 
 # Bad input

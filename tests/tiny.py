@@ -15,6 +15,7 @@ from transformers import (
     GPT2LMHeadModel,
     GPTJConfig,
     GPTNeoXConfig,
+    GPTNeoXForSequenceClassification,
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedConfig,
@@ -76,6 +77,13 @@ def neox_config(vocabulary: int) -> GPTNeoXConfig:
     return GPTNeoXConfig(vocab_size=vocabulary, pad_token_id=0, **options)
 
 
+def pythia_reward(vocabulary: int) -> GPTNeoXForSequenceClassification:
+    """As the public reward model: one label, a token of its own to pad with, more embeddings than tokens."""
+    config = neox_config(vocabulary + 8)
+    config.pad_token_id, config.num_labels = vocabulary, 1
+    return GPTNeoXForSequenceClassification(config)
+
+
 def classifier(vocabulary: int, labels: list[str], **changes) -> DistilBertForSequenceClassification:
     options = {"max_position_embeddings": 64, "dim": 16, "n_layers": 1, "n_heads": 2, "hidden_dim": 32}
     options |= {"initializer_range": 0.5, "pad_token_id": 0, "dropout": 0.5, "seq_classif_dropout": 0.5}
@@ -115,6 +123,10 @@ def build(folder: Path) -> Path:
         AutoModelForCausalLM.from_config(config).save_pretrained(folder / name)
         tokenizer.save_pretrained(folder / name)
         reward_adapter(config, folder / f"{name}-adapter", target_modules=list(FAMILIES[name]["lora_targets"]))
+    pythia_reward(len(tokenizer)).save_pretrained(folder / "neox-reward")
+    tokenizer.add_special_tokens({"pad_token": "[PAD]"})
+    tokenizer.save_pretrained(folder / "neox-reward")
+    tokenizer = byte_level_tokenizer()
     tokenizer.pad_token, tokenizer.model_max_length = END, 64
     for name, labels in {"sentiment": ["POSITIVE", "NEGATIVE"], "scalar": ["reward"]}.items():
         classifier(len(tokenizer), labels).save_pretrained(folder / name)
