@@ -61,7 +61,7 @@ from accelerate.utils import InitProcessGroupKwargs, broadcast_object_list, gath
 from datasets.exceptions import DatasetsError
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.tensorboard import SummaryWriter
 from transformers import (
     AutoModel,
@@ -218,9 +218,8 @@ def first_half(review: str) -> str:
 
 def encode_targets(tokenizer: PreTrainedTokenizerBase, rows: list[dict], max_length: int) -> list[list[int]]:
     """The first tokens of reviews as responses."""
-    tokenizer.truncation_side = "right"
-    reviews = [row["text"] for row in rows]
-    return tokenizer(reviews, add_special_tokens=False, truncation=True, max_length=max_length).input_ids
+    reviews = tokenizer([row["text"] for row in rows], add_special_tokens=False, verbose=False).input_ids
+    return [review[:max_length] for review in reviews]
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, texts: list[str], max_length: int, side: str) -> list[list[int]]:
@@ -235,7 +234,7 @@ def continuation(tokenizer: PreTrainedTokenizerBase, prompt: list[int], response
     return tokenizer.decode(prompt + response, skip_special_tokens=True)[len(before) :]
 
 
-def pad(prompts: list[list[int]], responses: list[list[int]], device: torch.device) -> tuple[torch.Tensor, ...]:
+def pad(prompts: list[list[int]], responses: list[list[int]], device: torch.device) -> tuple[Tensor, ...]:
     """Prompts padded on the left and responses on the right, so that all responses begin in one column.
 
     Returns tokens and attention mask, both (batch, longest prompt + longest response), and the mask of the responses'
@@ -254,19 +253,17 @@ def batches(lengths: list[int], size: int) -> list[list[int]]:
     return [order[start : start + size] for start in range(0, len(order), size)]
 
 
-def positions(attention_mask: torch.Tensor) -> torch.Tensor:
+def positions(attention_mask: Tensor) -> Tensor:
     """Position of every token in its own sequence, (batch, length): the first real one is at 0."""
     return (attention_mask.cumsum(-1) - 1).clamp(min=0)
 
 
-def token_logprobs(logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+def token_logprobs(logits: Tensor, tokens: Tensor) -> Tensor:
     """Log-probabilities (batch, length), float32, of tokens (batch, length) by logits (batch, length, vocabulary)."""
     return logits.float().log_softmax(-1).gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
 
 
-def response_logprobs(
-    lm: nn.Module, tokens: torch.Tensor, attention_mask: torch.Tensor, num_actions: int
-) -> torch.Tensor:
+def response_logprobs(lm: nn.Module, tokens: Tensor, attention_mask: Tensor, num_actions: int) -> Tensor:
     """Log-probabilities (batch, num_actions) of the last num_actions tokens, each from the logits one token before."""
     options = {"position_ids": positions(attention_mask), "use_cache": False, "logits_to_keep": num_actions + 1}
     out = lm(tokens, attention_mask=attention_mask, **options)
@@ -281,13 +278,8 @@ class ActorCritic(nn.Module):
         self.policy, self.value_model = policy, value_model
         self.value_head = nn.Linear(policy.config.hidden_size, 1)
 
-    def forward(
-        self, tokens: torch.Tensor, attention_mask: torch.Tensor, num_actions: int, num_rows: int | None = None
-    ):
-        """Log-probabilities (batch, num_actions) of the last num_actions tokens and values of the states before them.
-
-        Values are (num_rows, num_actions), of the first sequences of the batch; None: of all.
-        """
+    def forward(self, tokens: Tensor, attention_mask: Tensor, num_actions: int, num_rows: int | None = None):
+        """Log-probabilities of the last num_actions tokens, and of the first num_rows sequences values before them."""
         logprob = response_logprobs(self.policy, tokens, attention_mask, num_actions)
         tokens, attention_mask = tokens[:num_rows], attention_mask[:num_rows]
         options = {"position_ids": positions(attention_mask), "use_cache": False}
@@ -356,15 +348,15 @@ class RewardFunction:
 
 
 def symmetric_ppo_loss(
-    logprob: torch.Tensor,
-    old_logprob: torch.Tensor,
-    advantages: torch.Tensor,
+    logprob: Tensor,
+    old_logprob: Tensor,
+    advantages: Tensor,
     clip_coef: float,
     alpha: float,
     beta: float,
     Z: float,
-    mask: torch.Tensor,
-) -> torch.Tensor:
+    mask: Tensor,
+) -> Tensor:
     """alpha * L_ppo + beta * L_rppo (Eq. 9), averaged over the real tokens: (sequence, token) -> scalar.
 
     logprob and old_logprob are log-probabilities of the sampled tokens under pi and pi_old; mask is True on real
@@ -381,9 +373,7 @@ def symmetric_ppo_loss(
     return masked_mean(alpha * L_ppo + beta * L_rppo, mask)  # Eq. 9
 
 
-def clipped_value_loss(
-    values: torch.Tensor, old_values: torch.Tensor, returns: torch.Tensor, clip_coef: float, mask: torch.Tensor
-) -> torch.Tensor:
+def clipped_value_loss(values: Tensor, old_values: Tensor, returns: Tensor, clip_coef: float, mask: Tensor) -> Tensor:
     """Half the mean, over real tokens, of the larger of the plain and the clipped squared error.
 
     (sequence, token) -> scalar
@@ -392,12 +382,12 @@ def clipped_value_loss(
     return 0.5 * masked_mean(torch.max((values - returns).square(), (clipped - returns).square()), mask)
 
 
-def masked_mean(x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+def masked_mean(x: Tensor, mask: Tensor) -> Tensor:
     """Mean of x over the elements where mask, of the same shape, is True: scalar."""
     return torch.where(mask, x, 0.0).sum() / mask.sum()
 
 
-def normalize(x: torch.Tensor, mask: torch.Tensor, reduce: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
+def normalize(x: Tensor, mask: Tensor, reduce: Callable[[Tensor], Tensor]) -> Tensor:
     """(x - mean) / (std + 1e-8) over the elements where mask is True, unbiased std; 0 elsewhere.
 
     reduce adds up a tensor over all processes: mean and std are those of the whole minibatch.
@@ -408,9 +398,7 @@ def normalize(x: torch.Tensor, mask: torch.Tensor, reduce: Callable[[torch.Tenso
     return centred / (std + 1e-8)
 
 
-def token_rewards(
-    scores: torch.Tensor, logprob: torch.Tensor, ref_logprob: torch.Tensor, mask: torch.Tensor, kl_coef: float
-) -> torch.Tensor:
+def token_rewards(scores: Tensor, logprob: Tensor, ref_logprob: Tensor, mask: Tensor, kl_coef: float) -> Tensor:
     """Reward of every token, (batch, length): -kl_coef (log pi - log pi_ref), and on the last real token the score.
 
     The charge is the one-sample estimate of the KL divergence, of either sign. scores: (batch,); the end-of-text token
@@ -421,9 +409,7 @@ def token_rewards(
     return rewards
 
 
-def gae(
-    rewards: torch.Tensor, values: torch.Tensor, mask: torch.Tensor, gamma: float, gae_lambda: float
-) -> tuple[torch.Tensor, torch.Tensor]:
+def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, gae_lambda: float) -> tuple[Tensor, Tensor]:
     """Generalized advantage estimation (Schulman et al. 2018): advantages and returns, (batch, length) like rewards.
 
     The episode is over after the last real token, with value 0; past it both are 0.
@@ -487,11 +473,11 @@ class Rollout:
     prompts: list[list[int]]
     responses: list[list[int]]
     targets: list[list[int]]  # first tokens of the reference, for --target-coef
-    mask: torch.Tensor  # real tokens
-    logprob: torch.Tensor  # of pi_old
-    values: torch.Tensor
-    advantages: torch.Tensor
-    returns: torch.Tensor
+    mask: Tensor  # real tokens
+    logprob: Tensor  # of pi_old
+    values: Tensor
+    advantages: Tensor
+    returns: Tensor
 
 
 class Learner:
@@ -504,14 +490,13 @@ class Learner:
         with accelerator.main_process_first():  # the others find the data set prepared
             train, validation, data_commit = load_rows(args, ["text"])
         # All load models at once: of what has to be downloaded, huggingface_hub lets one process fetch each file.
+        adapter = load_pretrained(args, "policy", args.policy, find_adapter_config_file)
         require(
-            not load_pretrained(args, "policy", args.policy, find_adapter_config_file),
-            f"--policy {args.policy} is an adapter: give a model that the adapter has been merged into",
+            not adapter, f"--policy {args.policy} is an adapter: give a model that the adapter has been merged into"
         )
         tokenizer = args.tokenizer or TOKENIZERS.get(args.policy, args.policy)
-        self.tokenizer = load_auto(
-            args, "policy" if tokenizer == args.policy else "tokenizer", tokenizer, AutoTokenizer
-        )
+        flag = "policy" if tokenizer == args.policy else "tokenizer"
+        self.tokenizer = load_auto(args, flag, tokenizer, AutoTokenizer)
         policy = load_auto(args, "policy", args.policy, AutoModelForCausalLM, dtype=torch.float32)
         value_model = load_auto(args, "policy", args.policy, AutoModel, dtype=torch.float32)
         check_vocabulary("policy", args.policy, self.tokenizer, policy)
@@ -520,9 +505,7 @@ class Learner:
         self.hub_commits = {name: hub_commit(args, name) for name in models} | {args.dataset: data_commit}
         room = getattr(policy.config, "max_position_embeddings", None) or sys.maxsize
         length = args.prompt_length + args.response_length
-        require(
-            length <= room, f"--prompt-length plus --response-length is {length}; {args.policy} has {room} positions"
-        )
+        require(length <= room, f"--prompt-length plus --response-length is {length}; the policy has {room} positions")
         self.rows = [row for row in train if first_half(row["text"])]
         self.validation = [row for row in validation if first_half(row["text"])]
         for split, rows in (("training", self.rows), ("validation", self.validation)):
@@ -547,7 +530,7 @@ class Learner:
     def actor_critic(self) -> ActorCritic:
         return self.accelerator.unwrap_model(self.model)
 
-    def sum(self, x: torch.Tensor) -> torch.Tensor:
+    def sum(self, x: Tensor) -> Tensor:
         """Sum over all processes."""
         return self.accelerator.reduce(x, "sum")
 
@@ -635,15 +618,15 @@ def backward(learner: Learner, trajectories: Rollout, rows: list[int], args: Arg
     mask, advantages = trajectories.mask[rows], trajectories.advantages[rows]
     normalized = normalize(advantages, mask, learner.sum) if args.norm_adv else advantages
     num_tokens = learner.sum(mask.sum())
-    num_target_tokens = sum(len(trajectories.targets[i]) for i in rows)
-    num_target_tokens = learner.sum(torch.tensor(num_target_tokens, device=learner.device))
+    num_target_tokens = torch.tensor(sum(len(trajectories.targets[i]) for i in rows), device=learner.device)
+    num_target_tokens = learner.sum(num_target_tokens).clamp(min=1)
     sums = {}
     for start in range(0, len(rows), args.micro_batch_size):
         micro = rows[start : start + args.micro_batch_size]
         prompts, responses = ([x[i] for i in micro] for x in (trajectories.prompts, trajectories.responses))
         targets = [trajectories.targets[i] for i in micro] if args.target_coef else []
-        inputs = prompts + prompts[: len(targets)], responses + targets  # one pass of the policy over both
-        tokens, attention_mask, mask = pad(*inputs, learner.device)
+        prompts += prompts[: len(targets)]  # one pass of the policy over responses and targets
+        tokens, attention_mask, mask = pad(prompts, responses + targets, learner.device)
         mask, target_mask, R = mask[: len(micro)], mask[len(micro) :], mask.shape[1]
         A, A_normalized = (x[start : start + args.micro_batch_size, :R] for x in (advantages, normalized))
         old_logprob, old_values, returns = (
@@ -658,7 +641,7 @@ def backward(learner: Learner, trajectories: Rollout, rows: list[int], args: Arg
             )
             value_loss = clipped_value_loss(values, old_values, returns, args.clip_coef_value, mask)
             share = mask.sum() / num_tokens
-            target_loss = -torch.where(target_mask, target_logprob, 0.0).sum() / num_target_tokens.clamp(min=1)
+            target_loss = -torch.where(target_mask, target_logprob, 0.0).sum() / num_target_tokens
             loss = share * (policy_loss + args.vf_coef * value_loss) + args.target_coef * target_loss
             learner.accelerator.backward(loss * learner.accelerator.num_processes)
 
