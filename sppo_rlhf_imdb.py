@@ -31,6 +31,7 @@ import json
 import os
 import pickle
 import platform
+import re
 import resource
 import shutil
 import signal
@@ -56,12 +57,11 @@ import torch
 import transformers
 import tyro
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list, gather_object
+from accelerate.utils import InitProcessGroupKwargs, broadcast_object_list, gather_object
 from datasets.exceptions import DatasetsError
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
-from torch import nn
-from torch.utils.checkpoint import checkpoint as recompute
+from torch import Tensor, nn
 from torch.utils.tensorboard import SummaryWriter
 from transformers import (
     AutoModel,
@@ -88,9 +88,11 @@ PACKAGES = ("torch", "transformers", "datasets", "accelerate", "numpy")  # their
 class Args:
     policy: str = "rajkumarrrk/gpt2-fine-tuned-on-imdb-positive-reviews"  # model to start from: hub id or folder
     tokenizer: str | None = None  # hub id or folder; default the policy's own, or what TOKENIZERS has for it
+    bfloat16: bool = False  # autocast policy, value model and reference to bfloat16; weights stay float32
     reward_model: str = "lvwerra/distilbert-imdb"  # classifier, its "positive" is the reward: hub id or folder
     reward_function: str | None = None  # module:name of a function that is the reward instead; see RewardFunction
     dataset: str = "stanfordnlp/imdb"  # column "text": hub id, JSONL file, or folder (*.jsonl per split, save_to_disk)
+    revision: dict[str, str] | None = None  # hub ids, each followed by its branch, tag or commit
     num_updates: int = 60  # rollouts, each with update_epochs passes over it
     seed: int = 1  # seed of everything random
     alpha: float = 0.5  # weight of the PPO loss in Eq. 9
@@ -108,7 +110,9 @@ class Args:
     update_epochs: int = 5  # epochs per rollout
     minibatch_size: int = 28  # responses per optimizer step, over all processes
     micro_batch_size: int = 28  # responses per forward and backward pass of a process; changes memory, not the result
-    rollout_batch_size: int = 56  # responses generated at once by a process; changes memory, not the algorithm
+    rollout_batch_size: int = (
+        56  # responses generated and scored at once by a process; changes memory, not the algorithm
+    )
     learning_rate: float = 5e-6  # AdamW's learning rate
     weight_decay: float = 1e-6  # AdamW's weight decay, not of biases and norms
     gamma: float = 0.99  # discount factor
@@ -128,6 +132,7 @@ class Args:
     track: bool = False  # log to Weights & Biases as well (pip install wandb)
     wandb_project_name: str = "symmetric-rl"  # Weights & Biases project
     wandb_entity: str | None = None  # Weights & Biases team
+    tf32: bool = False  # on CUDA, multiply float32 matrices in TF32: faster, with 10 bits of mantissa
     cpu: bool = False  # stay on the CPU where there is a GPU
     num_threads: int = 0  # CPU threads of torch; 0: as torch chooses
 
@@ -145,8 +150,10 @@ def require(condition: bool, message: str, code: int = 2) -> None:
         raise Stop(message, code)
 
 
-def load_pretrained(flag: str, name: str, from_pretrained: Callable, **options):
+def load_pretrained(args: Args, flag: str, name: str, from_pretrained: Callable, **options):
     """from_pretrained(name), hub id or local folder. Raises Stop with one line that says what to give instead."""
+    if name in (args.revision or {}):
+        options["revision"] = args.revision[name]
     try:
         return from_pretrained(name, **options)
     except LOAD_ERRORS as error:
@@ -155,41 +162,52 @@ def load_pretrained(flag: str, name: str, from_pretrained: Callable, **options):
         raise Stop(f"--{flag} {name} cannot be loaded ({reason}): give {instead}") from None
 
 
-def load_auto(flag: str, name: str, auto_class: type, **options):
+def load_auto(args: Args, flag: str, name: str, auto_class: type, **options):
     """A model or tokenizer by one of transformers' Auto classes; code that comes with it is never run."""
-    return load_pretrained(flag, name, auto_class.from_pretrained, trust_remote_code=False, **options)
+    return load_pretrained(args, flag, name, auto_class.from_pretrained, trust_remote_code=False, **options)
 
 
-def load_rows(name: str, columns: Sequence[str], keep_others: bool = False) -> tuple[list[dict], list[dict]]:
-    """Rows of the training and the validation split; without one, a random fifth of the training split.
+def hub_commit(args: Args, name: str) -> str | None:
+    """Commit of the files in the cache that a hub id was loaded from; None for a local folder."""
+    if Path(name).exists():
+        return None
+    for file in ("config.json", "adapter_config.json", "tokenizer_config.json"):
+        path = huggingface_hub.try_to_load_from_cache(name, file, revision=(args.revision or {}).get(name))
+        if isinstance(path, str):
+            return Path(path).parent.name
 
-    They have the columns, which are texts, or all columns. Raises Stop when there is no such data set or column, no
-    row, or something else than text in a row.
+
+def load_rows(args: Args, columns: Sequence[str]) -> tuple[list[dict], list[dict], str | None]:
+    """Rows of the training and the validation split; without one, a fifth of the training split, drawn by the seed.
+
+    They have the columns, which are texts, or, for a reward function, all columns. Third is the commit on the hub.
+    Raises Stop when there is no such data set or column, no row, or something else than text in a row.
     """
-    path = Path(name)
+    name, path = args.dataset, Path(args.dataset)
     require(not path.is_file() or path.stat().st_size, f"--dataset {name} is empty")
     if path.is_file():
-        data = load_pretrained("dataset", name, lambda file: datasets.load_dataset("json", data_files=file))
+        data = load_pretrained(args, "dataset", name, lambda file: datasets.load_dataset("json", data_files=file))
     elif (path / "dataset_dict.json").exists() or (path / "dataset_info.json").exists():
-        data = load_pretrained("dataset", name, datasets.load_from_disk)
+        data = load_pretrained(args, "dataset", name, datasets.load_from_disk)
     else:
-        data = load_pretrained("dataset", name, datasets.load_dataset)
+        data = load_pretrained(args, "dataset", name, datasets.load_dataset)
     data = data if isinstance(data, datasets.DatasetDict) else {"train": data}
     require("train" in data, f"--dataset {name} has no split train, only {', '.join(data)}")
     train = data["train"]
+    commit = re.search(r"/([0-9a-f]{40})/", str(train.cache_files))  # names a folder of the cache
     if names := [name for name in ("validation", "valid") if name in data]:
         validation = data[names[0]]
     else:
         require(len(train) > 1, f"--dataset {name} has {len(train)} rows: too few for training and validation")
-        train, validation = train.train_test_split(test_size=0.2, seed=0).values()
+        train, validation = train.train_test_split(test_size=0.2, seed=args.seed).values()
     for split in (train, validation):
         missing = [column for column in columns if column not in split.column_names]
         require(not missing, f"--dataset {name} has no column {', '.join(missing)}, only {split.column_names}")
         texts = all(isinstance(cell, str) for column in columns for cell in split[column])
         require(texts, f"--dataset {name} has rows in which {' or '.join(columns)} is no text")
-    if not keep_others:
+    if not args.reward_function:
         train, validation = train.select_columns(columns), validation.select_columns(columns)
-    return train.to_list(), validation.to_list()
+    return train.to_list(), validation.to_list(), commit and commit[1]
 
 
 def first_half(review: str) -> str:
@@ -200,9 +218,8 @@ def first_half(review: str) -> str:
 
 def encode_targets(tokenizer: PreTrainedTokenizerBase, rows: list[dict], max_length: int) -> list[list[int]]:
     """The first tokens of reviews as responses."""
-    tokenizer.truncation_side = "right"
-    reviews = [row["text"] for row in rows]
-    return tokenizer(reviews, add_special_tokens=False, truncation=True, max_length=max_length).input_ids
+    reviews = tokenizer([row["text"] for row in rows], add_special_tokens=False, verbose=False).input_ids
+    return [review[:max_length] for review in reviews]
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, texts: list[str], max_length: int, side: str) -> list[list[int]]:
@@ -217,7 +234,7 @@ def continuation(tokenizer: PreTrainedTokenizerBase, prompt: list[int], response
     return tokenizer.decode(prompt + response, skip_special_tokens=True)[len(before) :]
 
 
-def pad(prompts: list[list[int]], responses: list[list[int]], device: torch.device) -> tuple[torch.Tensor, ...]:
+def pad(prompts: list[list[int]], responses: list[list[int]], device: torch.device) -> tuple[Tensor, ...]:
     """Prompts padded on the left and responses on the right, so that all responses begin in one column.
 
     Returns tokens and attention mask, both (batch, longest prompt + longest response), and the mask of the responses'
@@ -230,25 +247,23 @@ def pad(prompts: list[list[int]], responses: list[list[int]], device: torch.devi
     return tokens, mask, mask[:, P:].bool()
 
 
-def positions(attention_mask: torch.Tensor) -> torch.Tensor:
+def batches(lengths: list[int], size: int) -> list[list[int]]:
+    """Indices of sequences of these lengths, size at a time, like lengths together."""
+    order = sorted(range(len(lengths)), key=lengths.__getitem__)
+    return [order[start : start + size] for start in range(0, len(order), size)]
+
+
+def positions(attention_mask: Tensor) -> Tensor:
     """Position of every token in its own sequence, (batch, length): the first real one is at 0."""
     return (attention_mask.cumsum(-1) - 1).clamp(min=0)
 
 
-def token_logprobs(logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
-    """Log-probabilities (batch, length), float32, of tokens (batch, length) under logits (batch, length, vocabulary).
-
-    The softmax is normalized one sequence at a time, and once more in the backward pass: no second tensor of the
-    logits' size is made or, for bfloat16 logits in float32, kept.
-    """
-    chosen = logits.gather(-1, tokens.unsqueeze(-1)).squeeze(-1).float()
-    options = {"use_reentrant": False, "preserve_rng_state": False}
-    return chosen - torch.stack([recompute(lambda x: x.float().logsumexp(-1), row, **options) for row in logits])
+def token_logprobs(logits: Tensor, tokens: Tensor) -> Tensor:
+    """Log-probabilities (batch, length), float32, of tokens (batch, length) by logits (batch, length, vocabulary)."""
+    return logits.float().log_softmax(-1).gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
 
 
-def response_logprobs(
-    lm: nn.Module, tokens: torch.Tensor, attention_mask: torch.Tensor, num_actions: int
-) -> torch.Tensor:
+def response_logprobs(lm: nn.Module, tokens: Tensor, attention_mask: Tensor, num_actions: int) -> Tensor:
     """Log-probabilities (batch, num_actions) of the last num_actions tokens, each from the logits one token before."""
     options = {"position_ids": positions(attention_mask), "use_cache": False, "logits_to_keep": num_actions + 1}
     out = lm(tokens, attention_mask=attention_mask, **options)
@@ -263,29 +278,21 @@ class ActorCritic(nn.Module):
         self.policy, self.value_model = policy, value_model
         self.value_head = nn.Linear(policy.config.hidden_size, 1)
 
-    def forward(self, tokens: torch.Tensor, attention_mask: torch.Tensor, num_actions: int, target=None):
-        """Log-probabilities and values (batch, num_actions) of the last num_actions tokens and the states before them.
-
-        target: prompts with reference responses, as from pad(), whose log-probabilities come third; None without.
-        """
+    def forward(self, tokens: Tensor, attention_mask: Tensor, num_actions: int, num_rows: int | None = None):
+        """Log-probabilities of the last num_actions tokens, and of the first num_rows sequences values before them."""
         logprob = response_logprobs(self.policy, tokens, attention_mask, num_actions)
+        tokens, attention_mask = tokens[:num_rows], attention_mask[:num_rows]
         options = {"position_ids": positions(attention_mask), "use_cache": False}
         hidden = self.value_model(tokens, attention_mask=attention_mask, **options).last_hidden_state
-        values = self.value_head(hidden[:, -num_actions - 1 : -1]).squeeze(-1)
-        target_logprob = None
-        if target:
-            target_tokens, target_attention_mask, target_mask = target
-            num_target = target_mask.shape[1]
-            target_logprob = response_logprobs(self.policy, target_tokens, target_attention_mask, num_target)
-        return logprob, values, target_logprob
+        return logprob, self.value_head(hidden[:, -num_actions - 1 : -1].float()).squeeze(-1)
 
 
 class Reward:
     """Probability of "positive" under a sequence classifier; of a text that is too long, the end counts."""
 
     def __init__(self, args: Args, device: torch.device):
-        self.model = load_auto("reward-model", args.reward_model, AutoModelForSequenceClassification)
-        self.tokenizer = load_auto("reward-model", args.reward_model, AutoTokenizer)
+        self.model = load_auto(args, "reward-model", args.reward_model, AutoModelForSequenceClassification)
+        self.tokenizer = load_auto(args, "reward-model", args.reward_model, AutoTokenizer)
         check_vocabulary("reward-model", args.reward_model, self.tokenizer, self.model)
         self.tokenizer.pad_token = self.tokenizer.pad_token or self.tokenizer.eos_token
         require(self.tokenizer.pad_token, f"--reward-model {args.reward_model}: the tokenizer has no token to pad with")
@@ -301,9 +308,8 @@ class Reward:
 
     @torch.no_grad()
     def __call__(self, texts: list[str]) -> list[float]:
-        scores, order = [0.0] * len(texts), sorted(range(len(texts)), key=lambda i: len(texts[i]))
-        for start in range(0, len(texts), self.batch_size):
-            rows = order[start : start + self.batch_size]
+        scores = [0.0] * len(texts)
+        for rows in batches([len(text) for text in texts], self.batch_size):
             options = {"truncation": True, "max_length": self.max_length, "padding": True, "return_tensors": "pt"}
             batch = self.tokenizer([texts[i] for i in rows], **options).to(self.model.device)
             for i, score in zip(rows, self.model(**batch).logits.softmax(-1)[:, self.positive].tolist()):
@@ -342,15 +348,15 @@ class RewardFunction:
 
 
 def symmetric_ppo_loss(
-    logprob: torch.Tensor,
-    old_logprob: torch.Tensor,
-    advantages: torch.Tensor,
+    logprob: Tensor,
+    old_logprob: Tensor,
+    advantages: Tensor,
     clip_coef: float,
     alpha: float,
     beta: float,
     Z: float,
-    mask: torch.Tensor,
-) -> torch.Tensor:
+    mask: Tensor,
+) -> Tensor:
     """alpha * L_ppo + beta * L_rppo (Eq. 9), averaged over the real tokens: (sequence, token) -> scalar.
 
     logprob and old_logprob are log-probabilities of the sampled tokens under pi and pi_old; mask is True on real
@@ -367,9 +373,7 @@ def symmetric_ppo_loss(
     return masked_mean(alpha * L_ppo + beta * L_rppo, mask)  # Eq. 9
 
 
-def clipped_value_loss(
-    values: torch.Tensor, old_values: torch.Tensor, returns: torch.Tensor, clip_coef: float, mask: torch.Tensor
-) -> torch.Tensor:
+def clipped_value_loss(values: Tensor, old_values: Tensor, returns: Tensor, clip_coef: float, mask: Tensor) -> Tensor:
     """Half the mean, over real tokens, of the larger of the plain and the clipped squared error.
 
     (sequence, token) -> scalar
@@ -378,12 +382,12 @@ def clipped_value_loss(
     return 0.5 * masked_mean(torch.max((values - returns).square(), (clipped - returns).square()), mask)
 
 
-def masked_mean(x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+def masked_mean(x: Tensor, mask: Tensor) -> Tensor:
     """Mean of x over the elements where mask, of the same shape, is True: scalar."""
     return torch.where(mask, x, 0.0).sum() / mask.sum()
 
 
-def normalize(x: torch.Tensor, mask: torch.Tensor, reduce: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
+def normalize(x: Tensor, mask: Tensor, reduce: Callable[[Tensor], Tensor]) -> Tensor:
     """(x - mean) / (std + 1e-8) over the elements where mask is True, unbiased std; 0 elsewhere.
 
     reduce adds up a tensor over all processes: mean and std are those of the whole minibatch.
@@ -394,9 +398,7 @@ def normalize(x: torch.Tensor, mask: torch.Tensor, reduce: Callable[[torch.Tenso
     return centred / (std + 1e-8)
 
 
-def token_rewards(
-    scores: torch.Tensor, logprob: torch.Tensor, ref_logprob: torch.Tensor, mask: torch.Tensor, kl_coef: float
-) -> torch.Tensor:
+def token_rewards(scores: Tensor, logprob: Tensor, ref_logprob: Tensor, mask: Tensor, kl_coef: float) -> Tensor:
     """Reward of every token, (batch, length): -kl_coef (log pi - log pi_ref), and on the last real token the score.
 
     The charge is the one-sample estimate of the KL divergence, of either sign. scores: (batch,); the end-of-text token
@@ -407,9 +409,7 @@ def token_rewards(
     return rewards
 
 
-def gae(
-    rewards: torch.Tensor, values: torch.Tensor, mask: torch.Tensor, gamma: float, gae_lambda: float
-) -> tuple[torch.Tensor, torch.Tensor]:
+def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, gae_lambda: float) -> tuple[Tensor, Tensor]:
     """Generalized advantage estimation (Schulman et al. 2018): advantages and returns, (batch, length) like rewards.
 
     The episode is over after the last real token, with value 0; past it both are 0.
@@ -429,9 +429,8 @@ def generate(
     policy: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: list[list[int]], batch_size: int
 ) -> list[list[int]]:
     """A response to each prompt, with its end-of-text token where there is one; prompts of like length go together."""
-    responses, order = [[] for _ in prompts], sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-    for start in range(0, len(prompts), batch_size):
-        rows = order[start : start + batch_size]
+    responses = [[] for _ in prompts]
+    for rows in batches([len(prompt) for prompt in prompts], batch_size):
         tokens, mask, _ = pad([prompts[i] for i in rows], [[]] * len(rows), policy.device)
         with torch.no_grad():
             output = policy.generate(tokens, attention_mask=mask)[:, tokens.shape[1] :].tolist()
@@ -474,11 +473,11 @@ class Rollout:
     prompts: list[list[int]]
     responses: list[list[int]]
     targets: list[list[int]]  # first tokens of the reference, for --target-coef
-    mask: torch.Tensor  # real tokens
-    logprob: torch.Tensor  # of pi_old
-    values: torch.Tensor
-    advantages: torch.Tensor
-    returns: torch.Tensor
+    mask: Tensor  # real tokens
+    logprob: Tensor  # of pi_old
+    values: Tensor
+    advantages: Tensor
+    returns: Tensor
 
 
 class Learner:
@@ -489,23 +488,24 @@ class Learner:
         self.accelerator, self.device = accelerator, accelerator.device
         self.reward_function = RewardFunction(args.reward_function) if args.reward_function else None
         with accelerator.main_process_first():  # the others find the data set prepared
-            train, validation = load_rows(args.dataset, ["text"], keep_others=bool(args.reward_function))
+            train, validation, data_commit = load_rows(args, ["text"])
         # All load models at once: of what has to be downloaded, huggingface_hub lets one process fetch each file.
+        adapter = load_pretrained(args, "policy", args.policy, find_adapter_config_file)
         require(
-            not load_pretrained("policy", args.policy, find_adapter_config_file),
-            f"--policy {args.policy} is an adapter: give a model that the adapter has been merged into",
+            not adapter, f"--policy {args.policy} is an adapter: give a model that the adapter has been merged into"
         )
         tokenizer = args.tokenizer or TOKENIZERS.get(args.policy, args.policy)
-        self.tokenizer = load_auto("policy" if tokenizer == args.policy else "tokenizer", tokenizer, AutoTokenizer)
-        policy = load_auto("policy", args.policy, AutoModelForCausalLM, dtype=torch.float32)
-        value_model = load_auto("policy", args.policy, AutoModel, dtype=torch.float32)
+        flag = "policy" if tokenizer == args.policy else "tokenizer"
+        self.tokenizer = load_auto(args, flag, tokenizer, AutoTokenizer)
+        policy = load_auto(args, "policy", args.policy, AutoModelForCausalLM, dtype=torch.float32)
+        value_model = load_auto(args, "policy", args.policy, AutoModel, dtype=torch.float32)
         check_vocabulary("policy", args.policy, self.tokenizer, policy)
         self.reward = None if args.reward_function else Reward(args, self.device)
+        models = (args.policy, tokenizer, *(() if args.reward_function else (args.reward_model,)))
+        self.hub_commits = {name: hub_commit(args, name) for name in models} | {args.dataset: data_commit}
         room = getattr(policy.config, "max_position_embeddings", None) or sys.maxsize
         length = args.prompt_length + args.response_length
-        require(
-            length <= room, f"--prompt-length plus --response-length is {length}; {args.policy} has {room} positions"
-        )
+        require(length <= room, f"--prompt-length plus --response-length is {length}; the policy has {room} positions")
         self.rows = [row for row in train if first_half(row["text"])]
         self.validation = [row for row in validation if first_half(row["text"])]
         for split, rows in (("training", self.rows), ("validation", self.validation)):
@@ -513,6 +513,8 @@ class Learner:
             require(enough, f"--dataset {args.dataset} has {len(rows)} {split} reviews of at least two words")
         policy.generation_config = generation_config(args, self.tokenizer)
         self.reference = deepcopy(policy).to(self.device).eval().requires_grad_(False)
+        for network in (policy, value_model, self.reference) if args.bfloat16 else ():
+            network.forward = torch.autocast(self.device.type, torch.bfloat16)(network.forward)
         torch.manual_seed(args.seed)  # the value head is the same in every process
         model = ActorCritic(policy, value_model).to(self.device).eval()  # eval: dropout is never active
         self.trained = [name for name, p in model.named_parameters() if p.requires_grad]
@@ -528,7 +530,7 @@ class Learner:
     def actor_critic(self) -> ActorCritic:
         return self.accelerator.unwrap_model(self.model)
 
-    def sum(self, x: torch.Tensor) -> torch.Tensor:
+    def sum(self, x: Tensor) -> Tensor:
         """Sum over all processes."""
         return self.accelerator.reduce(x, "sum")
 
@@ -567,7 +569,9 @@ def rollout(learner: Learner, rows: list[dict], args: Args) -> tuple[Rollout, di
     """
     tokenizer, device = learner.tokenizer, learner.device
     prompts = encode(tokenizer, [first_half(row["text"]) for row in rows], args.prompt_length, "left")
+    start = time.perf_counter()
     responses = generate(learner.actor_critic.policy, tokenizer, prompts, args.rollout_batch_size)
+    generation_seconds = time.perf_counter() - start
     texts = [tokenizer.decode(prompt, skip_special_tokens=True) for prompt in prompts]
     continuations = [continuation(tokenizer, p, r) for p, r in zip(prompts, responses)]
     scores = torch.tensor(score_continuations(learner, texts, continuations, rows), device=device)
@@ -575,13 +579,12 @@ def rollout(learner: Learner, rows: list[dict], args: Args) -> tuple[Rollout, di
     # pi_old, V and pi_ref from a fresh forward pass: generation has other log-probabilities (top-k) and other kernels.
     mask = torch.zeros(len(prompts), args.response_length, dtype=torch.bool, device=device)
     logprob, values, ref_logprob = torch.zeros(3, *mask.shape, device=device)
-    for start in range(0, len(prompts), args.micro_batch_size):
-        micro = slice(start, start + args.micro_batch_size)
-        tokens, attention_mask, micro_mask = pad(prompts[micro], responses[micro], device)
-        R = micro_mask.shape[1]
-        mask[micro, :R] = micro_mask
-        logprob[micro, :R], values[micro, :R], _ = learner.actor_critic(tokens, attention_mask, R)
-        ref_logprob[micro, :R] = response_logprobs(learner.reference, tokens, attention_mask, R)
+    for batch in batches([len(p) + len(r) for p, r in zip(prompts, responses)], args.rollout_batch_size):
+        tokens, attention_mask, batch_mask = pad([prompts[i] for i in batch], [responses[i] for i in batch], device)
+        R = batch_mask.shape[1]
+        mask[batch, :R] = batch_mask
+        logprob[batch, :R], values[batch, :R] = learner.actor_critic(tokens, attention_mask, R)
+        ref_logprob[batch, :R] = response_logprobs(learner.reference, tokens, attention_mask, R)
     logprob, values, ref_logprob = (torch.where(mask, x, 0.0) for x in (logprob, values, ref_logprob))
 
     rewards = token_rewards(scores, logprob, ref_logprob, mask, args.kl_coef)
@@ -603,7 +606,7 @@ def rollout(learner: Learner, rows: list[dict], args: Args) -> tuple[Rollout, di
         f"{score:.3f} | {text}{response}" for score, text, response in zip(scores.tolist()[:4], texts, continuations)
     ]
     trajectories = Rollout(prompts, responses, targets, mask, logprob, values, advantages, returns)
-    return trajectories, dict(zip(sums, means.tolist())), samples
+    return trajectories, dict(zip(sums, means.tolist())) | {"perf/generation_seconds": generation_seconds}, samples
 
 
 def backward(learner: Learner, trajectories: Rollout, rows: list[int], args: Args) -> dict[str, float]:
@@ -615,32 +618,31 @@ def backward(learner: Learner, trajectories: Rollout, rows: list[int], args: Arg
     mask, advantages = trajectories.mask[rows], trajectories.advantages[rows]
     normalized = normalize(advantages, mask, learner.sum) if args.norm_adv else advantages
     num_tokens = learner.sum(mask.sum())
-    num_target_tokens = sum(len(trajectories.targets[i]) for i in rows)
-    num_target_tokens = learner.sum(torch.tensor(num_target_tokens, device=learner.device))
+    num_target_tokens = torch.tensor(sum(len(trajectories.targets[i]) for i in rows), device=learner.device)
+    num_target_tokens = learner.sum(num_target_tokens).clamp(min=1)
     sums = {}
     for start in range(0, len(rows), args.micro_batch_size):
         micro = rows[start : start + args.micro_batch_size]
-        prompts = [trajectories.prompts[i] for i in micro]
-        tokens, attention_mask, mask = pad(prompts, [trajectories.responses[i] for i in micro], learner.device)
-        R = mask.shape[1]
+        prompts, responses = ([x[i] for i in micro] for x in (trajectories.prompts, trajectories.responses))
+        targets = [trajectories.targets[i] for i in micro] if args.target_coef else []
+        prompts += prompts[: len(targets)]  # one pass of the policy over responses and targets
+        tokens, attention_mask, mask = pad(prompts, responses + targets, learner.device)
+        mask, target_mask, R = mask[: len(micro)], mask[len(micro) :], mask.shape[1]
         A, A_normalized = (x[start : start + args.micro_batch_size, :R] for x in (advantages, normalized))
         old_logprob, old_values, returns = (
             x[micro, :R] for x in (trajectories.logprob, trajectories.values, trajectories.returns)
         )
-        target = pad(prompts, [trajectories.targets[i] for i in micro], learner.device) if args.target_coef else None
         last = start + args.micro_batch_size >= len(rows)
         with nullcontext() if last else learner.accelerator.no_sync(learner.model):
-            logprob, values, target_logprob = learner.model(tokens, attention_mask, R, target)
+            logprob, values = learner.model(tokens, attention_mask, R, len(micro))
+            logprob, target_logprob = logprob[: len(micro)], logprob[len(micro) :]
             policy_loss = symmetric_ppo_loss(
                 logprob, old_logprob, A_normalized, args.clip_coef, args.alpha, args.beta, args.Z, mask
             )
             value_loss = clipped_value_loss(values, old_values, returns, args.clip_coef_value, mask)
             share = mask.sum() / num_tokens
-            loss = share * (policy_loss + args.vf_coef * value_loss)
-            target_loss = torch.zeros((), device=learner.device)
-            if target:
-                target_loss = -torch.where(target[2], target_logprob, 0.0).sum() / num_target_tokens
-                loss = loss + args.target_coef * target_loss
+            target_loss = -torch.where(target_mask, target_logprob, 0.0).sum() / num_target_tokens
+            loss = share * (policy_loss + args.vf_coef * value_loss) + args.target_coef * target_loss
             learner.accelerator.backward(loss * learner.accelerator.num_processes)
 
         with torch.no_grad():
@@ -650,7 +652,7 @@ def backward(learner: Learner, trajectories: Rollout, rows: list[int], args: Arg
                 "loss/policy_avg": share * policy_loss,
                 "loss/value_avg": share * value_loss,
                 "loss/target_avg": target_loss,
-                "policy/approxkl_avg": share * masked_mean(ratio - 1 - logratio, mask),
+                "policy/approxkl_avg": share * masked_mean(ratio - 1 - logratio, mask),  # TRL's: logratio^2 / 2
                 "policy/clipfrac_avg": share * masked_mean(((ratio - 1).abs() > args.clip_coef).float(), mask),
                 "val/clipfrac_avg": share
                 * masked_mean(((values - old_values).abs() > args.clip_coef_value).float(), mask),
@@ -669,7 +671,7 @@ def train(args: Args, run_dir: Path, learner: Learner) -> None:
     start_time, commit = time.monotonic(), git_commit()
     accelerator, main_process = learner.accelerator, learner.accelerator.is_main_process
     counters = {"update": 0, "rollout_tokens": 0, "rollout_seconds": 0.0, "update_tokens": 0, "update_seconds": 0.0}
-    counters |= {"wall_seconds": 0.0, "before": None, "curves": []}
+    counters |= {"generation_seconds": 0.0, "wall_seconds": 0.0, "before": None, "curves": []}
     if checkpoint := load_checkpoint(run_dir):
         learner.load_state(checkpoint["learner"], run_dir / "checkpoint.pt")
         counters |= checkpoint["counters"]
@@ -714,6 +716,7 @@ def train(args: Args, run_dir: Path, learner: Learner) -> None:
         counters["update"] = update
         counters["rollout_tokens"] += num_tokens
         counters["rollout_seconds"] += rollout_seconds
+        counters["generation_seconds"] += metrics["perf/generation_seconds"]
         counters["update_tokens"] += num_tokens * args.update_epochs
         counters["update_seconds"] += update_seconds
         counters["wall_seconds"] = wall_seconds + time.monotonic() - start_time
@@ -794,12 +797,16 @@ def evaluate_saved(args: Args, run_dir: Path) -> dict[str, float]:
 
 @torch.no_grad()
 def perplexity(learner: Learner, policy: PreTrainedModel, texts: list[str]) -> float:
-    """The policy's perplexity of texts, joined by blank lines: strides of 512 tokens, each with as many before it."""
+    """The policy's perplexity of texts, joined by blank lines: strides of 512 tokens after as many as it has room for.
+
+    Of more than GPT-J's 2,048 positions no use is made; with fewer than 1,024 a stride is half of them.
+    """
     tokens = learner.tokenizer("\n\n".join(texts), verbose=False, return_tensors="pt").input_ids.to(learner.device)
-    stride = min(512, (getattr(policy.config, "max_position_embeddings", None) or sys.maxsize) // 2)
+    room = min(getattr(policy.config, "max_position_embeddings", None) or 2048, 2048)
+    stride = min(512, room // 2)
     loss = torch.zeros((), dtype=torch.float64, device=learner.device)
     for start in learner.shard(range(0, tokens.shape[1], stride)):
-        window = tokens[:, max(0, start - stride) : start + stride]
+        window = tokens[:, max(0, start + stride - room) : start + stride]
         num_predicted = min(stride, tokens.shape[1] - start) - (start == 0)  # nothing predicts the first token
         if num_predicted:
             loss -= response_logprobs(policy, window, torch.ones_like(window), num_predicted).sum()
@@ -944,9 +951,12 @@ def save_results(
     result["before"] = {tag.replace("/", "_"): value for tag, value in counters["before"].items()}
     for phase in ("rollout", "update"):
         result[f"{phase}_tokens_per_second"] = counters[f"{phase}_tokens"] / counters[f"{phase}_seconds"]
+    seconds = counters["rollout_seconds"] + counters["update_seconds"]
+    result["generation_time_share"] = counters["generation_seconds"] / seconds
     result["device"] = torch.cuda.get_device_name() if learner.device.type == "cuda" else "cpu"
     result |= {"num_processes": learner.accelerator.num_processes, "peak_memory_gib": counters["peak_memory_gib"]}
     result |= {"wall_seconds": counters["wall_seconds"], "commit": commit}
+    result["hub_commits"] = {name: commit for name, commit in learner.hub_commits.items() if commit}
     result["versions"] = {"python": platform.python_version()} | versions
     write_json(run_dir / "result.json", result)
     (run_dir / "checkpoint.pt").unlink()  # it is several times as large as the policy
@@ -1045,6 +1055,9 @@ def validate(args: Args) -> None:
     message = f"--eval-samples must be 0 (all) or at least the number of processes, {num_processes}, "
     enough = args.eval_samples == 0 or args.eval_samples >= num_processes
     require(enough, message + f"got {args.eval_samples}")
+    for name in args.revision or {}:
+        used = name in (args.policy, args.tokenizer, args.reward_model, args.dataset) and not Path(name).exists()
+        require(used, f"--revision {name} is no hub id among --policy, --tokenizer, --reward-model and --dataset")
     require(not args.track or find_spec("wandb"), "--track needs Weights & Biases: pip install wandb")
 
 
@@ -1066,7 +1079,9 @@ def make_learner(args: Args) -> Learner:
     """Data and networks on this process. Raises Stop when Accelerate does not see the others."""
     if args.num_threads:
         torch.set_num_threads(args.num_threads)
-    accelerator = Accelerator(cpu=args.cpu or not torch.cuda.is_available())
+    torch.backends.cuda.matmul.allow_tf32 = args.tf32
+    patient = InitProcessGroupKwargs(timeout=timedelta(hours=12))  # while one process downloads models and data
+    accelerator = Accelerator(cpu=args.cpu or not torch.cuda.is_available(), kwargs_handlers=[patient])
     started, seen = int(os.environ.get("WORLD_SIZE", 1)), accelerator.num_processes
     require(started == seen, f"started as one of {started} processes, but Accelerate sees {seen}: use torchrun")
     return Learner(args, accelerator)

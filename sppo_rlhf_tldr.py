@@ -34,6 +34,7 @@ import json
 import os
 import pickle
 import platform
+import re
 import resource
 import shutil
 import signal
@@ -45,6 +46,7 @@ from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, fields, replace
 from datetime import timedelta
+from functools import partial
 from importlib.metadata import distributions
 from importlib.util import find_spec
 from numbers import Real
@@ -59,15 +61,15 @@ import torch
 import transformers
 import tyro
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list, gather_object
+from accelerate.utils import InitProcessGroupKwargs, broadcast_object_list, gather_object
 from datasets.exceptions import DatasetsError
 from huggingface_hub.errors import StrictDataclassError
 from peft import LoraConfig, PeftConfig, get_peft_model, set_peft_model_state_dict
 from peft.utils import load_peft_weights
 from rouge_score.rouge_scorer import RougeScorer
 from safetensors import SafetensorError
-from torch import nn
-from torch.utils.checkpoint import checkpoint as recompute
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from torch.utils.tensorboard import SummaryWriter
 from transformers import (
     AutoModelForCausalLM,
@@ -78,6 +80,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils.peft_utils import find_adapter_config_file
 
 SCRIPT, VERSION = Path(__file__).stem, 2  # of the format of checkpoint.pt
@@ -99,14 +102,17 @@ ROUGE = RougeScorer(("rouge1", "rouge2", "rougeL"), use_stemmer=True)
 class Args:
     policy: str = "CarperAI/openai_summarize_tldr_sft"  # model to start from, base of all adapters: hub id or folder
     tokenizer: str | None = None  # hub id or folder; default the policy's own, or what TOKENIZERS has for it
-    base_precision: Literal["4bit", "bfloat16", "float32"] = "4bit"  # of the base; 4bit: CUDA and bitsandbytes
+    base_precision: Literal["4bit", "bfloat16", "float32"] = "4bit"  # of the base; 4bit: bitsandbytes
     double_quant: bool = True  # quantize the scales of a 4bit base as well, as in the authors' files
+    gradient_checkpointing: bool = False  # keep no activations within layers but compute them again: less memory
     lora_rank: int = 8  # rank r of the adapters
     lora_alpha: int = 64  # alpha of the adapters, whose output is multiplied by alpha / rank
     lora_targets: tuple[str, ...] = ("q_proj", "v_proj")  # names of the linear layers that get adapters
     reward_model: str = "jdchang/tldr_rm_adapter"  # adapter with a scalar head, or classifier with one label
+    reward_end: str = ""  # what a classifier reads after a summary, such as <|endoftext|>
     reward_function: str | None = None  # module:name of a function that is the reward instead; see RewardFunction
     dataset: str = "CarperAI/openai_summarize_tldr"  # columns "prompt", "label": hub id, JSONL file or folder of splits
+    revision: dict[str, str] | None = None  # hub ids, each followed by its branch, tag or commit
     num_updates: int = 100  # rollouts, each with update_epochs passes over it
     seed: int = 1  # seed of everything random
     alpha: float = 0.5  # weight of the PPO loss in Eq. 9
@@ -124,7 +130,9 @@ class Args:
     update_epochs: int = 4  # epochs per rollout
     minibatch_size: int = 32  # responses per optimizer step, over all processes
     micro_batch_size: int = 4  # responses per forward and backward pass of a process; changes memory, not the result
-    rollout_batch_size: int = 32  # responses generated at once by a process; changes memory, not the algorithm
+    rollout_batch_size: int = (
+        32  # responses generated and scored at once by a process; changes memory, not the algorithm
+    )
     learning_rate: float = 5e-6  # AdamW's learning rate
     weight_decay: float = 0.01  # AdamW's weight decay, not of biases and norms
     gamma: float = 1.0  # discount factor
@@ -139,11 +147,12 @@ class Args:
     resume: str | None = None  # run directory to continue; only --micro-batch-size and --rollout-batch-size may change
     evaluate: str | None = None  # run directory to evaluate instead of training
     eval_every: int = 0  # updates between evaluations during training; 0: only before and after
-    eval_samples: int = 100  # validation prompts of an evaluation; 0: all. Perplexity is always that of all
+    eval_samples: int = 100  # validation prompts of an evaluation; 0: all. Perplexity is that of their references
     checkpoint_every: int = 10  # updates between checkpoints
     track: bool = False  # log to Weights & Biases as well (pip install wandb)
     wandb_project_name: str = "symmetric-rl"  # Weights & Biases project
     wandb_entity: str | None = None  # Weights & Biases team
+    tf32: bool = False  # on CUDA, multiply float32 matrices in TF32: faster, with 10 bits of mantissa
     cpu: bool = False  # stay on the CPU where there is a GPU
     num_threads: int = 0  # CPU threads of torch; 0: as torch chooses
 
@@ -164,8 +173,10 @@ def require(condition: bool, message: str, code: int = 2) -> None:
         raise Stop(message, code)
 
 
-def load_pretrained(flag: str, name: str, from_pretrained: Callable, **options):
+def load_pretrained(args: Args, flag: str, name: str, from_pretrained: Callable, **options):
     """from_pretrained(name), hub id or local folder. Raises Stop with one line that says what to give instead."""
+    if name in (args.revision or {}):
+        options["revision"] = args.revision[name]
     try:
         return from_pretrained(name, **options)
     except LOAD_ERRORS as error:
@@ -174,41 +185,52 @@ def load_pretrained(flag: str, name: str, from_pretrained: Callable, **options):
         raise Stop(f"--{flag} {name} cannot be loaded ({reason}): give {instead}") from None
 
 
-def load_auto(flag: str, name: str, auto_class: type, **options):
+def load_auto(args: Args, flag: str, name: str, auto_class: type, **options):
     """A model or tokenizer by one of transformers' Auto classes; code that comes with it is never run."""
-    return load_pretrained(flag, name, auto_class.from_pretrained, trust_remote_code=False, **options)
+    return load_pretrained(args, flag, name, auto_class.from_pretrained, trust_remote_code=False, **options)
 
 
-def load_rows(name: str, columns: Sequence[str], keep_others: bool = False) -> tuple[list[dict], list[dict]]:
-    """Rows of the training and the validation split; without one, a random fifth of the training split.
+def hub_commit(args: Args, name: str) -> str | None:
+    """Commit of the files in the cache that a hub id was loaded from; None for a local folder."""
+    if Path(name).exists():
+        return None
+    for file in ("config.json", "adapter_config.json", "tokenizer_config.json"):
+        path = huggingface_hub.try_to_load_from_cache(name, file, revision=(args.revision or {}).get(name))
+        if isinstance(path, str):
+            return Path(path).parent.name
 
-    They have the columns, which are texts, or all columns. Raises Stop when there is no such data set or column, no
-    row, or something else than text in a row.
+
+def load_rows(args: Args, columns: Sequence[str]) -> tuple[list[dict], list[dict], str | None]:
+    """Rows of the training and the validation split; without one, a fifth of the training split, drawn by the seed.
+
+    They have the columns, which are texts, or, for a reward function, all columns. Third is the commit on the hub.
+    Raises Stop when there is no such data set or column, no row, or something else than text in a row.
     """
-    path = Path(name)
+    name, path = args.dataset, Path(args.dataset)
     require(not path.is_file() or path.stat().st_size, f"--dataset {name} is empty")
     if path.is_file():
-        data = load_pretrained("dataset", name, lambda file: datasets.load_dataset("json", data_files=file))
+        data = load_pretrained(args, "dataset", name, lambda file: datasets.load_dataset("json", data_files=file))
     elif (path / "dataset_dict.json").exists() or (path / "dataset_info.json").exists():
-        data = load_pretrained("dataset", name, datasets.load_from_disk)
+        data = load_pretrained(args, "dataset", name, datasets.load_from_disk)
     else:
-        data = load_pretrained("dataset", name, datasets.load_dataset)
+        data = load_pretrained(args, "dataset", name, datasets.load_dataset)
     data = data if isinstance(data, datasets.DatasetDict) else {"train": data}
     require("train" in data, f"--dataset {name} has no split train, only {', '.join(data)}")
     train = data["train"]
+    commit = re.search(r"/([0-9a-f]{40})/", str(train.cache_files))  # names a folder of the cache
     if names := [name for name in ("validation", "valid") if name in data]:
         validation = data[names[0]]
     else:
         require(len(train) > 1, f"--dataset {name} has {len(train)} rows: too few for training and validation")
-        train, validation = train.train_test_split(test_size=0.2, seed=0).values()
+        train, validation = train.train_test_split(test_size=0.2, seed=args.seed).values()
     for split in (train, validation):
         missing = [column for column in columns if column not in split.column_names]
         require(not missing, f"--dataset {name} has no column {', '.join(missing)}, only {split.column_names}")
         texts = all(isinstance(cell, str) for column in columns for cell in split[column])
         require(texts, f"--dataset {name} has rows in which {' or '.join(columns)} is no text")
-    if not keep_others:
+    if not args.reward_function:
         train, validation = train.select_columns(columns), validation.select_columns(columns)
-    return train.to_list(), validation.to_list()
+    return train.to_list(), validation.to_list(), commit and commit[1]
 
 
 def encode_labels(tokenizer: PreTrainedTokenizerBase, rows: list[dict], max_length: int) -> list[list[int]]:
@@ -237,7 +259,7 @@ def continuation(tokenizer: PreTrainedTokenizerBase, prompt: list[int], response
     return tokenizer.decode(prompt + response, skip_special_tokens=True)[len(before) :]
 
 
-def pad(prompts: list[list[int]], responses: list[list[int]], device: torch.device) -> tuple[torch.Tensor, ...]:
+def pad(prompts: list[list[int]], responses: list[list[int]], device: torch.device) -> tuple[Tensor, ...]:
     """Prompts padded on the left and responses on the right, so that all responses begin in one column.
 
     Returns tokens and attention mask, both (batch, longest prompt + longest response), and the mask of the responses'
@@ -250,25 +272,23 @@ def pad(prompts: list[list[int]], responses: list[list[int]], device: torch.devi
     return tokens, mask, mask[:, P:].bool()
 
 
-def positions(attention_mask: torch.Tensor) -> torch.Tensor:
+def batches(lengths: list[int], size: int) -> list[list[int]]:
+    """Indices of sequences of these lengths, size at a time, like lengths together."""
+    order = sorted(range(len(lengths)), key=lengths.__getitem__)
+    return [order[start : start + size] for start in range(0, len(order), size)]
+
+
+def positions(attention_mask: Tensor) -> Tensor:
     """Position of every token in its own sequence, (batch, length): the first real one is at 0."""
     return (attention_mask.cumsum(-1) - 1).clamp(min=0)
 
 
-def token_logprobs(logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
-    """Log-probabilities (batch, length), float32, of tokens (batch, length) under logits (batch, length, vocabulary).
-
-    The softmax is normalized one sequence at a time, and once more in the backward pass: no second tensor of the
-    logits' size is made or, for bfloat16 logits in float32, kept.
-    """
-    chosen = logits.gather(-1, tokens.unsqueeze(-1)).squeeze(-1).float()
-    options = {"use_reentrant": False, "preserve_rng_state": False}
-    return chosen - torch.stack([recompute(lambda x: x.float().logsumexp(-1), row, **options) for row in logits])
+def token_logprobs(logits: Tensor, tokens: Tensor) -> Tensor:
+    """Log-probabilities (batch, length), float32, of tokens (batch, length) by logits (batch, length, vocabulary)."""
+    return logits.float().log_softmax(-1).gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
 
 
-def response_logprobs(
-    lm: nn.Module, tokens: torch.Tensor, attention_mask: torch.Tensor, num_actions: int
-) -> torch.Tensor:
+def response_logprobs(lm: nn.Module, tokens: Tensor, attention_mask: Tensor, num_actions: int) -> Tensor:
     """Log-probabilities (batch, num_actions) of the last num_actions tokens, each from the logits one token before."""
     options = {"position_ids": positions(attention_mask), "use_cache": False, "logits_to_keep": num_actions + 1}
     out = lm(tokens, attention_mask=attention_mask, **options)
@@ -276,24 +296,42 @@ def response_logprobs(
 
 
 class ActorCritic(nn.Module):
-    """One base model with LoRA adapters "policy", "value" and perhaps "reward"; with all off, it is the reference."""
+    """One base model with LoRA adapters for policy, value and perhaps reward; with all off, it is the reference.
+
+    peft finds an adapter by its name in those of the parameters: no module of a model may have the same.
+    """
 
     def __init__(self, base: PreTrainedModel, args: Args):
         super().__init__()
         lora = LoraConfig(r=args.lora_rank, lora_alpha=args.lora_alpha, target_modules=list(args.lora_targets))
         self.lm = base  # the adapters are put into it
-        self.adapters = get_peft_model(base, lora, adapter_name="policy")
-        self.adapters.add_adapter("value", lora)
+        self.adapters = get_peft_model(base, lora, adapter_name="policy_adapter")
+        self.adapters.add_adapter("value_adapter", lora)
         self.value_head = nn.Linear(base.config.hidden_size, 1)
-        self.switch_to("policy")
+        self.switch_to("policy_adapter")
+        for layer in base.modules() if args.gradient_checkpointing else ():
+            if isinstance(layer, GradientCheckpointingLayer):  # transformers' own way needs training mode, with dropout
+                layer.forward = partial(self.checkpoint_layer, layer.forward)
+
+    def checkpoint_layer(self, forward: Callable, *inputs, **options):
+        """A layer's forward pass, which the backward pass repeats with the adapter that it had."""
+        adapter = self.active
+
+        def forward_with_adapter(*inputs, **options):
+            if self.active != adapter:
+                self.switch_to(adapter)
+            return forward(*inputs, **options)
+
+        return checkpoint(forward_with_adapter, *inputs, use_reentrant=False, preserve_rng_state=False, **options)
 
     def switch_to(self, adapter: str) -> PreTrainedModel:
         """The base model, which computes with that adapter until the next switch."""
         self.adapters.set_adapter(adapter)  # also freezes the others
-        self.adapters.set_requires_grad(["policy", "value"])
+        self.adapters.set_requires_grad(["policy_adapter", "value_adapter"])
+        self.active = adapter
         return self.lm
 
-    def load_adapter(self, adapter: str, weights: dict[str, torch.Tensor]) -> bool:
+    def load_adapter(self, adapter: str, weights: dict[str, Tensor]) -> bool:
         """Take over the weights of an adapter; False when they are another's."""
         try:
             keys = set_peft_model_state_dict(self.adapters, weights, adapter)
@@ -301,31 +339,22 @@ class ActorCritic(nn.Module):
             return False
         return not keys.unexpected_keys and not any(f".{adapter}." in key for key in keys.missing_keys)
 
-    def hidden(self, adapter: str, tokens: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+    def hidden(self, adapter: str, tokens: Tensor, attention_mask: Tensor) -> Tensor:
         """Last hidden states with an adapter: (batch, length) -> (batch, length, hidden size), float32."""
         options = {"position_ids": positions(attention_mask), "use_cache": False}
         out = self.switch_to(adapter).base_model(tokens, attention_mask=attention_mask, **options)
         return out.last_hidden_state.float()
 
-    def reference_logprobs(self, tokens: torch.Tensor, attention_mask: torch.Tensor, num_actions: int) -> torch.Tensor:
+    def reference_logprobs(self, tokens: Tensor, attention_mask: Tensor, num_actions: int) -> Tensor:
         """Log-probabilities (batch, num_actions) of the last num_actions tokens by the model without its adapters."""
         with self.adapters.disable_adapter():
             return response_logprobs(self.lm, tokens, attention_mask, num_actions)
 
-    def forward(self, tokens: torch.Tensor, attention_mask: torch.Tensor, num_actions: int, target=None):
-        """Log-probabilities and values (batch, num_actions) of the last num_actions tokens and the states before them.
-
-        target: prompts with reference responses, as from pad(), whose log-probabilities come third; None without.
-        """
-        policy = self.switch_to("policy")
-        logprob = response_logprobs(policy, tokens, attention_mask, num_actions)
-        target_logprob = None
-        if target:
-            target_tokens, target_attention_mask, target_mask = target
-            num_target = target_mask.shape[1]
-            target_logprob = response_logprobs(policy, target_tokens, target_attention_mask, num_target)
-        hidden = self.hidden("value", tokens, attention_mask)
-        return logprob, self.value_head(hidden[:, -num_actions - 1 : -1]).squeeze(-1), target_logprob
+    def forward(self, tokens: Tensor, attention_mask: Tensor, num_actions: int, num_rows: int | None = None):
+        """Log-probabilities of the last num_actions tokens, and of the first num_rows sequences values before them."""
+        logprob = response_logprobs(self.switch_to("policy_adapter"), tokens, attention_mask, num_actions)
+        hidden = self.hidden("value_adapter", tokens[:num_rows], attention_mask[:num_rows])
+        return logprob, self.value_head(hidden[:, -num_actions - 1 : -1]).squeeze(-1)
 
 
 def reward_text(prompt: str, summary: str) -> str:
@@ -334,18 +363,18 @@ def reward_text(prompt: str, summary: str) -> str:
 
 
 class ClassifierReward:
-    """Logit of a sequence classifier with one label on prompt + summary; of a text that is too long, the end counts."""
+    """Logit of a classifier with one label on prompt + summary + --reward-end; of a long text, the end counts."""
 
     def __init__(self, args: Args, device: torch.device):
-        self.model = load_auto("reward-model", args.reward_model, AutoModelForSequenceClassification)
-        self.tokenizer = load_auto("reward-model", args.reward_model, AutoTokenizer)
+        self.model = load_auto(args, "reward-model", args.reward_model, AutoModelForSequenceClassification)
+        self.tokenizer = load_auto(args, "reward-model", args.reward_model, AutoTokenizer)
         check_vocabulary("reward-model", args.reward_model, self.tokenizer, self.model)
         self.tokenizer.pad_token = self.tokenizer.pad_token or self.tokenizer.eos_token
         require(self.tokenizer.pad_token, f"--reward-model {args.reward_model}: the tokenizer has no token to pad with")
         self.model.config.pad_token_id = self.tokenizer.pad_token_id
         labels = self.model.config.num_labels
         require(labels == 1, f"--reward-model {args.reward_model} has {labels} labels; a reward is one number")
-        self.batch_size = args.rollout_batch_size
+        self.end, self.batch_size = args.reward_end, args.rollout_batch_size
         room = getattr(self.model.config, "max_position_embeddings", None) or 2**30
         self.max_length = min(self.tokenizer.model_max_length, room)
         self.tokenizer.truncation_side = "left"
@@ -353,11 +382,10 @@ class ClassifierReward:
 
     @torch.no_grad()
     def __call__(self, texts: list[str]) -> list[float]:
-        scores, order = [0.0] * len(texts), sorted(range(len(texts)), key=lambda i: len(texts[i]))
-        for start in range(0, len(texts), self.batch_size):
-            rows = order[start : start + self.batch_size]
+        scores = [0.0] * len(texts)
+        for rows in batches([len(text) for text in texts], self.batch_size):
             options = {"truncation": True, "max_length": self.max_length, "padding": True, "return_tensors": "pt"}
-            batch = self.tokenizer([texts[i] for i in rows], **options).to(self.model.device)
+            batch = self.tokenizer([texts[i] + self.end for i in rows], **options).to(self.model.device)
             for i, score in zip(rows, self.model(**batch).logits.squeeze(-1).tolist()):
                 scores[i] = score
         return scores
@@ -370,11 +398,14 @@ class AdapterReward:
     """
 
     def __init__(self, args: Args, actor_critic: ActorCritic, tokenizer: PreTrainedTokenizerBase):
-        config = load_pretrained("reward-model", args.reward_model, PeftConfig.from_pretrained)
-        weights = load_pretrained("reward-model", args.reward_model, load_peft_weights, device="cpu")
+        config = load_pretrained(args, "reward-model", args.reward_model, PeftConfig.from_pretrained)
+        weights = load_pretrained(args, "reward-model", args.reward_model, load_peft_weights, device="cpu")
+        weights = {
+            name: x for name, x in weights.items() if ".original_module." not in name
+        }  # the head before training
         config.modules_to_save, config.inference_mode = None, True  # the head is not a module of the base model
         try:
-            actor_critic.adapters.add_adapter("reward", config)
+            actor_critic.adapters.add_adapter("reward_adapter", config)
         except ValueError as error:
             message = f"--reward-model {args.reward_model} does not fit --policy {args.policy}: {error}"
             raise Stop(message) from None
@@ -384,9 +415,9 @@ class AdapterReward:
         self.head = weights.pop(heads[0]).float()
         biases = [name for name, x in weights.items() if "lora_" not in name and x.shape == (1,)]
         self.bias = weights.pop(biases[0]).item() if biases else 0.0
-        fits = actor_critic.load_adapter("reward", weights)
+        fits = actor_critic.load_adapter("reward_adapter", weights)
         require(fits, f"--reward-model {args.reward_model} is an adapter for another model than --policy {args.policy}")
-        actor_critic.switch_to("policy")
+        actor_critic.switch_to("policy_adapter")
         self.actor_critic, self.tokenizer, self.batch_size = actor_critic, tokenizer, args.rollout_batch_size
         self.room = getattr(actor_critic.lm.config, "max_position_embeddings", None) or sys.maxsize
 
@@ -395,11 +426,10 @@ class AdapterReward:
         device, end = self.actor_critic.lm.device, self.tokenizer.eos_token_id
         tokens = self.tokenizer([f"<|startoftext|>{text}" for text in texts]).input_ids
         tokens = [[*text, end][-self.room :] for text in tokens]  # the beginning goes, the summary stays
-        scores, order = [0.0] * len(texts), sorted(range(len(texts)), key=lambda i: len(tokens[i]))
-        for start in range(0, len(texts), self.batch_size):
-            rows = order[start : start + self.batch_size]
+        scores = [0.0] * len(texts)
+        for rows in batches([len(text) for text in tokens], self.batch_size):
             batch, mask, _ = pad([tokens[i] for i in rows], [[]] * len(rows), device)
-            last = self.actor_critic.hidden("reward", batch, mask)[:, -1]
+            last = self.actor_critic.hidden("reward_adapter", batch, mask)[:, -1]
             for i, score in zip(rows, (last @ self.head.to(device).T + self.bias).squeeze(-1).tolist()):
                 scores[i] = score
         return scores
@@ -436,15 +466,15 @@ class RewardFunction:
 
 
 def symmetric_ppo_loss(
-    logprob: torch.Tensor,
-    old_logprob: torch.Tensor,
-    advantages: torch.Tensor,
+    logprob: Tensor,
+    old_logprob: Tensor,
+    advantages: Tensor,
     clip_coef: float,
     alpha: float,
     beta: float,
     Z: float,
-    mask: torch.Tensor,
-) -> torch.Tensor:
+    mask: Tensor,
+) -> Tensor:
     """alpha * L_ppo + beta * L_rppo (Eq. 9), averaged over the real tokens: (sequence, token) -> scalar.
 
     logprob and old_logprob are log-probabilities of the sampled tokens under pi and pi_old; mask is True on real
@@ -461,9 +491,7 @@ def symmetric_ppo_loss(
     return masked_mean(alpha * L_ppo + beta * L_rppo, mask)  # Eq. 9
 
 
-def clipped_value_loss(
-    values: torch.Tensor, old_values: torch.Tensor, returns: torch.Tensor, clip_coef: float, mask: torch.Tensor
-) -> torch.Tensor:
+def clipped_value_loss(values: Tensor, old_values: Tensor, returns: Tensor, clip_coef: float, mask: Tensor) -> Tensor:
     """Half the mean, over real tokens, of the larger of the plain and the clipped squared error.
 
     (sequence, token) -> scalar
@@ -472,12 +500,12 @@ def clipped_value_loss(
     return 0.5 * masked_mean(torch.max((values - returns).square(), (clipped - returns).square()), mask)
 
 
-def masked_mean(x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+def masked_mean(x: Tensor, mask: Tensor) -> Tensor:
     """Mean of x over the elements where mask, of the same shape, is True: scalar."""
     return torch.where(mask, x, 0.0).sum() / mask.sum()
 
 
-def normalize(x: torch.Tensor, mask: torch.Tensor, reduce: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
+def normalize(x: Tensor, mask: Tensor, reduce: Callable[[Tensor], Tensor]) -> Tensor:
     """(x - mean) / (std + 1e-8) over the elements where mask is True, unbiased std; 0 elsewhere.
 
     reduce adds up a tensor over all processes: mean and std are those of the whole minibatch.
@@ -488,9 +516,7 @@ def normalize(x: torch.Tensor, mask: torch.Tensor, reduce: Callable[[torch.Tenso
     return centred / (std + 1e-8)
 
 
-def token_rewards(
-    scores: torch.Tensor, logprob: torch.Tensor, ref_logprob: torch.Tensor, mask: torch.Tensor, kl_coef: float
-) -> torch.Tensor:
+def token_rewards(scores: Tensor, logprob: Tensor, ref_logprob: Tensor, mask: Tensor, kl_coef: float) -> Tensor:
     """Reward of every token, (batch, length): -kl_coef (log pi - log pi_ref), and on the last real token the score.
 
     The charge is the one-sample estimate of the KL divergence, of either sign. scores: (batch,); the end-of-text token
@@ -501,9 +527,7 @@ def token_rewards(
     return rewards
 
 
-def gae(
-    rewards: torch.Tensor, values: torch.Tensor, mask: torch.Tensor, gamma: float, gae_lambda: float
-) -> tuple[torch.Tensor, torch.Tensor]:
+def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, gae_lambda: float) -> tuple[Tensor, Tensor]:
     """Generalized advantage estimation (Schulman et al. 2018): advantages and returns, (batch, length) like rewards.
 
     The episode is over after the last real token, with value 0; past it both are 0.
@@ -523,9 +547,8 @@ def generate(
     policy: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: list[list[int]], batch_size: int, greedy: bool
 ) -> list[list[int]]:
     """A response to each prompt, with its end-of-text token where there is one; prompts of like length go together."""
-    responses, order = [[] for _ in prompts], sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-    for start in range(0, len(prompts), batch_size):
-        rows = order[start : start + batch_size]
+    responses = [[] for _ in prompts]
+    for rows in batches([len(prompt) for prompt in prompts], batch_size):
         tokens, mask, _ = pad([prompts[i] for i in rows], [[]] * len(rows), policy.device)
         with torch.no_grad():
             output = policy.generate(tokens, attention_mask=mask, do_sample=not greedy)[:, tokens.shape[1] :].tolist()
@@ -568,11 +591,11 @@ class Rollout:
     prompts: list[list[int]]
     responses: list[list[int]]
     targets: list[list[int]]  # first tokens of the reference, for --target-coef
-    mask: torch.Tensor  # real tokens
-    logprob: torch.Tensor  # of pi_old
-    values: torch.Tensor
-    advantages: torch.Tensor
-    returns: torch.Tensor
+    mask: Tensor  # real tokens
+    logprob: Tensor  # of pi_old
+    values: Tensor
+    advantages: Tensor
+    returns: Tensor
 
 
 def load_base(args: Args, device: torch.device) -> PreTrainedModel:
@@ -582,7 +605,7 @@ def load_base(args: Args, device: torch.device) -> PreTrainedModel:
         nf4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": torch.bfloat16}
         nf4["bnb_4bit_use_double_quant"] = args.double_quant
         options |= {"quantization_config": BitsAndBytesConfig(**nf4), "device_map": {"": device}}
-    base = load_auto("policy", args.policy, AutoModelForCausalLM, **options)
+    base = load_auto(args, "policy", args.policy, AutoModelForCausalLM, **options)
     return base if args.base_precision == "4bit" else base.to(device)
 
 
@@ -594,16 +617,15 @@ class Learner:
         self.accelerator, self.device = accelerator, accelerator.device
         self.reward_function = RewardFunction(args.reward_function) if args.reward_function else None
         with accelerator.main_process_first():  # the others find the data set prepared
-            self.rows, self.validation = load_rows(
-                args.dataset, ["prompt", "label"], keep_others=bool(args.reward_function)
-            )
+            self.rows, self.validation, data_commit = load_rows(args, ["prompt", "label"])
         # All load models at once: of what has to be downloaded, huggingface_hub lets one process fetch each file.
+        adapter = load_pretrained(args, "policy", args.policy, find_adapter_config_file)
         require(
-            not load_pretrained("policy", args.policy, find_adapter_config_file),
-            f"--policy {args.policy} is an adapter: give a model that the adapter has been merged into",
+            not adapter, f"--policy {args.policy} is an adapter: give a model that the adapter has been merged into"
         )
         tokenizer = args.tokenizer or TOKENIZERS.get(args.policy, args.policy)
-        self.tokenizer = load_auto("policy" if tokenizer == args.policy else "tokenizer", tokenizer, AutoTokenizer)
+        flag = "policy" if tokenizer == args.policy else "tokenizer"
+        self.tokenizer = load_auto(args, flag, tokenizer, AutoTokenizer)
         base = load_base(args, self.device)
         check_vocabulary("policy", args.policy, self.tokenizer, base)
         torch.manual_seed(args.seed)  # the adapters and the value head are the same in every process
@@ -612,16 +634,15 @@ class Learner:
         except ValueError as error:  # peft names the layers it did not find
             raise Stop(f"--lora-targets {' '.join(args.lora_targets)}: {error}") from None
         self.reward = None
-        if not args.reward_function and load_pretrained("reward-model", args.reward_model, find_adapter_config_file):
-            self.reward = AdapterReward(args, model, self.tokenizer)
-        elif not args.reward_function:
-            self.reward = ClassifierReward(args, self.device)
+        if not args.reward_function:
+            adapter = load_pretrained(args, "reward-model", args.reward_model, find_adapter_config_file)
+            self.reward = AdapterReward(args, model, self.tokenizer) if adapter else ClassifierReward(args, self.device)
+        models = (args.policy, tokenizer, *(() if args.reward_function else (args.reward_model,)))
+        self.hub_commits = {name: hub_commit(args, name) for name in models} | {args.dataset: data_commit}
         room = getattr(base.config, "max_position_embeddings", None) or sys.maxsize
         end = self.tokenizer(PROMPT_END, add_special_tokens=False).input_ids
         length = args.prompt_length + len(end) + args.response_length
-        require(
-            length <= room, f"--prompt-length plus --response-length is {length}; {args.policy} has {room} positions"
-        )
+        require(length <= room, f"--prompt-length plus --response-length is {length}; the policy has {room} positions")
         for split, rows in (("training", self.rows), ("validation", self.validation)):
             enough = len(rows) >= accelerator.num_processes
             require(enough, f"--dataset {args.dataset} has {len(rows)} {split} rows")
@@ -640,7 +661,7 @@ class Learner:
     def actor_critic(self) -> ActorCritic:
         return self.accelerator.unwrap_model(self.model)
 
-    def sum(self, x: torch.Tensor) -> torch.Tensor:
+    def sum(self, x: Tensor) -> Tensor:
         """Sum over all processes."""
         return self.accelerator.reduce(x, "sum")
 
@@ -679,8 +700,10 @@ def rollout(learner: Learner, rows: list[dict], args: Args) -> tuple[Rollout, di
     """
     tokenizer, device = learner.tokenizer, learner.device
     prompts = encode_prompts(tokenizer, rows, args.prompt_length)
-    policy = learner.actor_critic.switch_to("policy")
+    policy = learner.actor_critic.switch_to("policy_adapter")
+    start = time.perf_counter()
     responses = generate(policy, tokenizer, prompts, args.rollout_batch_size, greedy=False)
+    generation_seconds = time.perf_counter() - start
     summaries = [continuation(tokenizer, p, r) for p, r in zip(prompts, responses)]
     posts = [tokenizer.decode(prompt, skip_special_tokens=True) for prompt in prompts]
     scores = torch.tensor(score_summaries(learner, posts, summaries, rows), device=device)
@@ -688,13 +711,12 @@ def rollout(learner: Learner, rows: list[dict], args: Args) -> tuple[Rollout, di
     # pi_old, V and pi_ref from a fresh forward pass: generation has other log-probabilities (top-k) and other kernels.
     mask = torch.zeros(len(prompts), args.response_length, dtype=torch.bool, device=device)
     logprob, values, ref_logprob = torch.zeros(3, *mask.shape, device=device)
-    for start in range(0, len(prompts), args.micro_batch_size):
-        micro = slice(start, start + args.micro_batch_size)
-        tokens, attention_mask, micro_mask = pad(prompts[micro], responses[micro], device)
-        R = micro_mask.shape[1]
-        mask[micro, :R] = micro_mask
-        logprob[micro, :R], values[micro, :R], _ = learner.actor_critic(tokens, attention_mask, R)
-        ref_logprob[micro, :R] = learner.actor_critic.reference_logprobs(tokens, attention_mask, R)
+    for batch in batches([len(p) + len(r) for p, r in zip(prompts, responses)], args.rollout_batch_size):
+        tokens, attention_mask, batch_mask = pad([prompts[i] for i in batch], [responses[i] for i in batch], device)
+        R = batch_mask.shape[1]
+        mask[batch, :R] = batch_mask
+        logprob[batch, :R], values[batch, :R] = learner.actor_critic(tokens, attention_mask, R)
+        ref_logprob[batch, :R] = learner.actor_critic.reference_logprobs(tokens, attention_mask, R)
     logprob, values, ref_logprob = (torch.where(mask, x, 0.0) for x in (logprob, values, ref_logprob))
 
     rewards = token_rewards(scores, logprob, ref_logprob, mask, args.kl_coef)
@@ -717,7 +739,7 @@ def rollout(learner: Learner, rows: list[dict], args: Args) -> tuple[Rollout, di
         for score, post, summary in zip(scores.tolist()[:4], posts, summaries)
     ]
     trajectories = Rollout(prompts, responses, targets, mask, logprob, values, advantages, returns)
-    return trajectories, dict(zip(sums, means.tolist())), samples
+    return trajectories, dict(zip(sums, means.tolist())) | {"perf/generation_seconds": generation_seconds}, samples
 
 
 def backward(learner: Learner, trajectories: Rollout, rows: list[int], args: Args) -> dict[str, float]:
@@ -729,32 +751,31 @@ def backward(learner: Learner, trajectories: Rollout, rows: list[int], args: Arg
     mask, advantages = trajectories.mask[rows], trajectories.advantages[rows]
     normalized = normalize(advantages, mask, learner.sum) if args.norm_adv else advantages
     num_tokens = learner.sum(mask.sum())
-    num_target_tokens = sum(len(trajectories.targets[i]) for i in rows)
-    num_target_tokens = learner.sum(torch.tensor(num_target_tokens, device=learner.device))
+    num_target_tokens = torch.tensor(sum(len(trajectories.targets[i]) for i in rows), device=learner.device)
+    num_target_tokens = learner.sum(num_target_tokens).clamp(min=1)
     sums = {}
     for start in range(0, len(rows), args.micro_batch_size):
         micro = rows[start : start + args.micro_batch_size]
-        prompts = [trajectories.prompts[i] for i in micro]
-        tokens, attention_mask, mask = pad(prompts, [trajectories.responses[i] for i in micro], learner.device)
-        R = mask.shape[1]
+        prompts, responses = ([x[i] for i in micro] for x in (trajectories.prompts, trajectories.responses))
+        targets = [trajectories.targets[i] for i in micro] if args.target_coef else []
+        prompts += prompts[: len(targets)]  # one pass of the policy over responses and targets
+        tokens, attention_mask, mask = pad(prompts, responses + targets, learner.device)
+        mask, target_mask, R = mask[: len(micro)], mask[len(micro) :], mask.shape[1]
         A, A_normalized = (x[start : start + args.micro_batch_size, :R] for x in (advantages, normalized))
         old_logprob, old_values, returns = (
             x[micro, :R] for x in (trajectories.logprob, trajectories.values, trajectories.returns)
         )
-        target = pad(prompts, [trajectories.targets[i] for i in micro], learner.device) if args.target_coef else None
         last = start + args.micro_batch_size >= len(rows)
         with nullcontext() if last else learner.accelerator.no_sync(learner.model):
-            logprob, values, target_logprob = learner.model(tokens, attention_mask, R, target)
+            logprob, values = learner.model(tokens, attention_mask, R, len(micro))
+            logprob, target_logprob = logprob[: len(micro)], logprob[len(micro) :]
             policy_loss = symmetric_ppo_loss(
                 logprob, old_logprob, A_normalized, args.clip_coef, args.alpha, args.beta, args.Z, mask
             )
             value_loss = clipped_value_loss(values, old_values, returns, args.clip_coef_value, mask)
             share = mask.sum() / num_tokens
-            loss = share * (policy_loss + args.vf_coef * value_loss)
-            target_loss = torch.zeros((), device=learner.device)
-            if target:
-                target_loss = -torch.where(target[2], target_logprob, 0.0).sum() / num_target_tokens
-                loss = loss + args.target_coef * target_loss
+            target_loss = -torch.where(target_mask, target_logprob, 0.0).sum() / num_target_tokens
+            loss = share * (policy_loss + args.vf_coef * value_loss) + args.target_coef * target_loss
             learner.accelerator.backward(loss * learner.accelerator.num_processes)
 
         with torch.no_grad():
@@ -764,7 +785,7 @@ def backward(learner: Learner, trajectories: Rollout, rows: list[int], args: Arg
                 "loss/policy_avg": share * policy_loss,
                 "loss/value_avg": share * value_loss,
                 "loss/target_avg": target_loss,
-                "policy/approxkl_avg": share * masked_mean(ratio - 1 - logratio, mask),
+                "policy/approxkl_avg": share * masked_mean(ratio - 1 - logratio, mask),  # TRL's: logratio^2 / 2
                 "policy/clipfrac_avg": share * masked_mean(((ratio - 1).abs() > args.clip_coef).float(), mask),
                 "val/clipfrac_avg": share
                 * masked_mean(((values - old_values).abs() > args.clip_coef_value).float(), mask),
@@ -783,7 +804,7 @@ def train(args: Args, run_dir: Path, learner: Learner) -> None:
     start_time, commit = time.monotonic(), git_commit()
     accelerator, main_process = learner.accelerator, learner.accelerator.is_main_process
     counters = {"update": 0, "rollout_tokens": 0, "rollout_seconds": 0.0, "update_tokens": 0, "update_seconds": 0.0}
-    counters |= {"wall_seconds": 0.0, "before": None, "curves": []}
+    counters |= {"generation_seconds": 0.0, "wall_seconds": 0.0, "before": None, "curves": []}
     if checkpoint := load_checkpoint(run_dir):
         learner.load_state(checkpoint["learner"], run_dir / "checkpoint.pt")
         counters |= checkpoint["counters"]
@@ -828,6 +849,7 @@ def train(args: Args, run_dir: Path, learner: Learner) -> None:
         counters["update"] = update
         counters["rollout_tokens"] += num_tokens
         counters["rollout_seconds"] += rollout_seconds
+        counters["generation_seconds"] += metrics["perf/generation_seconds"]
         counters["update_tokens"] += num_tokens * args.update_epochs
         counters["update_seconds"] += update_seconds
         counters["wall_seconds"] = wall_seconds + time.monotonic() - start_time
@@ -874,7 +896,7 @@ def evaluate(learner: Learner, args: Args) -> tuple[dict[str, float], list[dict]
     index = learner.shard(range(len(learner.validation))[: args.eval_samples or None])
     rows = [learner.validation[i] for i in index]
     prompts = encode_prompts(tokenizer, rows, args.prompt_length)
-    policy = learner.actor_critic.switch_to("policy")
+    policy = learner.actor_critic.switch_to("policy_adapter")
     responses = generate(policy, tokenizer, prompts, args.rollout_batch_size, greedy=True)
     posts = [tokenizer.decode(prompt, skip_special_tokens=True) for prompt in prompts]
     references = [row["label"].strip() for row in rows]
@@ -896,8 +918,8 @@ def evaluate(learner: Learner, args: Args) -> tuple[dict[str, float], list[dict]
     metrics = {f"eval/{name}": float(np.mean([sample[name] for sample in samples])) for name in names}
     metrics["eval/empty_wins"] = float(np.mean([s["score_empty"] > s["score"] for s in samples]))
     metrics["eval/truncated_wins"] = float(np.mean([s["score_truncated"] > s["score"] for s in samples]))
-    texts = [row["label"].strip() for row in learner.validation]
-    metrics["eval/perplexity"] = perplexity(learner, learner.actor_critic.switch_to("policy"), texts)
+    texts = [sample["reference"] for sample in samples]
+    metrics["eval/perplexity"] = perplexity(learner, learner.actor_critic.switch_to("policy_adapter"), texts)
     return metrics, samples
 
 
@@ -906,21 +928,25 @@ def evaluate_saved(args: Args, run_dir: Path) -> dict[str, float]:
     path = run_dir / "policy"
     has_adapter = (path / "adapter_model.safetensors").exists()
     require(has_adapter, f"{run_dir} holds no policy: it is written when the run has finished")
-    weights = load_pretrained("evaluate", str(path), load_peft_weights, device="cpu")
+    weights = load_pretrained(args, "evaluate", str(path), load_peft_weights, device="cpu")
     learner = make_learner(args)
-    fits = learner.actor_critic.load_adapter("policy", weights)
+    fits = learner.actor_critic.load_adapter("policy_adapter", weights)
     require(fits, f"{path} does not fit the adapters of this {SCRIPT}.py on {args.policy}")
     return evaluate(learner, args)[0]
 
 
 @torch.no_grad()
 def perplexity(learner: Learner, policy: PreTrainedModel, texts: list[str]) -> float:
-    """The policy's perplexity of texts, joined by blank lines: strides of 512 tokens, each with as many before it."""
+    """The policy's perplexity of texts, joined by blank lines: strides of 512 tokens after as many as it has room for.
+
+    Of more than GPT-J's 2,048 positions no use is made; with fewer than 1,024 a stride is half of them.
+    """
     tokens = learner.tokenizer("\n\n".join(texts), verbose=False, return_tensors="pt").input_ids.to(learner.device)
-    stride = min(512, (getattr(policy.config, "max_position_embeddings", None) or sys.maxsize) // 2)
+    room = min(getattr(policy.config, "max_position_embeddings", None) or 2048, 2048)
+    stride = min(512, room // 2)
     loss = torch.zeros((), dtype=torch.float64, device=learner.device)
     for start in learner.shard(range(0, tokens.shape[1], stride)):
-        window = tokens[:, max(0, start - stride) : start + stride]
+        window = tokens[:, max(0, start + stride - room) : start + stride]
         num_predicted = min(stride, tokens.shape[1] - start) - (start == 0)  # nothing predicts the first token
         if num_predicted:
             loss -= response_logprobs(policy, window, torch.ones_like(window), num_predicted).sum()
@@ -1043,9 +1069,9 @@ def save_policy(learner: Learner, run_dir: Path) -> None:
     for old in (folder, temporary):
         shutil.rmtree(old, ignore_errors=True)  # of an attempt that was killed
     try:
-        learner.actor_critic.adapters.save_pretrained(temporary, selected_adapters=["policy"])
-        learner.tokenizer.save_pretrained(temporary / "policy")
-        os.replace(temporary / "policy", folder)
+        learner.actor_critic.adapters.save_pretrained(temporary, selected_adapters=["policy_adapter"])
+        learner.tokenizer.save_pretrained(temporary / "policy_adapter")
+        os.replace(temporary / "policy_adapter", folder)
     except SafetensorError as error:  # what it has for a full disk
         raise OSError(errno.ENOSPC, f"{folder} cannot be written: {error}") from None
     finally:
@@ -1066,9 +1092,12 @@ def save_results(
     result["before"] = {tag.replace("/", "_"): value for tag, value in counters["before"].items()}
     for phase in ("rollout", "update"):
         result[f"{phase}_tokens_per_second"] = counters[f"{phase}_tokens"] / counters[f"{phase}_seconds"]
+    seconds = counters["rollout_seconds"] + counters["update_seconds"]
+    result["generation_time_share"] = counters["generation_seconds"] / seconds
     result["device"] = torch.cuda.get_device_name() if learner.device.type == "cuda" else "cpu"
     result |= {"num_processes": learner.accelerator.num_processes, "peak_memory_gib": counters["peak_memory_gib"]}
     result |= {"wall_seconds": counters["wall_seconds"], "commit": commit}
+    result["hub_commits"] = {name: commit for name, commit in learner.hub_commits.items() if commit}
     result["versions"] = {"python": platform.python_version()} | versions
     write_json(run_dir / "result.json", result)
     (run_dir / "checkpoint.pt").unlink()  # it is several times as large as the policy
@@ -1167,9 +1196,11 @@ def validate(args: Args) -> None:
     message = f"--eval-samples must be 0 (all) or at least the number of processes, {num_processes}, "
     enough = args.eval_samples == 0 or args.eval_samples >= num_processes
     require(enough, message + f"got {args.eval_samples}")
-    can_quantize = torch.cuda.is_available() and not args.cpu and find_spec("bitsandbytes")
-    message = "--base-precision 4bit needs a CUDA device and bitsandbytes (pip install bitsandbytes); "
-    require(can_quantize or args.base_precision != "4bit", message + "float32 works anywhere")
+    can_quantize = find_spec("bitsandbytes") or args.base_precision != "4bit"
+    require(can_quantize, "--base-precision 4bit needs bitsandbytes: pip install -r requirements-4bit.txt")
+    for name in args.revision or {}:
+        used = name in (args.policy, args.tokenizer, args.reward_model, args.dataset) and not Path(name).exists()
+        require(used, f"--revision {name} is no hub id among --policy, --tokenizer, --reward-model and --dataset")
     require(not args.track or find_spec("wandb"), "--track needs Weights & Biases: pip install wandb")
 
 
@@ -1191,7 +1222,9 @@ def make_learner(args: Args) -> Learner:
     """Data and networks on this process. Raises Stop when Accelerate does not see the others."""
     if args.num_threads:
         torch.set_num_threads(args.num_threads)
-    accelerator = Accelerator(cpu=args.cpu or not torch.cuda.is_available())
+    torch.backends.cuda.matmul.allow_tf32 = args.tf32
+    patient = InitProcessGroupKwargs(timeout=timedelta(hours=12))  # while one process downloads models and data
+    accelerator = Accelerator(cpu=args.cpu or not torch.cuda.is_available(), kwargs_handlers=[patient])
     started, seen = int(os.environ.get("WORLD_SIZE", 1)), accelerator.num_processes
     require(started == seen, f"started as one of {started} processes, but Accelerate sees {seen}: use torchrun")
     return Learner(args, accelerator)

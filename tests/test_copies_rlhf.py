@@ -25,14 +25,12 @@ NETWORK = (
     "        self.value_head = nn.Sequential(nn.LayerNorm(size), nn.Linear(size, 1))\n"
     "        self.value_scale = nn.Parameter(torch.ones(1))\n",
 )
-SCALED = ("values = self.value_head(", "values = self.value_scale * self.value_head(")
-SCALED_TLDR = ("logprob, self.value_head(", "logprob, self.value_scale * self.value_head(")
+SCALED = ("logprob, self.value_head(", "logprob, self.value_scale * self.value_head(")
 
 
 def edits_of(original):
     name = "policy" if original == "sppo_rlhf_imdb" else "base"
-    scaled = SCALED if original == "sppo_rlhf_imdb" else SCALED_TLDR
-    return LOSS, TAG, FLAG, USE, tuple(text.format(name) for text in NETWORK), scaled
+    return LOSS, TAG, FLAG, USE, tuple(text.format(name) for text in NETWORK), SCALED
 
 
 def small(original, assets, **changes):

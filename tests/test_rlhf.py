@@ -28,6 +28,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
+    BertConfig,
     BloomConfig,
     BloomForSequenceClassification,
     GPT2Config,
@@ -86,7 +87,7 @@ def backward(script, learner, rollout, args, rows=range(8)):
 
 def policy_of(learner):
     ac = learner.actor_critic
-    return ac.switch_to("policy") if hasattr(ac, "switch_to") else ac.policy
+    return ac.switch_to("policy_adapter") if hasattr(ac, "switch_to") else ac.policy
 
 
 def policy_logprobs(learner, prompt, response):
@@ -101,8 +102,8 @@ def unpadded_values(script, learner, prompt, response):
     if script is IMDB:
         hidden = ac.value_model(tokens).last_hidden_state[0]
     else:
-        ac.adapters.set_adapter("value")
-        ac.adapters.set_requires_grad(["policy", "value"])
+        ac.adapters.set_adapter("value_adapter")
+        ac.adapters.set_requires_grad(["policy_adapter", "value_adapter"])
         hidden = ac.lm.base_model(tokens).last_hidden_state[0]
     return ac.value_head(hidden[len(prompt) - 1 : -1]).squeeze(-1)
 
@@ -122,17 +123,24 @@ def test_pad_puts_prompts_left_and_responses_right_of_one_column():
     assert IMDB.positions(mask).tolist() == [[0, 0, 0, 1, 2], [0, 1, 2, 3, 3]]
 
 
-@pytest.mark.parametrize("script, model", [(IMDB, "gpt2"), (IMDB, "llama"), (TLDR, "gpt2"), (TLDR, "llama")])
+families = pytest.mark.parametrize("family", tiny.FAMILIES)
+
+
+@pytest.mark.parametrize(
+    "script, model", [(IMDB, "gpt2"), (IMDB, "llama"), (TLDR, "gpt2"), *((TLDR, name) for name in tiny.FAMILIES)]
+)
 def test_padded_batch_has_the_logprobs_and_values_of_each_sequence_alone(script, model, scrambled, assets):
-    """With the absolute positions of GPT-2 and the rotary ones of Llama, which are blind to a common shift."""
+    """With the absolute positions of GPT-2 and the rotary ones of the others, which are blind to a common shift."""
     changes = {"policy": str(assets / model)}
     if (script, model) == (TLDR, "gpt2"):
         changes |= {"lora_targets": ("c_attn",), "reward_model": str(assets / "scalar")}
+    elif script is TLDR:
+        changes |= tiny.family(model, assets)
     learner, _ = scrambled(script, **changes)
     tokens, attention, mask = script.pad(PROMPTS, RESPONSES, learner.device)
     with torch.no_grad():
-        logprob, values, target = learner.actor_critic(tokens, attention, 6)
-        assert target is None
+        logprob, values = learner.actor_critic(tokens, attention, 6)
+        assert values.shape == (3, 6) and learner.actor_critic(tokens, attention, 6, 2)[1].shape == (2, 6)
         for i, (prompt, response) in enumerate(zip(PROMPTS, RESPONSES)):
             assert mask[i].sum() == len(response)
             assert_close(logprob[i][mask[i]], policy_logprobs(learner, prompt, response))
@@ -148,6 +156,48 @@ def test_base_in_bfloat16_has_adapters_head_and_log_probabilities_in_float32(scr
     losses, grads = backward(TLDR, learner, rollout, args)
     assert {x.dtype for x in (rollout.logprob, rollout.values, *grads.values())} == {torch.float32}
     assert losses["val/ratio"] == pytest.approx(1, abs=0.05) and all(g.any() for g in grads.values())
+
+
+def test_imdb_in_bfloat16_has_weights_log_probabilities_and_values_in_float32(scrambled):
+    learner, args = scrambled(IMDB, bfloat16=True)
+    exact, _ = scrambled(IMDB)
+    ac, (tokens, attention, mask) = learner.actor_critic, IMDB.pad(PROMPTS, RESPONSES, learner.device)
+    with torch.no_grad():
+        assert {m(tokens).logits.dtype for m in (ac.policy, learner.reference)} == {torch.bfloat16}
+        for actual, expected in zip(ac(tokens, attention, 6), exact.actor_critic(tokens, attention, 6)):
+            error = (actual - expected)[mask].abs()
+            assert actual.dtype == torch.float32 and 0 < error.mean() < 0.05
+    rollout, _, _ = IMDB.rollout(learner, learner.rows[:8], args)
+    losses, grads = backward(IMDB, learner, rollout, args)
+    assert {x.dtype for x in (*trained(learner).values(), *grads.values())} == {torch.float32}
+    assert losses["val/ratio"] == pytest.approx(1, abs=0.05)
+    fresh, args = scrambled(IMDB, bfloat16=True)
+    fresh.actor_critic.policy.load_state_dict(fresh.reference.state_dict())
+    assert IMDB.rollout(fresh, fresh.rows[:8], args)[1]["objective/kl"] == 0
+    assert 1 < IMDB.evaluate(fresh, args)[0]["eval/perplexity"] < 1e4
+
+
+@families
+def test_gradient_checkpointing_computes_layers_again_with_their_adapter_and_changes_no_gradient(
+    scrambled, assets, family
+):
+    gradients, calls = [], []
+    for on in (False, True):
+        learner, args = scrambled(TLDR, gradient_checkpointing=on, target_coef=0.1, **tiny.family(family, assets))
+        rollout = tiny.fixed_rollout(TLDR, learner, args)
+        (linear, *_) = (m for n, m in learner.actor_critic.lm.named_modules() if n.endswith(args.lora_targets))
+        linear.register_forward_hook(lambda *_, on=on: calls.append(on))
+        gradients.append(backward(TLDR, learner, rollout, args)[1])
+    assert calls.count(True) == 2 * calls.count(False) == 12  # policy and value of three micro-batches
+    assert_same_gradients(*gradients, tolerance=1e-6)
+
+
+@both
+def test_tf32_is_off_unless_asked_for(script, assets):
+    flags = tiny.flags(script.SCRIPT, assets)
+    for on in (True, False):
+        script.make_learner(script.Args(**flags, tf32=on))
+        assert torch.backends.cuda.matmul.allow_tf32 == on
 
 
 @pytest.mark.parametrize("double_quant", [True, False])
@@ -527,12 +577,17 @@ def test_micro_batches_have_the_gradient_of_the_whole_batch(script, scrambled, t
 
 
 @both
-def test_micro_batches_of_a_rollout_have_the_results_of_the_whole_batch(script, scrambled, monkeypatch):
+def test_batches_of_a_rollout_have_the_results_of_the_whole_batch_and_like_lengths(script, scrambled, monkeypatch):
     learner, args = scrambled(script)
     answers = tiny.responses(8, args.response_length, learner.tokenizer.vocab_size)
     monkeypatch.setattr(script, "generate", lambda *a, **k: answers)
-    one, _, _ = script.rollout(learner, learner.rows[:8], replace(args, micro_batch_size=1))
-    all_, _, _ = script.rollout(learner, learner.rows[:8], replace(args, micro_batch_size=8, rollout_batch_size=8))
+    one, _, _ = script.rollout(learner, learner.rows[:8], replace(args, rollout_batch_size=1))
+    all_, _, _ = script.rollout(learner, learner.rows[:8], replace(args, rollout_batch_size=8))
+    pad, padded = script.pad, []
+    monkeypatch.setattr(script, "pad", lambda *inputs: padded.append(inputs[:2]) or pad(*inputs))
+    script.rollout(learner, learner.rows[:8], replace(args, micro_batch_size=1, rollout_batch_size=3))
+    lengths = [[len(p) + len(r) for p, r in zip(*batch)] for batch in padded if batch[1][0]]
+    assert [len(batch) for batch in lengths] == [3, 3, 2] and [*chain(*lengths)] == sorted(chain(*lengths))
     for name in ("mask", "logprob", "values", "advantages", "returns"):
         assert_close(getattr(one, name), getattr(all_, name), rtol=1e-4, atol=1e-4)
 
@@ -549,7 +604,9 @@ def test_policy_and_value_model_learn_and_nothing_else_changes(script, make_lear
         frozen |= {f"reference.{n}": p.clone() for n, p in learner.reference.named_parameters()}
         frozen |= {f"reward.{n}": p.clone() for n, p in learner.reward.model.named_parameters()}
     else:
-        assert all(".policy." in n or ".value." in n or n.startswith("value_head") for n in trained(learner))
+        assert all(
+            ".policy_adapter." in n or ".value_adapter." in n or n.startswith("value_head") for n in trained(learner)
+        )
     before = {n: p.detach().clone() for n, p in trained(learner).items()}
     for _ in range(2):  # LoRA's A has no gradient before B has moved
         rollout, _, _ = script.rollout(learner, learner.rows[:8], args)
@@ -564,23 +621,26 @@ def test_policy_and_value_model_learn_and_nothing_else_changes(script, make_lear
     assert len(frozen) > 20 and all(torch.equal(now[n], p) for n, p in frozen.items())
 
 
-def test_reward_and_reference_of_tldr_are_those_of_the_base_while_the_adapters_learn(scrambled, assets):
-    learner, _ = scrambled(TLDR)
-    ac, base = learner.actor_critic, AutoModelForCausalLM.from_pretrained(assets / "llama").eval()
+@families
+def test_reward_and_reference_of_tldr_are_those_of_the_base_while_the_adapters_learn(scrambled, assets, family):
+    learner, args = scrambled(TLDR, **tiny.family(family, assets))
+    ac, base = learner.actor_critic, AutoModelForCausalLM.from_pretrained(assets / family).eval()
     scores = learner.reward(["the movie", "was good to watch"])
     tokens, attention, _ = TLDR.pad(PROMPTS, RESPONSES, learner.device)
-    for active in ("policy", "value", "reward"):
+    for active in ("policy_adapter", "value_adapter", "reward_adapter"):
         ac.switch_to(active)
         with torch.no_grad():
             actual = ac.reference_logprobs(tokens, attention, 6)
             expected = TLDR.response_logprobs(base, tokens, attention, 6)
-            policy, _, _ = ac(tokens, attention, 6)
+            policy, _ = ac(tokens, attention, 6)
         assert_close(actual, expected, rtol=0, atol=1e-6)
         assert (policy - expected).abs().max() > 0.1
     tiny.randomize(trained(learner).items(), 0.1)
     assert learner.reward(["the movie", "was good to watch"]) == scores
     for name, p in base.named_parameters():
-        name = "lm." + name.replace("q_proj", "q_proj.base_layer").replace("v_proj", "v_proj.base_layer")
+        for target in args.lora_targets:
+            name = name.replace(target, f"{target}.base_layer")
+        name = f"lm.{name}"
         assert torch.equal(dict(ac.named_parameters())[name], p), name
 
 
@@ -596,16 +656,21 @@ def test_rollout_of_tldr_charges_the_kl_against_the_base(scrambled, assets, monk
     assert_close(seen["ref"][rollout.mask], expected[mask])
 
 
-def test_policy_and_value_adapters_of_tldr_do_not_touch_each_other(scrambled):
-    learner, _ = scrambled(TLDR)
+@families
+def test_policy_and_value_adapters_of_tldr_do_not_touch_each_other(scrambled, assets, family):
+    learner, _ = scrambled(TLDR, **tiny.family(family, assets))
     tokens, attention, mask = TLDR.pad(PROMPTS, RESPONSES, learner.device)
 
     def outputs():
         with torch.no_grad():
-            logprob, values, _ = learner.actor_critic(tokens, attention, 6)
+            logprob, values = learner.actor_critic(tokens, attention, 6)
         return logprob[mask], values[mask]
 
-    for adapter, changes in ((".policy.", (True, False)), (".value.", (False, True)), ("value_head", (False, True))):
+    for adapter, changes in (
+        (".policy_adapter.", (True, False)),
+        (".value_adapter.", (False, True)),
+        ("value_head", (False, True)),
+    ):
         before = outputs()
         tiny.randomize([(n, p) for n, p in trained(learner).items() if adapter in n], 0.3)
         assert tuple(not torch.equal(a, b) for a, b in zip(before, outputs())) == changes
@@ -712,6 +777,20 @@ def test_classifier_of_tldr_gives_its_logit(make_learner, assets):
     assert learner.reward(texts) == pytest.approx(expected, abs=1e-5)
 
 
+def test_classifier_on_pythia_gives_its_logit_on_the_end_token(make_learner, assets):
+    changes = {"reward_model": str(assets / "neox-reward"), "reward_end": "<|endoftext|>", "rollout_batch_size": 2}
+    learner, _ = make_learner(TLDR, **tiny.family("neox", assets) | changes)
+    model = AutoModelForSequenceClassification.from_pretrained(assets / "neox-reward").eval()
+    tokenizer = AutoTokenizer.from_pretrained(assets / "neox-reward")
+    assert tokenizer.pad_token_id != tokenizer.eos_token_id
+    texts = ["the movie was good", "bad", "the cast was a pain to watch again again"]
+    with torch.no_grad():
+        tokens = [[*tokenizer(text).input_ids, tokenizer.eos_token_id] for text in texts]
+        hidden = [model.gpt_neox(torch.tensor([t])).last_hidden_state[0, -1] for t in tokens]
+        expected = [model.score(h).item() for h in hidden]
+    assert learner.reward(texts) == pytest.approx(expected, abs=1e-5) and np.std(expected) > 0.01
+
+
 @both
 @pytest.mark.parametrize("family", ["gpt2", "bloom"])
 def test_classifiers_that_name_no_token_to_pad_with(script, assets, make_learner, tmp_path, family):
@@ -734,16 +813,18 @@ def test_classifiers_that_name_no_token_to_pad_with(script, assets, make_learner
     assert learner.reward(texts) == pytest.approx([learner.reward([text])[0] for text in texts], abs=1e-5)
 
 
-def test_adapter_reward_is_its_head_on_the_end_token_with_only_that_adapter(scrambled, assets):
-    learner, _ = scrambled(TLDR, rollout_batch_size=2)
-    base = AutoModel.from_pretrained(assets / "llama")
-    weights = load_file(assets / "adapter" / "adapter_model.safetensors")
+@families
+def test_adapter_reward_is_its_head_on_the_end_token_with_only_that_adapter(scrambled, assets, family):
+    learner, args = scrambled(TLDR, rollout_batch_size=2, **tiny.family(family, assets))
+    base = AutoModel.from_pretrained(assets / family)
+    weights = load_file(Path(args.reward_model) / "adapter_model.safetensors")
     (head,) = (x for name, x in weights.items() if "score" in name)
-    config = json.loads((assets / "adapter" / "adapter_config.json").read_text())
+    config = json.loads((Path(args.reward_model) / "adapter_config.json").read_text())
     modules = dict(base.named_modules())
     for name, A in weights.items():  # W + B A alpha / r, by hand
         if "lora_A" in name:
-            linear = modules[name.removeprefix("base_model.model.model.").removesuffix(".lora_A.weight")]
+            prefix = f"base_model.model.{learner.actor_critic.lm.base_model_prefix}."
+            linear = modules[name.removeprefix(prefix).removesuffix(".lora_A.weight")]
             B = weights[name.replace("lora_A", "lora_B")]
             linear.weight.data += B @ A * config["lora_alpha"] / config["r"]
     texts = ["the movie was good", "bad", "the cast was a pain to watch again", "fine"]
@@ -752,7 +833,7 @@ def test_adapter_reward_is_its_head_on_the_end_token_with_only_that_adapter(scra
         expected = [(base.eval()(torch.tensor([t])).last_hidden_state[0, -1] @ head[0]).item() for t in tokens]
     assert np.std(expected) > 0.05
     assert learner.reward(texts) == pytest.approx(expected, abs=1e-4)
-    learner.actor_critic.switch_to("value")
+    learner.actor_critic.switch_to("value_adapter")
     assert learner.reward(texts) == pytest.approx(expected, abs=1e-4)
 
 
@@ -780,7 +861,7 @@ def test_adapter_reward_of_a_long_text_is_that_of_its_end(make_learner):
 def test_checkpoint_of_tldr_holds_both_adapters_whichever_was_used_last(scrambled):
     learner, _ = scrambled(TLDR)
     expected = {name: p.detach().clone() for name, p in trained(learner).items()}
-    for use in ("policy", "value", "reward"):
+    for use in ("policy_adapter", "value_adapter", "reward_adapter"):
         learner.actor_critic.switch_to(use)
         state = learner.state()["model"]
         assert state.keys() == expected.keys() and all(torch.equal(state[name], expected[name]) for name in expected)
@@ -793,6 +874,31 @@ def test_adapter_reward_adds_the_bias_of_its_head(make_learner, assets, tmp_path
     with_bias, without = (make_learner(TLDR, **c)[0] for c in ({"reward_model": str(tmp_path)}, {}))
     texts = ["the movie was good", "bad"]
     assert with_bias.reward(texts) == pytest.approx([score + 3.5 for score in without.reward(texts)], abs=1e-5)
+
+
+def test_adapter_reward_that_holds_its_head_twice_has_the_trained_one(make_learner, assets, tmp_path):
+    folder = Path(shutil.copytree(assets / "adapter", tmp_path / "twice"))
+    weights = load_file(folder / "adapter_model.safetensors")
+    head = weights.pop("base_model.model.score.weight")
+    weights |= {
+        f"base_model.model.score.{x}.weight": head * i for i, x in enumerate(("original_module", "modules_to_save"))
+    }
+    save_file(weights, folder / "adapter_model.safetensors")
+    twice, once = (make_learner(TLDR, **c)[0] for c in ({"reward_model": str(folder)}, {}))
+    assert twice.reward(["the movie was good"]) == once.reward(["the movie was good"]) != [0.0]
+
+
+def test_no_adapter_is_mistaken_for_a_module_of_the_model(scrambled, assets, tmp_path):
+    """Bert's attention has a module "value"."""
+    config = BertConfig(vocab_size=320, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, is_decoder=True)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "bert")
+    changes = {"tokenizer": str(assets / "llama"), "lora_targets": ("query", "value")}
+    changes |= {"policy": str(tmp_path / "bert"), "reward_model": str(assets / "scalar")}
+    learner, _ = scrambled(TLDR, **changes)
+    (tmp_path / "run").mkdir()
+    TLDR.save_policy(learner, tmp_path / "run")
+    saved = load_file(tmp_path / "run" / "policy" / "adapter_model.safetensors")
+    assert len(saved) == 4 == sum("policy" in name for name in trained(learner))  # A and B of query and value
 
 
 def adapter_without_head(assets, folder):
@@ -863,6 +969,19 @@ def test_perplexity_is_that_of_strides_with_as_many_tokens_before_them(script, s
 
 
 @both
+@pytest.mark.parametrize("room, context", [(1024, 512), (1100, 588), (2048, 1536), (8192, 1536)])
+def test_context_of_perplexity_is_positions_minus_stride_up_to_gpt_js(script, make_learner, monkeypatch, room, context):
+    learner, _ = make_learner(script)
+    windows, policy = [], policy_of(learner)
+    monkeypatch.setattr(policy.config, "n_positions" if script is IMDB else "max_position_embeddings", room)
+    logprobs = torch.zeros(1, 512)
+    monkeypatch.setattr(script, "response_logprobs", lambda lm, x, mask, n: windows.append((x.shape[1], n)) or logprobs)
+    script.perplexity(learner, policy, ["x" * 4097])
+    starts = range(0, 4096, 512)
+    assert windows == [(min(start, context) + 512, 512 - (start == 0)) for start in starts] + [(1 + context, 1)]
+
+
+@both
 def test_perplexity_of_a_short_text_is_the_models_own_loss(script, scrambled):
     learner, _ = scrambled(script)
     tokens = torch.tensor([learner.tokenizer("the movie was\n\nfine to watch").input_ids])
@@ -901,6 +1020,9 @@ def test_evaluation_of_tldr_is_greedy_and_has_rouge(scrambled, monkeypatch):
     torch.manual_seed(0)
     first, samples = TLDR.evaluate(learner, args)
     greedy, responses, references, empty, cut = seen
+    labels = [row["label"].strip() for row in rows]  # of the evaluated posts alone, as in the authors' runs
+    expected = TLDR.perplexity(learner, policy_of(learner), labels)
+    assert first["eval/perplexity"] == pytest.approx(expected, rel=1e-5)
     assert greedy and len(learner.validation) == 8
     posts = [learner.tokenizer.decode(p) for p in TLDR.encode_prompts(learner.tokenizer, rows, args.prompt_length)]
     assert empty == [post + " " for post in posts]
@@ -1047,7 +1169,7 @@ DATASETS = {
 @pytest.mark.parametrize("kind", DATASETS)
 def test_data_set_with_a_validation_split(script, tmp_path, kind):
     DATASETS[kind](tmp_path / "data")
-    train, validation = script.load_rows(str(tmp_path / "data"), ["text"])
+    train, validation, _ = script.load_rows(script.Args(dataset=str(tmp_path / "data")), ["text"])
     assert train == [{"text": row["text"]} for row in ROWS[:7]]
     assert validation == [{"text": row["text"]} for row in ROWS[7:]]
 
@@ -1064,13 +1186,16 @@ WITHOUT_VALIDATION = {
 
 @both
 @pytest.mark.parametrize("kind", WITHOUT_VALIDATION)
-def test_data_set_without_a_validation_split_gives_its_last_fifth(script, tmp_path, kind):
+def test_data_set_without_a_validation_split_gives_a_fifth_drawn_by_the_seed(script, tmp_path, kind):
     path = tmp_path / "data.jsonl"
     WITHOUT_VALIDATION[kind](path)
-    train, validation = script.load_rows(str(path), ["text", "label"])
+    args = script.Args(dataset=str(path))
+    train, validation, commit = script.load_rows(args, ["text", "label"])
     assert len(train) == 8 and len(validation) == 2
     assert sorted(train + validation, key=lambda row: row["text"]) == ROWS
-    assert script.load_rows(str(path), ["text", "label"]) == (train, validation)
+    assert script.load_rows(args, ["text", "label"]) == (train, validation, None) and commit is None
+    splits = [script.load_rows(replace(args, seed=seed), ["text"])[1] for seed in range(5)]
+    assert len({str(split) for split in splits}) > 1  # as in the authors' runs, the seed draws the split
 
 
 BAD_DATASETS = {
@@ -1108,7 +1233,7 @@ def test_unusable_data_set_is_refused_by_name(script, tmp_path, kind):
     make, words = BAD_DATASETS[kind]
     make(tmp_path / "data")
     with pytest.raises(script.Stop, match=words) as caught:
-        script.load_rows(str(tmp_path / "data"), ["text"])
+        script.load_rows(script.Args(dataset=str(tmp_path / "data")), ["text"])
     assert f"--dataset {tmp_path / 'data'}" in str(caught.value)
 
 

@@ -7,6 +7,7 @@ import io
 import json
 import math
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -15,16 +16,18 @@ from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import patch
 
+import datasets
+import huggingface_hub
 import numpy as np
 import pytest
 import tiny
 import torch
 import two_processes
 from accelerate import Accelerator
-from conftest import import_scripts, largest_file, wait_for_the_next_second
+from conftest import ROOT, import_scripts, largest_file, wait_for_the_next_second
 from pausing import interrupt
 from peft import PeftModel
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -49,12 +52,14 @@ RESULT_KEYS = {
     "before",
     "rollout_tokens_per_second",
     "update_tokens_per_second",
+    "generation_time_share",
     "peak_memory_gib",
     "num_processes",
     "device",
     "wall_seconds",
     "versions",
     "commit",
+    "hub_commits",
 }
 ROUGE = {"eval_rouge1", "eval_rouge2", "eval_rougeL"}
 TAGS = {
@@ -77,6 +82,7 @@ TAGS = {
     "losses/explained_variance",
     "perf/rollout_tokens_per_second",
     "perf/update_tokens_per_second",
+    "perf/generation_seconds",
     "eval/score",
     "eval/score_reference",
     "eval/score_empty",
@@ -162,7 +168,7 @@ def finished(script, assets, tmp_path_factory):
 
     def spy(learner, run_dir):
         ac = learner.actor_critic
-        logprobs.append(sequence_logprobs(ac.policy if script is IMDB else ac.switch_to("policy")))
+        logprobs.append(sequence_logprobs(ac.policy if script is IMDB else ac.switch_to("policy_adapter")))
         save_policy(learner, run_dir)
 
     with patch.object(script, "save_policy", spy):
@@ -214,6 +220,8 @@ def test_result_has_the_agreed_keys(script, finished, assets):
     assert result["before"]["eval_perplexity"] != result["eval_perplexity"]
     assert all(math.isfinite(result[key]) for key in result if key.startswith("eval_") and key != "eval_scores")
     assert result["rollout_tokens_per_second"] > 1 and result["update_tokens_per_second"] > 1
+    assert 0 < result["generation_time_share"] < 1
+    assert result["hub_commits"] == {}  # all folders
     assert result["num_processes"] == 1 and result["device"] == "cpu" and 0.1 < result["peak_memory_gib"] < 100
     assert result["versions"]["torch"] == torch.__version__ and "transformers" in result["versions"]
 
@@ -344,6 +352,44 @@ def test_default_run_directory_is_named_after_data_set_script_seed_and_time(scri
     assert read_result(run_dir)["args"]["run_dir"] == f"runs/{run_dir.name}"
 
 
+@pytest.fixture
+def hub(assets, script):
+    """The tiny models and data as the cache has them after a download: {hub id: commit of its revision v1}."""
+    cache, flags, commits = Path(huggingface_hub.constants.HF_HUB_CACHE), tiny.flags(script.SCRIPT, assets), {}
+    for number, flag in enumerate(("policy", "reward_model")):
+        repository = cache / f"models--owner--{script.SCRIPT}-{flag}"
+        commits[f"owner/{script.SCRIPT}-{flag}"] = commit = f"{number + 1:040x}"
+        shutil.copytree(flags[flag], repository / "snapshots" / commit)
+        (repository / "refs").mkdir()
+        (repository / "refs" / "v1").write_text(commit)
+    commits[f"owner/{script.SCRIPT}"] = commit = f"{9:040x}"
+    cached = Path(datasets.load_dataset(flags["dataset"])["train"].cache_files[0]["filename"]).parent
+    folder = Path(datasets.config.HF_DATASETS_CACHE) / f"owner___{script.SCRIPT}" / "default" / "0.0.0" / commit
+    shutil.copytree(cached, folder)
+    for path in folder.glob("*.arrow"):
+        path.rename(folder / path.name.replace(Path(flags["dataset"]).name, script.SCRIPT))
+    yield commits
+    for path in (*cache.glob("models--owner--*"), folder):
+        shutil.rmtree(path)
+
+
+def test_result_names_the_commits_of_what_came_from_a_hub_at_the_revisions_that_were_asked_for(
+    script, assets, tmp_path, hub
+):
+    policy, reward_model, dataset = hub
+    changes = {"num_updates": 1, "policy": policy, "reward_model": reward_model, "dataset": dataset}
+    changes["revision"] = (policy, "v1", reward_model, "v1")
+    code, _, err = call(script, tmp_path, tiny.flags(script.SCRIPT, assets) | RUN | changes)
+    assert (code, err) == (0, "")
+    assert read_result(tmp_path / "run")["hub_commits"] == hub
+    changes |= {"run_dir": "other", "revision": (policy, "v1")}
+    code, _, err = call(script, tmp_path, tiny.flags(script.SCRIPT, assets) | RUN | changes)
+    assert_refused(code, err, f"--reward-model {reward_model}")  # there is nothing but v1
+    changes["revision"] = (str(assets / "gpt2"), "v1")
+    code, _, err = call(script, tmp_path, tiny.flags(script.SCRIPT, assets) | RUN | changes)
+    assert_refused(code, err, "--revision", "no hub id")
+
+
 # Survival
 
 
@@ -410,6 +456,39 @@ def test_run_killed_at_an_awkward_moment_resumes_to_the_same_run(
     assert (code, err) == (0, "")
     assert_same_run(tmp_path / "run", finished)
     assert {p.name for p in (tmp_path / "run").iterdir() if "tfevents" not in p.name} == FILES
+
+
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+def test_run_on_a_base_in_4_bits_resumes_and_is_evaluated(assets, tmp_path, family):
+    """For real, on the CPU, where bitsandbytes is installed."""
+    pytest.importorskip("bitsandbytes")
+    flags = tiny.flags(TLDR.SCRIPT, assets) | RUN | tiny.family(family, assets) | {"base_precision": "4bit"}
+    killed_in(TLDR, tmp_path, flags, "rollout", 2)
+    assert call(TLDR, tmp_path, ["--resume", "run"])[0] == 0
+    rows = read_curves(tmp_path / "run")[1:4]
+    assert all(float(row["losses/grad_norm"]) > 0 and 0.5 < float(row["val/ratio"]) < 2 for row in rows)
+    assert any(float(row["objective/kl"]) for row in rows[1:])
+    code, out, _ = call(TLDR, tmp_path, ["--evaluate", "run"])
+    assert code == 0 and out.startswith(f"score {read_result(tmp_path / 'run')['eval_score']:.4f}")
+    learner = TLDR.Learner(TLDR.Args(**flags), Accelerator(cpu=True))
+    exact = sequence_logprobs(AutoModelForCausalLM.from_pretrained(assets / family).eval())
+    error = (sequence_logprobs(learner.actor_critic.switch_to("policy_adapter")).float() - exact).abs().mean()
+    assert any(p.dtype == torch.uint8 for p in learner.actor_critic.lm.parameters()) and 0 < error < 1
+
+
+@pytest.mark.parametrize("family", ["gptj", "neox"])
+def test_run_of_another_family_resumes_and_leaves_an_adapter_that_peft_loads_whole(assets, tmp_path, family):
+    flags = tiny.flags(TLDR.SCRIPT, assets) | RUN | tiny.family(family, assets) | {"num_updates": 2}
+    killed_in(TLDR, tmp_path, flags, "rollout", 2)
+    assert call(TLDR, tmp_path, ["--resume", "run"])[0] == 0
+    base = AutoModelForCausalLM.from_pretrained(assets / family).eval()
+    start = sequence_logprobs(base)
+    model = PeftModel.from_pretrained(base, tmp_path / "run" / "policy").eval()
+    assert (sequence_logprobs(model) - start).abs().max() > 1e-3
+    loaded = model.load_adapter(tmp_path / "run" / "policy", "again")
+    assert not loaded.unexpected_keys and not any("lora_" in key for key in loaded.missing_keys)
+    assert len(weights(tmp_path / "run")) == 4 * len(flags["lora_targets"])  # A and B in two layers
+    assert call(TLDR, tmp_path, ["--evaluate", "run"])[0] == 0
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -559,6 +638,33 @@ def test_out_of_memory_while_loading_is_no_unknown_model(script, assets, tmp_pat
     assert code == 1 and "out of memory: lower" in err
 
 
+def test_the_sweep_on_pythia_trains_resumes_and_evaluates_on_tiny_models_of_its_classes(assets, tmp_path):
+    """Every step of benchmark/rlhf_pythia.sh: its cells with local names and smaller numbers."""
+    names = {"POLICY": "neox", "REWARD_MODEL": "neox-reward", "DATASET": "posts"}
+    small = tiny.flags(TLDR.SCRIPT, assets) | {"num_updates": 2, "checkpoint_every": 1, "run_dir": "run"}
+    small = {key: value for key, value in small.items() if key not in ("policy", "reward_model", "dataset")}
+    environment = os.environ | {key: str(assets / name) for key, name in names.items()}
+    environment |= {"FLAGS": " ".join(tiny.command_line(small)), "CONTROL": "1"}
+    command = [ROOT / "benchmark" / "rlhf_pythia.sh", "--cells"]
+    cells = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout.splitlines()
+    weights_of = [
+        (words[words.index("--alpha") + 1], words[words.index("--beta") + 1]) for words in map(str.split, cells)
+    ]
+    assert weights_of == [("1", "0"), ("0.5", "0.2"), ("0.7", "0")]
+    script, _, seeds, *flags = shlex.split(cells[1])
+    assert (script, seeds) == (TLDR.SCRIPT, "4")
+    killed_in(TLDR, tmp_path, flags, "rollout", 2)
+    assert call(TLDR, tmp_path, ["--resume", "run"])[0] == 0
+    result = read_result(tmp_path / "run")
+    assert result["args"]["lora_targets"] == ["query_key_value"] and result["args"]["reward_end"] == tiny.END
+    code, out, _ = call(TLDR, tmp_path, ["--evaluate", "run"])
+    assert code == 0 and out.startswith(f"score {result['eval_score']:.4f}")
+    model = PeftModel.from_pretrained(
+        AutoModelForCausalLM.from_pretrained(assets / "neox"), tmp_path / "run" / "policy"
+    )
+    assert model.active_adapter == "default"
+
+
 # Bad input
 
 
@@ -616,7 +722,6 @@ BAD_TLDR_FLAGS = [
     ({"lora_targets": "c_attn"}, "--lora-targets c_attn"),
     ({"lora_rank": 0}, "--lora-rank", "at least 1"),
     ({"lora_alpha": 0}, "--lora-alpha", "at least 1"),
-    ({"base_precision": "4bit"}, "--base-precision 4bit", "CUDA", "float32"),
 ]
 
 
@@ -686,10 +791,13 @@ def test_processes_that_accelerate_does_not_see_are_refused(script, assets, tmp_
     assert list(tmp_path.iterdir()) == []
 
 
-def test_tracking_without_wandb_names_the_package(script, assets, tmp_path, monkeypatch):
-    monkeypatch.setattr(script, "find_spec", lambda name: None)
+def test_a_package_that_only_a_flag_needs_is_named_where_it_is_missing(script, assets, tmp_path, monkeypatch):
+    for module in (IMDB, TLDR):
+        monkeypatch.setattr(module, "find_spec", lambda name: None)
     code, _, err = call(script, tmp_path, tiny.flags(script.SCRIPT, assets) | {"track": True})
     assert_refused(code, err, "--track", "pip install wandb")
+    code, _, err = call(TLDR, tmp_path, tiny.flags(TLDR.SCRIPT, assets) | {"base_precision": "4bit"})
+    assert_refused(code, err, "--base-precision 4bit", "requirements-4bit.txt")
 
 
 @pytest.mark.parametrize(
@@ -777,6 +885,19 @@ def test_evaluate_refuses_a_damaged_policy(script, finished, tmp_path):
     code, _, err = call(script, tmp_path, ["--evaluate", "run"])
     assert_refused(code, err, "run", "policy")
     assert out == ""
+
+
+def test_evaluate_refuses_an_adapter_with_a_part_missing(script, finished, tmp_path):
+    if script is IMDB:
+        pytest.skip("leaves no adapter")
+    shutil.copytree(finished.run_dir, tmp_path / "run")
+    parameters = weights(tmp_path / "run")
+    for name in sorted(parameters):
+        rest = {other: x for other, x in parameters.items() if other != name}
+        save_file(rest, tmp_path / "run" / "policy" / "adapter_model.safetensors")
+        code, out, err = call(script, tmp_path, ["--evaluate", "run"])
+        assert_refused(code, err, "run/policy does not fit")
+        assert out == ""
 
 
 def test_checkpoint_of_version_1_is_refused_by_that_name(script, unfinished):

@@ -7,13 +7,18 @@ import torch
 from peft import LoraConfig, get_peft_model
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
     DistilBertConfig,
     DistilBertForSequenceClassification,
     GPT2Config,
     GPT2LMHeadModel,
+    GPTJConfig,
+    GPTNeoXConfig,
+    GPTNeoXForSequenceClassification,
     LlamaConfig,
     LlamaForCausalLM,
-    LlamaForSequenceClassification,
+    PreTrainedConfig,
     PreTrainedTokenizerFast,
 )
 
@@ -58,6 +63,27 @@ def llama_config(vocabulary: int, **changes) -> LlamaConfig:
     return LlamaConfig(vocab_size=vocabulary, **options | changes)
 
 
+def gptj_config(vocabulary: int) -> GPTJConfig:
+    options = {"n_embd": 16, "n_layer": 2, "n_head": 2, "rotary_dim": 4, "n_positions": 96, "initializer_range": 0.3}
+    options |= {"resid_pdrop": 0.5, "embd_pdrop": 0.5, "attn_pdrop": 0.5, "bos_token_id": 0, "eos_token_id": 0}
+    return GPTJConfig(vocab_size=vocabulary, pad_token_id=0, **options)
+
+
+def neox_config(vocabulary: int) -> GPTNeoXConfig:
+    """Pythia's class."""
+    options = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    options |= {"max_position_embeddings": 96, "initializer_range": 0.3, "attention_dropout": 0.5}
+    options |= {"hidden_dropout": 0.5, "classifier_dropout": 0.5, "bos_token_id": 0, "eos_token_id": 0}
+    return GPTNeoXConfig(vocab_size=vocabulary, pad_token_id=0, **options)
+
+
+def pythia_reward(vocabulary: int) -> GPTNeoXForSequenceClassification:
+    """As the public reward model: one label, a token of its own to pad with, more embeddings than tokens."""
+    config = neox_config(vocabulary + 8)
+    config.pad_token_id, config.num_labels = vocabulary, 1
+    return GPTNeoXForSequenceClassification(config)
+
+
 def classifier(vocabulary: int, labels: list[str], **changes) -> DistilBertForSequenceClassification:
     options = {"max_position_embeddings": 64, "dim": 16, "n_layers": 1, "n_heads": 2, "hidden_dim": 32}
     options |= {"initializer_range": 0.5, "pad_token_id": 0, "dropout": 0.5, "seq_classif_dropout": 0.5}
@@ -73,17 +99,19 @@ def randomize(parameters, std: float, seed: int = 0) -> None:
             p += std * torch.randn(p.shape, generator=generator)
 
 
-def reward_adapter(llama: LlamaConfig, folder: Path, **changes) -> None:
-    """A LoRA adapter with a scalar head for a Llama, as peft saves one that was trained as a sequence classifier."""
+def reward_adapter(config: PreTrainedConfig, folder: Path, **changes) -> None:
+    """A LoRA adapter with a scalar head for a model, as peft saves one that was trained as a sequence classifier."""
     changes = {"target_modules": ["q_proj", "v_proj"], "modules_to_save": ["score"], "task_type": "SEQ_CLS"} | changes
-    model = LlamaForSequenceClassification(LlamaConfig(**llama.to_dict() | {"id2label": {0: "reward"}}))
+    model = AutoModelForSequenceClassification.from_config(
+        type(config)(**config.to_dict() | {"id2label": {0: "reward"}})
+    )
     model = get_peft_model(model, LoraConfig(r=4, lora_alpha=8, lora_dropout=0.5, **changes))
     randomize([(name, p) for name, p in model.named_parameters() if p.requires_grad], 0.3, seed=1)
     model.save_pretrained(folder)
 
 
 def build(folder: Path) -> Path:
-    """policy and llama, sentiment and scalar (classifiers), adapter; reviews and posts, data sets."""
+    """gpt2 and FAMILIES, sentiment and scalar (classifiers), adapters; reviews and posts, data sets."""
     torch.manual_seed(0)
     tokenizer = byte_level_tokenizer()
     llama = LlamaForCausalLM(llama_config(len(tokenizer)))
@@ -91,6 +119,14 @@ def build(folder: Path) -> Path:
         model.save_pretrained(folder / name)
         tokenizer.save_pretrained(folder / name)
     reward_adapter(llama.config, folder / "adapter")
+    for name, config in {"gptj": gptj_config(len(tokenizer)), "neox": neox_config(len(tokenizer))}.items():
+        AutoModelForCausalLM.from_config(config).save_pretrained(folder / name)
+        tokenizer.save_pretrained(folder / name)
+        reward_adapter(config, folder / f"{name}-adapter", target_modules=list(FAMILIES[name]["lora_targets"]))
+    pythia_reward(len(tokenizer)).save_pretrained(folder / "neox-reward")
+    tokenizer.add_special_tokens({"pad_token": "[PAD]"})
+    tokenizer.save_pretrained(folder / "neox-reward")
+    tokenizer = byte_level_tokenizer()
     tokenizer.pad_token, tokenizer.model_max_length = END, 64
     for name, labels in {"sentiment": ["POSITIVE", "NEGATIVE"], "scalar": ["reward"]}.items():
         classifier(len(tokenizer), labels).save_pretrained(folder / name)
@@ -100,6 +136,19 @@ def build(folder: Path) -> Path:
         posts = [{"prompt": p + "\nTL;DR:", "label": " " + s} for p, s in zip(POSTS[part], SUMMARIES[part])]
         write_jsonl(folder / "posts" / f"{split}.jsonl", posts)
     return folder
+
+
+# Policies of the TL;DR script, each with what else it needs.
+FAMILIES = {
+    "llama": {"reward_model": "adapter", "lora_targets": ("q_proj", "v_proj")},
+    "gptj": {"reward_model": "gptj-adapter", "lora_targets": ("q_proj", "v_proj")},
+    "neox": {"reward_model": "neox-adapter", "lora_targets": ("query_key_value",)},
+}
+
+
+def family(name: str, folder: Path) -> dict:
+    """Arguments of the TL;DR script for a family of models."""
+    return FAMILIES[name] | {"policy": str(folder / name), "reward_model": str(folder / FAMILIES[name]["reward_model"])}
 
 
 def flags(script: str, folder: Path) -> dict:
@@ -119,7 +168,9 @@ def command_line(flags: dict) -> list[str]:
     result = []
     for name, value in flags.items():
         flag = name.replace("_", "-")
-        result += [f"--{flag}" if value else f"--no-{flag}"] if isinstance(value, bool) else [f"--{flag}", str(value)]
+        values = value if isinstance(value, tuple) else (value,)
+        no = "no-" if value is False else ""
+        result += [f"--{no}{flag}", *(str(x) for x in values if not isinstance(x, bool))]
     return result
 
 
@@ -143,7 +194,7 @@ def fixed_rollout(script, learner, args):
     mask = torch.tensor([[t < len(answer) for t in range(args.response_length)] for answer in answers])
     with torch.no_grad():
         tokens, attention, _ = script.pad(prompts, answers, learner.device)
-        logprob, values, _ = learner.actor_critic(tokens, attention, args.response_length)
+        logprob, values = learner.actor_critic(tokens, attention, args.response_length)
     noise = torch.randn(4, *mask.shape, generator=generator) * mask
     logprob, values = (logprob + 0.2 * noise[0]) * mask, (values + 0.3 * noise[1]) * mask
     return script.Rollout(prompts, answers, targets, mask, logprob, values, noise[2] + 0.7 * mask, noise[3])

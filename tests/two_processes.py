@@ -1,14 +1,17 @@
 """Run by test_rlhf_cli.py under torchrun: gradients of a fixed rollout that is split over processes, and whole runs."""
 
+import os
 import sys
+import time
 from dataclasses import fields, replace
+from datetime import timedelta
 from pathlib import Path
 from unittest.mock import patch
 
 import conftest
 import tiny
 import torch
-from accelerate import Accelerator
+from torch.distributed import distributed_c10d
 
 SCRIPTS = [param.values[0] for param in conftest.import_scripts("sppo_rlhf_*.py")]
 CHANGES = ({}, {"target_coef": 0.5}, {"norm_adv": False})
@@ -57,9 +60,23 @@ def run(script, assets, run_dir, rank):
     return code
 
 
+def slow_start(script, assets):
+    """Accelerator of a learner whose first process prepares the data for longer than torch waits by default."""
+    load_rows = script.load_rows
+
+    def slow(*inputs):
+        time.sleep(6 * (int(os.environ["RANK"]) == 0))
+        return load_rows(*inputs)
+
+    args = script.Args(**tiny.flags(script.SCRIPT, assets))
+    short = timedelta(seconds=3)
+    with patch.object(script, "load_rows", slow), patch.object(distributed_c10d, "default_pg_timeout", short):
+        return script.make_learner(args).accelerator
+
+
 def main():
     assets, out = map(Path, sys.argv[1:])
-    accelerator = Accelerator(cpu=True)
+    accelerator = slow_start(SCRIPTS[0], assets)
     assert accelerator.num_processes == 2
     results = {
         (script.SCRIPT, i): gradients(script, assets, accelerator, changes)
