@@ -279,7 +279,7 @@ class ActorCritic(nn.Module):
         self.value_head = nn.Linear(policy.config.hidden_size, 1)
 
     def forward(self, tokens: Tensor, attention_mask: Tensor, num_actions: int, num_rows: int | None = None):
-        """Log-probabilities of the last num_actions tokens, and of the first num_rows sequences values before them."""
+        """Log-probabilities of the last num_actions tokens, and values before them of the first num_rows sequences."""
         logprob = response_logprobs(self.policy, tokens, attention_mask, num_actions)
         tokens, attention_mask = tokens[:num_rows], attention_mask[:num_rows]
         options = {"position_ids": positions(attention_mask), "use_cache": False}
@@ -291,7 +291,8 @@ class Reward:
     """Probability of "positive" under a sequence classifier; of a text that is too long, the end counts."""
 
     def __init__(self, args: Args, device: torch.device):
-        self.model = load_auto(args, "reward-model", args.reward_model, AutoModelForSequenceClassification)
+        options = {"dtype": torch.float32}  # not that of the file
+        self.model = load_auto(args, "reward-model", args.reward_model, AutoModelForSequenceClassification, **options)
         self.tokenizer = load_auto(args, "reward-model", args.reward_model, AutoTokenizer)
         check_vocabulary("reward-model", args.reward_model, self.tokenizer, self.model)
         self.tokenizer.pad_token = self.tokenizer.pad_token or self.tokenizer.eos_token
@@ -318,10 +319,9 @@ class Reward:
 
 
 class RewardFunction:
-    """A Python function as reward, --reward-function module:name, of a module in the working directory or installed.
+    """The function module:name, which is called with lists of prompts, responses (texts) and rows of the data set.
 
-    It is called with prompts and responses, both lists of texts, and the rows of the data set, dictionaries of all
-    columns; it returns as many floats.
+    It returns as many floats. The module is in the working directory or installed.
     """
 
     def __init__(self, name: str):
@@ -670,8 +670,8 @@ def train(args: Args, run_dir: Path, learner: Learner) -> None:
     """
     start_time, commit = time.monotonic(), git_commit()
     accelerator, main_process = learner.accelerator, learner.accelerator.is_main_process
-    counters = {"update": 0, "rollout_tokens": 0, "rollout_seconds": 0.0, "update_tokens": 0, "update_seconds": 0.0}
-    counters |= {"generation_seconds": 0.0, "wall_seconds": 0.0, "before": None, "curves": []}
+    names = "update rollout_tokens rollout_seconds generation_seconds update_tokens update_seconds wall_seconds"
+    counters = dict.fromkeys(names.split(), 0) | {"before": None, "curves": []}
     if checkpoint := load_checkpoint(run_dir):
         learner.load_state(checkpoint["learner"], run_dir / "checkpoint.pt")
         counters |= checkpoint["counters"]
@@ -709,9 +709,7 @@ def train(args: Args, run_dir: Path, learner: Learner) -> None:
                 require(np.isfinite(grad_norm), message, code=1)
                 learner.optimizer.step()
                 stats.append(losses | {"losses/grad_norm": grad_norm})
-        update_end = time.perf_counter()
-
-        rollout_seconds, update_seconds = update_start - rollout_start, update_end - update_start
+        rollout_seconds, update_seconds = update_start - rollout_start, time.perf_counter() - update_start
         num_tokens = metrics["val/response_length"] * args.num_trajectories
         counters["update"] = update
         counters["rollout_tokens"] += num_tokens
@@ -1030,9 +1028,8 @@ def validate(args: Args) -> None:
     """Raise Stop with one line that says what is wrong and what is allowed."""
     counts = "num_updates prompt_length response_length num_trajectories update_epochs minibatch_size "
     counts += "micro_batch_size rollout_batch_size checkpoint_every"
-    others = (
-        "beta kl_coef target_coef vf_coef weight_decay top_k min_response_length eval_every eval_samples num_threads"
-    )
+    others = "beta kl_coef target_coef vf_coef weight_decay top_k min_response_length eval_every eval_samples "
+    others += "num_threads"
     for allowed, is_allowed, names in (
         ("at least 1", lambda x: x >= 1, counts),
         ("above 0", lambda x: 0 < x < np.inf, "alpha learning_rate clip_coef clip_coef_value max_grad_norm"),
@@ -1047,14 +1044,12 @@ def validate(args: Args) -> None:
     shortest, longest = args.min_response_length, args.response_length
     require(shortest <= longest, f"--min-response-length {shortest} is more than --response-length {longest}")
     divides = args.num_trajectories % args.minibatch_size == 0
-    message = f"--num-trajectories {args.num_trajectories} must be a multiple of --minibatch-size {args.minibatch_size}"
-    require(divides, message)
+    require(divides, f"--num-trajectories must be a multiple of --minibatch-size {args.minibatch_size}")
     num_processes = int(os.environ.get("WORLD_SIZE", 1))
     divides = args.minibatch_size % num_processes == 0
     require(divides, f"--minibatch-size {args.minibatch_size} does not divide among {num_processes} processes")
-    message = f"--eval-samples must be 0 (all) or at least the number of processes, {num_processes}, "
     enough = args.eval_samples == 0 or args.eval_samples >= num_processes
-    require(enough, message + f"got {args.eval_samples}")
+    require(enough, f"--eval-samples must be 0 (all) or at least {num_processes} (processes), got {args.eval_samples}")
     for name in args.revision or {}:
         used = name in (args.policy, args.tokenizer, args.reward_model, args.dataset) and not Path(name).exists()
         require(used, f"--revision {name} is no hub id among --policy, --tokenizer, --reward-model and --dataset")

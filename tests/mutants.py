@@ -293,9 +293,9 @@ resume: optimizer lost | sppo_atari | atari -k survives
 - self.optimizer.load_state_dict(state["optimizer"])
 + pass
 
-resume: curves not cut | sppo_continuous_discretized | cli -k resumed
--  if int(row["global_step"]) <= global_step]
-+ ]
+resume: curves begin anew | sppo_continuous_discretized | cli -k resumed
+- num_seeds=1), rows, global_step
++ num_seeds=1), [], global_step
 
 resume: TensorBoard not cut | sppo_continuous_discretized | cli -k resumed
 - , purge_step=global_step + 1)
@@ -310,7 +310,7 @@ resume: the first game seeds again | sa2c_atari | atari -k resumes
 + env_seeds(args.seed, E, TRAINING, 0)
 
 resume: counters lost | sa2c_continuous_discretized | seeds
--         counters = checkpoint["counters"]
+-         counters |= checkpoint["counters"]
 +         pass
 
 # Atari

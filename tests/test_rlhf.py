@@ -780,7 +780,8 @@ def test_classifier_of_tldr_gives_its_logit(make_learner, assets):
 def test_classifier_on_pythia_gives_its_logit_on_the_end_token(make_learner, assets):
     changes = {"reward_model": str(assets / "neox-reward"), "reward_end": "<|endoftext|>", "rollout_batch_size": 2}
     learner, _ = make_learner(TLDR, **tiny.family("neox", assets) | changes)
-    model = AutoModelForSequenceClassification.from_pretrained(assets / "neox-reward").eval()
+    options = {"dtype": torch.float32}  # it is stored in bfloat16
+    model = AutoModelForSequenceClassification.from_pretrained(assets / "neox-reward", **options).eval()
     tokenizer = AutoTokenizer.from_pretrained(assets / "neox-reward")
     assert tokenizer.pad_token_id != tokenizer.eos_token_id
     texts = ["the movie was good", "bad", "the cast was a pain to watch again again"]

@@ -780,7 +780,7 @@ def test_minibatches_that_do_not_divide_among_processes_are_refused(script, asse
 def test_fewer_evaluation_samples_than_processes_are_refused(script, assets, tmp_path, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     code, _, err = call(script, tmp_path, tiny.flags(script.SCRIPT, assets) | {"eval_samples": 1})
-    assert_refused(code, err, "--eval-samples", "2, got 1")
+    assert_refused(code, err, "--eval-samples", "2 (processes), got 1")
 
 
 def test_processes_that_accelerate_does_not_see_are_refused(script, assets, tmp_path, monkeypatch):

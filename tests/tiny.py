@@ -123,7 +123,10 @@ def build(folder: Path) -> Path:
         AutoModelForCausalLM.from_config(config).save_pretrained(folder / name)
         tokenizer.save_pretrained(folder / name)
         reward_adapter(config, folder / f"{name}-adapter", target_modules=list(FAMILIES[name]["lora_targets"]))
-    pythia_reward(len(tokenizer)).save_pretrained(folder / "neox-reward")
+    reward = pythia_reward(len(tokenizer)).bfloat16()
+    reward.save_pretrained(folder / "neox-reward")
+    (folder / "neox-reward" / "model.safetensors").unlink()  # the public one has a pickle
+    torch.save(reward.state_dict(), folder / "neox-reward" / "pytorch_model.bin")
     tokenizer.add_special_tokens({"pad_token": "[PAD]"})
     tokenizer.save_pretrained(folder / "neox-reward")
     tokenizer = byte_level_tokenizer()
