@@ -23,7 +23,7 @@ SWEEPS = {  # and the tables of the paper that they fill
 }
 NOT_COMPARED = ("run_dir", "resume", "evaluate", "num_seeds")  # how a run is computed, not what
 NOT_COMPARED += ("num_threads", "cuda", "cpu", "compile", "micro_batch_size", "rollout_batch_size")
-NOT_COMPARED += ("checkpoint_every", "eval_every", "capture_video")
+NOT_COMPARED += ("checkpoint_every", "eval_every", "capture_video", "gradient_checkpointing")
 NOT_COMPARED += ("track", "wandb_project_name", "wandb_entity")
 
 

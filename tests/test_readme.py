@@ -42,11 +42,11 @@ def flags_of(script: str) -> set[str]:
 def test_flags_exist(page):
     """Flags in backticks or after a script's name are arguments of a script or of a program in benchmark/."""
     text = page.read_text()
-    words = re.findall(r"(?<![\w-])--[a-z][a-z-]+", text)
+    words = re.findall(r"(?<![\w-])--[a-z][a-z0-9-]+", text)
     known = {flag for name in SCRIPTS for flag in flags_of(name)}
     sources = "".join(path.read_text() for path in (ROOT / "benchmark").glob("*.*") if path.suffix in (".py", ".sh"))
     helpers = {f"--{name.replace('_', '-')}" for name in re.findall(r"^    (\w+): ", sources, re.MULTILINE)}
-    helpers |= set(re.findall(r"--[a-z][a-z-]+", sources))
+    helpers |= set(re.findall(r"--[a-z][a-z0-9-]+", sources))
     others = {"--extra-index-url", "--logdir", "--flag", "--help", "--nproc-per-node", "--array"}
     switched_off = {f"--no-{flag[2:]}" for flag in known}
     unknown = set(words) - known - helpers - switched_off - others
