@@ -110,9 +110,7 @@ class Args:
     update_epochs: int = 5  # epochs per rollout
     minibatch_size: int = 28  # responses per optimizer step, over all processes
     micro_batch_size: int = 28  # responses per forward and backward pass of a process; changes memory, not the result
-    rollout_batch_size: int = (
-        56  # responses generated and scored at once by a process; changes memory, not the algorithm
-    )
+    rollout_batch_size: int = 56  # responses generated and scored at once by a process; changes memory alone
     learning_rate: float = 5e-6  # AdamW's learning rate
     weight_decay: float = 1e-6  # AdamW's weight decay, not of biases and norms
     gamma: float = 0.99  # discount factor
@@ -491,9 +489,8 @@ class Learner:
             train, validation, data_commit = load_rows(args, ["text"])
         # All load models at once: of what has to be downloaded, huggingface_hub lets one process fetch each file.
         adapter = load_pretrained(args, "policy", args.policy, find_adapter_config_file)
-        require(
-            not adapter, f"--policy {args.policy} is an adapter: give a model that the adapter has been merged into"
-        )
+        message = f"--policy {args.policy} is an adapter: give a model that the adapter has been merged into"
+        require(not adapter, message)
         tokenizer = args.tokenizer or TOKENIZERS.get(args.policy, args.policy)
         flag = "policy" if tokenizer == args.policy else "tokenizer"
         self.tokenizer = load_auto(args, flag, tokenizer, AutoTokenizer)
@@ -602,9 +599,7 @@ def rollout(learner: Learner, rows: list[dict], args: Args) -> tuple[Rollout, di
     }
     means = learner.sum(torch.stack([x.float().to(device) for x in sums.values()])) / args.num_trajectories
     targets = encode_targets(tokenizer, rows, args.response_length) if args.target_coef else [[] for _ in rows]
-    samples = [
-        f"{score:.3f} | {text}{response}" for score, text, response in zip(scores.tolist()[:4], texts, continuations)
-    ]
+    samples = [f"{score:.3f} | {p}{r}" for score, p, r in zip(scores.tolist()[:4], texts, continuations)]
     trajectories = Rollout(prompts, responses, targets, mask, logprob, values, advantages, returns)
     return trajectories, dict(zip(sums, means.tolist())) | {"perf/generation_seconds": generation_seconds}, samples
 
@@ -629,9 +624,8 @@ def backward(learner: Learner, trajectories: Rollout, rows: list[int], args: Arg
         tokens, attention_mask, mask = pad(prompts, responses + targets, learner.device)
         mask, target_mask, R = mask[: len(micro)], mask[len(micro) :], mask.shape[1]
         A, A_normalized = (x[start : start + args.micro_batch_size, :R] for x in (advantages, normalized))
-        old_logprob, old_values, returns = (
-            x[micro, :R] for x in (trajectories.logprob, trajectories.values, trajectories.returns)
-        )
+        old_logprob, old_values = trajectories.logprob[micro, :R], trajectories.values[micro, :R]
+        returns = trajectories.returns[micro, :R]
         last = start + args.micro_batch_size >= len(rows)
         with nullcontext() if last else learner.accelerator.no_sync(learner.model):
             logprob, values = learner.model(tokens, attention_mask, R, len(micro))
@@ -647,15 +641,14 @@ def backward(learner: Learner, trajectories: Rollout, rows: list[int], args: Arg
 
         with torch.no_grad():
             logratio = torch.where(mask, logprob - old_logprob, 0.0)
-            ratio = logratio.exp()
+            ratio, value_change = logratio.exp(), (values - old_values).abs()
             for tag, value in {
                 "loss/policy_avg": share * policy_loss,
                 "loss/value_avg": share * value_loss,
                 "loss/target_avg": target_loss,
                 "policy/approxkl_avg": share * masked_mean(ratio - 1 - logratio, mask),  # TRL's: logratio^2 / 2
                 "policy/clipfrac_avg": share * masked_mean(((ratio - 1).abs() > args.clip_coef).float(), mask),
-                "val/clipfrac_avg": share
-                * masked_mean(((values - old_values).abs() > args.clip_coef_value).float(), mask),
+                "val/clipfrac_avg": share * masked_mean((value_change > args.clip_coef_value).float(), mask),
                 "val/ratio": share * masked_mean(ratio, mask),
                 "losses/sign_flips": share * masked_mean(((A > 0) != (A_normalized > 0)).float(), mask),  # Figure 2
             }.items():

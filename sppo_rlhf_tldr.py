@@ -130,9 +130,7 @@ class Args:
     update_epochs: int = 4  # epochs per rollout
     minibatch_size: int = 32  # responses per optimizer step, over all processes
     micro_batch_size: int = 4  # responses per forward and backward pass of a process; changes memory, not the result
-    rollout_batch_size: int = (
-        32  # responses generated and scored at once by a process; changes memory, not the algorithm
-    )
+    rollout_batch_size: int = 32  # responses generated and scored at once by a process; changes memory alone
     learning_rate: float = 5e-6  # AdamW's learning rate
     weight_decay: float = 0.01  # AdamW's weight decay, not of biases and norms
     gamma: float = 1.0  # discount factor
@@ -398,9 +396,8 @@ class AdapterReward:
     def __init__(self, args: Args, actor_critic: ActorCritic, tokenizer: PreTrainedTokenizerBase):
         config = load_pretrained(args, "reward-model", args.reward_model, PeftConfig.from_pretrained)
         weights = load_pretrained(args, "reward-model", args.reward_model, load_peft_weights, device="cpu")
-        weights = {
-            name: x for name, x in weights.items() if ".original_module." not in name
-        }  # the head before training
+        # original_module: the head before training
+        weights = {name: x for name, x in weights.items() if ".original_module." not in name}
         config.modules_to_save, config.inference_mode = None, True  # the head is not a module of the base model
         try:
             actor_critic.adapters.add_adapter("reward_adapter", config)
@@ -617,9 +614,8 @@ class Learner:
             self.rows, self.validation, data_commit = load_rows(args, ["prompt", "label"])
         # All load models at once: of what has to be downloaded, huggingface_hub lets one process fetch each file.
         adapter = load_pretrained(args, "policy", args.policy, find_adapter_config_file)
-        require(
-            not adapter, f"--policy {args.policy} is an adapter: give a model that the adapter has been merged into"
-        )
+        message = f"--policy {args.policy} is an adapter: give a model that the adapter has been merged into"
+        require(not adapter, message)
         tokenizer = args.tokenizer or TOKENIZERS.get(args.policy, args.policy)
         flag = "policy" if tokenizer == args.policy else "tokenizer"
         self.tokenizer = load_auto(args, flag, tokenizer, AutoTokenizer)
@@ -759,9 +755,8 @@ def backward(learner: Learner, trajectories: Rollout, rows: list[int], args: Arg
         tokens, attention_mask, mask = pad(prompts, responses + targets, learner.device)
         mask, target_mask, R = mask[: len(micro)], mask[len(micro) :], mask.shape[1]
         A, A_normalized = (x[start : start + args.micro_batch_size, :R] for x in (advantages, normalized))
-        old_logprob, old_values, returns = (
-            x[micro, :R] for x in (trajectories.logprob, trajectories.values, trajectories.returns)
-        )
+        old_logprob, old_values = trajectories.logprob[micro, :R], trajectories.values[micro, :R]
+        returns = trajectories.returns[micro, :R]
         last = start + args.micro_batch_size >= len(rows)
         with nullcontext() if last else learner.accelerator.no_sync(learner.model):
             logprob, values = learner.model(tokens, attention_mask, R, len(micro))
@@ -777,15 +772,14 @@ def backward(learner: Learner, trajectories: Rollout, rows: list[int], args: Arg
 
         with torch.no_grad():
             logratio = torch.where(mask, logprob - old_logprob, 0.0)
-            ratio = logratio.exp()
+            ratio, value_change = logratio.exp(), (values - old_values).abs()
             for tag, value in {
                 "loss/policy_avg": share * policy_loss,
                 "loss/value_avg": share * value_loss,
                 "loss/target_avg": target_loss,
                 "policy/approxkl_avg": share * masked_mean(ratio - 1 - logratio, mask),  # TRL's: logratio^2 / 2
                 "policy/clipfrac_avg": share * masked_mean(((ratio - 1).abs() > args.clip_coef).float(), mask),
-                "val/clipfrac_avg": share
-                * masked_mean(((values - old_values).abs() > args.clip_coef_value).float(), mask),
+                "val/clipfrac_avg": share * masked_mean((value_change > args.clip_coef_value).float(), mask),
                 "val/ratio": share * masked_mean(ratio, mask),
                 "losses/sign_flips": share * masked_mean(((A > 0) != (A_normalized > 0)).float(), mask),  # Figure 2
             }.items():
