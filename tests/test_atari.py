@@ -375,12 +375,12 @@ def test_videos_of_a_saved_model_need_moviepy(finished, capsys, monkeypatch):
     assert capsys.readouterr().err == "error: --capture-video needs moviepy: pip install moviepy\n"
 
 
-def test_resume_of_a_finished_run_prints_its_result(finished, capsys, monkeypatch):
+def test_resume_of_a_finished_run_says_so(finished, capsys, monkeypatch):
     script, run_dir, _ = finished
     before = {path: path.stat().st_mtime_ns for path in run_dir.rglob("*")}
     monkeypatch.setattr(sys, "argv", [script.SCRIPT, "--resume", str(run_dir)])
     assert script.main() == 0
-    assert "256 steps, evaluation" in capsys.readouterr().out
+    assert capsys.readouterr().out == f"{run_dir} has finished; evaluate again with --evaluate\n"
     assert before == {path: path.stat().st_mtime_ns for path in run_dir.rglob("*")}
 
 

@@ -559,3 +559,32 @@ def test_symmetric_update_equals_that_of_ppo_with_the_policy_loss_times_alpha_mi
     sppo, control, ppo = trained(0.5, 20), trained(20.5, 0), trained(1, 0)
     difference = (control - sppo).abs().max()
     assert difference < 1e-5 < 0.02 < (ppo - sppo).abs().max()
+
+
+class ReusingEnv(ClockEnv):
+    """Writes every observation into one array: -1 after a reset, else the number of steps."""
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.obs = np.full(3, -1.0, np.float32)
+        return self.obs, {}
+
+    def step(self, action):
+        self.t += 1
+        self.obs[:] = self.t
+        return self.obs, 0.0, False, self.t == 5, {}
+
+    def reset_in_place(self):
+        self.t, self.obs[:] = 0, -1
+        return self.obs, {}
+
+
+@one_script
+def test_reset_does_not_overwrite_the_final_observation(script):
+    envs = script.Envs([ReusingEnv])
+    envs.reset(seed=[1])
+    envs.envs[0].reset = envs.envs[0].reset_in_place
+    for t in range(1, 6):
+        obs, _, _, truncated, infos = envs.step(np.zeros((1, 2)))
+        assert infos["final_obs"].tolist() == [[t] * 3]
+        assert obs.tolist() == [[t if t < 5 else -1] * 3] and truncated.tolist() == [t == 5]
