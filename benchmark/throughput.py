@@ -1,8 +1,9 @@
-"""Training speed of the scripts as ratios to Stable-Baselines3 at the same settings, measured in turn.
+"""Training speed of the scripts as ratios to Stable-Baselines3, or TRL, at the same settings, measured in turn.
 
     python benchmark/throughput.py                                            # all four scripts, eager and compiled
     python benchmark/throughput.py --scripts sppo_continuous_discretized --num-seeds 10
     python benchmark/throughput.py --scripts sppo_continuous_discretized --scaling 1 2 5 10 30
+    python benchmark/throughput.py --scripts sppo_rlhf_imdb    # beside TRL 1.12.0 (requirements-trl.txt), 6-layer GPT-2
 
 Machines are shared and drift, so every round runs Stable-Baselines3 and each variant of ours one after the other,
 backwards in every second round, and only ratios within a round are compared: of steps per second and, which neighbours
@@ -60,7 +61,7 @@ class Args:
     env_id: str | None = None
     """environment; default HalfCheetah-v4 and BreakoutNoFrameskip-v4"""
     steps: int | None = None
-    """environment steps of each agent and measurement; default 20,480 and on Atari 4,096"""
+    """environment steps of each agent and measurement; default 20,480 and on Atari 4,096; language: updates, 3"""
     rounds: int = 10
     """rounds that count; one more comes first and does not"""
     num_seeds: int = 1
@@ -109,6 +110,64 @@ def stable_baselines3(script: str, env_id: str, steps: int, threads: int) -> Spe
     model.learn(steps, reset_num_timesteps=False)
     wall, cpu, steps = time.perf_counter() - wall, time.process_time() - cpu, model.num_timesteps - first
     return Speed(steps / wall, steps / cpu)
+
+
+LANGUAGE = {"num_trajectories": 16, "response_length": 32, "prompt_length": 64, "update_epochs": 2}
+LANGUAGE |= {"minibatch_size": 8, "rollout_batch_size": 16, "learning_rate": 1e-5}
+
+
+def language_models(folder: Path) -> dict[str, str]:
+    """Random GPT-2s of 6 layers as policy and reward model, and texts whose first halves are 64 tokens: their paths."""
+    import torch
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import GPT2Config, GPT2ForSequenceClassification, GPT2LMHeadModel, PreTrainedTokenizerFast
+
+    words = ["<|endoftext|>", *(f"w{i}" for i in range(50_256))]
+    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token=words[0]))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=words[0], model_max_length=1024)
+    torch.manual_seed(1)
+    labels = {"id2label": {0: "negative", 1: "positive"}, "label2id": {"negative": 0, "positive": 1}}
+    config = GPT2Config(n_layer=6, bos_token_id=0, eos_token_id=0, **labels)
+    for name, model in (("policy", GPT2LMHeadModel(config)), ("reward_model", GPT2ForSequenceClassification(config))):
+        model.save_pretrained(folder / name)
+        tokenizer.save_pretrained(folder / name)
+    (folder / "dataset").mkdir()
+    rng = np.random.default_rng(1)
+    texts = [" ".join(rng.choice(words[1:], 128)) for _ in range(200)]
+    for split in ("train", "validation"):
+        lines = [json.dumps({"text": text}) + "\n" for text in texts]
+        (folder / "dataset" / f"{split}.jsonl").write_text("".join(lines))
+    return {name: str(folder / name) for name in ("policy", "reward_model", "dataset")}
+
+
+def language(side: str, paths: dict[str, str], updates: int, threads: int) -> Speed:
+    """sppo_rlhf_imdb.py ("ours") or TRL's trainer over the same networks: tokens of responses, after one update more.
+
+    Evaluation, checkpoints and the saved policy are left out on both sides.
+    """
+    script, marks = importlib.import_module("sppo_rlhf_imdb"), []
+    settings = LANGUAGE | paths | {"num_updates": updates + 1, "num_threads": threads}
+    script.evaluate = lambda *_: ({"eval/score": 0.0, "eval/perplexity": 0.0}, [])
+    script.save_checkpoint = script.save_policy = script.save_results = lambda *_: None
+    write = script.RunLog.write
+
+    def log(self, step: int, metrics: dict[str, float]) -> None:
+        write(self, step, metrics)
+        if "objective/scores" in metrics:  # the end of an update
+            marks.append((time.perf_counter(), time.process_time()))
+
+    script.RunLog.write = log
+    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
+        if side == "TRL":
+            trl_baseline = importlib.import_module("trl_baseline")
+            trl_baseline.train(trl_baseline.Args(folder, **settings), Path(folder))
+        else:
+            args = script.Args(**settings, alpha=1.0, beta=0.0, top_k=0, min_response_length=0, max_grad_norm=1e9)
+            script.train(args, Path(folder), script.make_learner(args))
+    wall, cpu = np.array(marks[-1]) - marks[0]
+    total = LANGUAGE["num_trajectories"] * LANGUAGE["response_length"] * updates
+    return Speed(total / wall, total / cpu, memory=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)
 
 
 def environments_alone(script: str, env_id: str, steps: int, num_seeds: int) -> Speed:
@@ -255,6 +314,19 @@ def compare(args: Args, script: str) -> None:
         print(f"  {variant}: {ratio(found[variant], alone)} of its environments alone, {median_wall(alone)} steps/s")
 
 
+def compare_with_trl(args: Args) -> None:
+    updates, threads = args.steps or 3, args.threads or 1
+    with tempfile.TemporaryDirectory() as folder:
+        paths = in_fresh_process(language_models, Path(folder))
+        runs = {s: lambda s=s: in_fresh_process(language, s, paths, updates, threads) for s in ("TRL", "ours")}
+        found = in_turn(args.rounds, runs, f"sppo_rlhf_imdb, 6-layer GPT-2, {threads} thread(s), {updates} updates")
+    print(f"  {ratio(found['ours'], found['TRL'])} times TRL")
+    for side, speeds in found.items():
+        seconds = LANGUAGE["num_trajectories"] * LANGUAGE["response_length"] / np.median([s.cpu for s in speeds])
+        print(f"  {side}: {median_wall(speeds)} tokens/s, {seconds:.1f} CPU seconds per update, ", end="")
+        print(f"{max(s.memory for s in speeds):.2f} GiB", flush=True)
+
+
 def scale(args: Args, script: str) -> None:
     env_id, steps, threads = settings(args, script)
     runs = {
@@ -283,7 +355,9 @@ def main() -> int:
         print("error: --rounds, --num-seeds, --threads, --steps and --scaling must be at least 1", file=sys.stderr)
         return 2
     for script in args.scripts:
-        if args.scaling:
+        if script == "sppo_rlhf_imdb":
+            compare_with_trl(args)
+        elif args.scaling:
             scale(args, script)
         else:
             compare(args, script)
