@@ -37,7 +37,7 @@ lint: .venv/dev
 	.venv/bin/python -m pip install --quiet $(PIP_FLAGS) --requirement requirements.txt
 	touch $@
 
-.venv/dev: requirements.txt requirements-rlhf.txt requirements-benchmark.txt requirements-dev.txt | .venv/bin/python
+.venv/dev: requirements.txt requirements-rlhf.txt requirements-4bit.txt requirements-benchmark.txt requirements-trl.txt requirements-dev.txt | .venv/bin/python
 	.venv/bin/python -m pip install --quiet $(PIP_FLAGS) --requirement requirements-dev.txt
 	touch $@ .venv/run
 

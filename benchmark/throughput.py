@@ -112,8 +112,8 @@ def stable_baselines3(script: str, env_id: str, steps: int, threads: int) -> Spe
     return Speed(steps / wall, steps / cpu)
 
 
-LANGUAGE = {"num_trajectories": 16, "response_length": 32, "prompt_length": 64, "update_epochs": 2}
-LANGUAGE |= {"minibatch_size": 8, "rollout_batch_size": 16, "learning_rate": 1e-5}
+LENGTHS = {"prompt_length": 64, "response_length": 32}
+LANGUAGE = {"num_trajectories": 16, "update_epochs": 2, "minibatch_size": 8, "rollout_batch_size": 16}
 
 
 def language_models(folder: Path) -> dict[str, str]:
@@ -141,13 +141,13 @@ def language_models(folder: Path) -> dict[str, str]:
     return {name: str(folder / name) for name in ("policy", "reward_model", "dataset")}
 
 
-def language(side: str, paths: dict[str, str], updates: int, threads: int) -> Speed:
+def language(side: str, paths: dict[str, str], updates: int, threads: int, lengths: dict[str, int]) -> Speed:
     """sppo_rlhf_imdb.py ("ours") or TRL's trainer over the same networks: tokens of responses, after one update more.
 
     Evaluation, checkpoints and the saved policy are left out on both sides.
     """
     script, marks = importlib.import_module("sppo_rlhf_imdb"), []
-    settings = LANGUAGE | paths | {"num_updates": updates + 1, "num_threads": threads}
+    settings = LANGUAGE | lengths | paths | {"num_updates": updates + 1, "num_threads": threads}
     script.evaluate = lambda *_: ({"eval/score": 0.0, "eval/perplexity": 0.0}, [])
     script.save_checkpoint = script.save_policy = script.save_results = lambda *_: None
     write = script.RunLog.write
@@ -166,7 +166,7 @@ def language(side: str, paths: dict[str, str], updates: int, threads: int) -> Sp
             args = script.Args(**settings, alpha=1.0, beta=0.0, top_k=0, min_response_length=0, max_grad_norm=1e9)
             script.train(args, Path(folder), script.make_learner(args))
     wall, cpu = np.array(marks[-1]) - marks[0]
-    total = LANGUAGE["num_trajectories"] * LANGUAGE["response_length"] * updates
+    total = LANGUAGE["num_trajectories"] * lengths["response_length"] * updates
     return Speed(total / wall, total / cpu, memory=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)
 
 
@@ -318,11 +318,11 @@ def compare_with_trl(args: Args) -> None:
     updates, threads = args.steps or 3, args.threads or 1
     with tempfile.TemporaryDirectory() as folder:
         paths = in_fresh_process(language_models, Path(folder))
-        runs = {s: lambda s=s: in_fresh_process(language, s, paths, updates, threads) for s in ("TRL", "ours")}
+        runs = {s: lambda s=s: in_fresh_process(language, s, paths, updates, threads, LENGTHS) for s in ("TRL", "ours")}
         found = in_turn(args.rounds, runs, f"sppo_rlhf_imdb, 6-layer GPT-2, {threads} thread(s), {updates} updates")
     print(f"  {ratio(found['ours'], found['TRL'])} times TRL")
     for side, speeds in found.items():
-        seconds = LANGUAGE["num_trajectories"] * LANGUAGE["response_length"] / np.median([s.cpu for s in speeds])
+        seconds = LANGUAGE["num_trajectories"] * LENGTHS["response_length"] / np.median([s.cpu for s in speeds])
         print(f"  {side}: {median_wall(speeds)} tokens/s, {seconds:.1f} CPU seconds per update, ", end="")
         print(f"{max(s.memory for s in speeds):.2f} GiB", flush=True)
 

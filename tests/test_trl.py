@@ -1,0 +1,132 @@
+"""TRL's PPO beside sppo_rlhf_imdb.py: the same rewards, values and log-probabilities, and runs compared."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import tiny
+import torch
+from conftest import ROOT
+
+sys.path.insert(0, str(ROOT / "benchmark"))
+os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"
+import same_as_trl
+import trl_baseline
+from throughput import in_fresh_process, language
+from trl.experimental.ppo.ppo_trainer import forward, get_reward
+
+SMALL = "num_trajectories minibatch_size rollout_batch_size prompt_length response_length update_epochs num_updates"
+
+
+def small(assets) -> dict:
+    flags = tiny.flags("sppo_rlhf_imdb", assets)
+    names = f"{SMALL} learning_rate num_threads policy reward_model dataset".split()
+    return {name: flags[name] for name in names} | {"rollout_batch_size": 4}
+
+
+@pytest.fixture(scope="module")
+def trainer(assets, tmp_path_factory):
+    run_dir = tmp_path_factory.mktemp("trl")
+    args = trl_baseline.Args(str(run_dir), **small(assets))
+    script = trl_baseline.script
+    learner = script.make_learner(trl_baseline.settings(args))
+    log = trl_baseline.Log(script.RunLog(run_dir, trl_baseline.settings(args), [], -1), args.num_updates)
+    return trl_baseline.make_trainer(args, run_dir, learner, log), learner, args
+
+
+def test_trl_sees_our_rewards_values_and_log_probabilities(trainer):
+    """Left padding, responses that have ended and one that has not: as TRL computes them and as our script does."""
+    trainer, learner, _ = trainer
+    script, pad, end = trl_baseline.script, learner.tokenizer.pad_token_id, learner.tokenizer.eos_token_id
+    assert pad != end
+    prompts = script.encode(learner.tokenizer, [script.first_half(r["text"]) for r in learner.rows[:4]], 12, "left")
+    responses = [[5, 6, end], [7, 8, 9, 10, 11, 12], [end], [13, 14, 15, 16, end]]
+    tokens, mask, response_mask = script.pad(prompts, responses, learner.device)
+    theirs, context = torch.where(mask.bool(), tokens, pad), tokens.shape[1] - 6
+    texts = [learner.tokenizer.decode(p + r, skip_special_tokens=True) for p, r in zip(prompts, responses)]
+    with torch.no_grad():
+        _, scores, _ = get_reward(trainer.reward_model, theirs, pad, context)
+        values = get_reward(trainer.value_model, theirs, pad, context)[0][:, context - 1 : -1].squeeze(-1)
+        logits = forward(trainer.ref_model, theirs, pad).logits[:, context - 1 : -1]
+        logprob, own_values = learner.actor_critic(tokens, mask, 6)
+    assert scores.tolist() == pytest.approx(learner.reward(texts))
+    assert len(set(scores.tolist())) == 4
+    torch.testing.assert_close(values[response_mask], own_values[response_mask])
+    torch.testing.assert_close(script.token_logprobs(logits, tokens[:, -6:])[response_mask], logprob[response_mask])
+
+
+def test_trl_makes_an_optimizer_step_per_minibatch_and_samples_until_the_end_token(trainer, monkeypatch):
+    trainer, learner, args = trainer
+    steps, first = [], [p.clone() for p in learner.actor_critic.parameters()]
+    step = trainer.optimizer.step
+    monkeypatch.setattr(trainer.optimizer, "step", lambda *inputs: (steps.append(1), step(*inputs)))
+    trainer.train()
+    assert len(steps) == args.num_updates * args.update_epochs * args.num_trajectories // args.minibatch_size
+    assert sum(int(not torch.equal(a, b)) for a, b in zip(first, learner.actor_critic.parameters())) > 20
+    sampling = trainer.policy_model.generation_config
+    assert (sampling.eos_token_id, sampling.pad_token_id) == (
+        learner.tokenizer.eos_token_id,
+        trainer.processing_class.pad_token_id,
+    )
+    rows = trainer.callback_handler.callbacks[-1].log.rows
+    assert [row["global_step"] for row in rows] == [1, 2, 3]
+    assert abs(float(rows[0]["objective/kl"])) < 1e-4 < abs(float(rows[2]["objective/kl"]))
+
+
+def run(script: str, flags: dict, folder) -> subprocess.CompletedProcess:
+    command = [sys.executable, ROOT / script, *tiny.command_line(flags), "--run-dir", "run"]
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True)
+
+
+def test_runs_of_both_sides_stand_in_one_table(assets, tmp_path, capsys):
+    """Trained here, 2 updates; the second seeds are copies with other scores."""
+    for side, script in (("trl", "benchmark/trl_baseline.py"), ("ours", "sppo_rlhf_imdb.py")):
+        (tmp_path / side).mkdir()
+        flags = (
+            small(assets)
+            | {"num_updates": 2}
+            | ({"alpha": 1, "beta": 0, "min_response_length": 0} if side == "ours" else {})
+        )
+        assert side == "trl" or same_as_trl.main([str(tmp_path)]) == 2
+        process = run(script, flags, tmp_path / side)
+        assert process.returncode == 0, process.stderr
+        result = json.loads((tmp_path / side / "run" / "result.json").read_text())
+        (tmp_path / side / "seed2").mkdir()
+        (tmp_path / side / "seed2" / "curves.csv").write_text((tmp_path / side / "run" / "curves.csv").read_text())
+        result["args"]["seed"], result["eval_score"] = 2, result["eval_score"] + (0.1 if side == "trl" else 0.2)
+        (tmp_path / side / "seed2" / "result.json").write_text(json.dumps(result))
+    assert "no finished runs of both sides" in capsys.readouterr().err
+    document = tmp_path / "language.md"
+    document.write_text(f"a\n<!-- {same_as_trl.MARKER}: begin -->\nold\n<!-- {same_as_trl.MARKER}: end -->\nz\n")
+    assert same_as_trl.main([str(tmp_path), "--out", str(tmp_path), "--document", str(document)]) == 0
+    text = document.read_text()
+    assert "old" not in text and "(same_as_trl.png)" in text
+    trl, ours, difference = ([cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines()[5:8])
+    scores = [
+        json.loads((tmp_path / side / "run" / "result.json").read_text())["eval_score"] for side in ("trl", "ours")
+    ]
+    assert (trl[0], trl[2], ours[2]) == ("TRL", f"{scores[0] + 0.05:.3f} ± 0.050", f"{scores[1] + 0.1:.3f} ± 0.100")
+    expected = (scores[1] + 0.1 - scores[0] - 0.05) / (0.05**2 + 0.1**2) ** 0.5
+    assert difference[:3] == ["difference / joint SE", "", f"{expected:+.2f}"]
+    result["args"]["learning_rate"] = 0.5
+    (tmp_path / "ours" / "seed2" / "result.json").write_text(json.dumps(result))
+    assert same_as_trl.main([str(tmp_path)]) == 2 and "of 2 tasks" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "flags, message", [({"num_updates": 0}, "--num-updates must be"), ({"policy": "nothing"}, "--policy nothing")]
+)
+def test_wrong_arguments_end_in_one_line(assets, tmp_path, flags, message):
+    process = run("benchmark/trl_baseline.py", small(assets) | flags, tmp_path)
+    assert (
+        process.returncode == 2 and process.stderr.startswith(f"error: {message}") and process.stderr.count("\n") == 1
+    )
+
+
+def test_both_sides_are_timed_from_the_end_of_the_first_update(assets):
+    paths = {name: small(assets)[name] for name in ("policy", "reward_model", "dataset")}
+    for side in ("TRL", "ours"):
+        speed = in_fresh_process(language, side, paths, 1, 1, {"prompt_length": 12, "response_length": 6})
+        assert 0 < speed.wall < 1.1 * speed.cpu and 0.1 < speed.memory < 4
