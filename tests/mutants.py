@@ -264,6 +264,31 @@ sampling: none in the evaluation | sppo_atari | atari
 - (agent(torch.from_numpy(obs).to(device))[0] + gumbel)
 + (agent(torch.from_numpy(obs).to(device))[0])
 
+# Devices
+devices: clip range on the CPU | sppo_continuous_discretized | devices -k sppo_continuous
+- torch.tensor(args.clip_coef, device=device)
++ torch.tensor(args.clip_coef)
+
+devices: noise on the CPU | sa2c_continuous_discretized | devices -k sa2c_continuous
+- kind="exponential_").log().to(device)
++ kind="exponential_").log()
+
+devices: networks on the CPU | sppo_atari | devices -k sppo_atari
+- self.agent = Agent(num_actions, self.generator).to(self.device)
++ self.agent = Agent(num_actions, self.generator)
+
+devices: values on the CPU | sa2c_atari | devices -k sa2c_atari
+- value_buf = torch.zeros((T, E), device=device)
++ value_buf = torch.zeros((T, E))
+
+devices: a sum on the CPU | sppo_rlhf_imdb | devices -k sentiment
+- x.float().to(device) for x
++ x.float() for x
+
+devices: mask on the CPU | sppo_rlhf_tldr | devices -k adapter
+- args.response_length, dtype=torch.bool, device=device)
++ args.response_length, dtype=torch.bool)
+
 # The evaluation, and what a run leaves
 evaluation: statistics go on | sppo_continuous_discretized | cli -k saved_model
 - EVAL_EPISODES, -1), update=False)
