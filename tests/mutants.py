@@ -277,9 +277,9 @@ devices: networks on the CPU | sppo_atari | devices -k sppo_atari
 - self.agent = Agent(num_actions, self.generator).to(self.device)
 + self.agent = Agent(num_actions, self.generator)
 
-devices: values on the CPU | sa2c_atari | devices -k sa2c_atari
-- value_buf = torch.zeros((T, E), device=device)
-+ value_buf = torch.zeros((T, E))
+devices: what was chosen on the CPU | sa2c_atari | devices -k sa2c_atari
+- chosen_buf = torch.ones((T, E), device=device)
++ chosen_buf = torch.ones((T, E))
 
 devices: a sum on the CPU | sppo_rlhf_imdb | devices -k sentiment
 - x.float().to(device) for x
