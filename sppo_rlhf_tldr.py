@@ -122,6 +122,7 @@ class Args:
     target_coef: float = 0.0  # weight of a cross-entropy on the human summary and its end (authors' runs: 0.1)
 
     prompt_length: int = 495  # tokens of a post at most; its end is cut off
+    instruction: str | None = None  # ask by the tokenizer's chat template, with this before the post, not by "TL;DR:"
     response_length: int = 50  # tokens of a response at most
     min_response_length: int = 0  # tokens before the end-of-text token may be sampled
     top_k: int = 50  # sample among the k most likely tokens; 0: all. Evaluation is greedy; log-probabilities are of all
@@ -238,11 +239,22 @@ def encode_labels(tokenizer: PreTrainedTokenizerBase, rows: list[dict], max_leng
     return [[*label, tokenizer.eos_token_id][:max_length] for label in tokens]
 
 
-def encode_prompts(tokenizer: PreTrainedTokenizerBase, rows: list[dict], max_length: int) -> list[list[int]]:
-    """Prompts: what stands before "TL;DR:", its end cut off at max_length tokens, and "TL;DR:" again."""
-    posts = encode(tokenizer, [row["prompt"].split("TL;DR:")[0].strip() for row in rows], max_length, "right")
-    end = tokenizer(PROMPT_END, add_special_tokens=False).input_ids
-    return [post + end for post in posts]
+def encode_prompts(
+    tokenizer: PreTrainedTokenizerBase, rows: list[dict], max_length: int, instruction: str | None = None
+) -> list[list[int]]:
+    """Prompts: what stands before "TL;DR:", its end cut off at max_length tokens, and "TL;DR:" again.
+
+    With an instruction: a chat in which the user gives it and then the post, and the assistant is to answer.
+    """
+    posts = [row["prompt"].split("TL;DR:")[0].strip() for row in rows]
+    if instruction is None:
+        end = tokenizer(PROMPT_END, add_special_tokens=False).input_ids
+        return [post + end for post in encode(tokenizer, posts, max_length, "right")]
+    chat = [{"role": "user", "content": f"{instruction}\n\n{PROMPT_END}"}]  # the latter in the place of the post
+    chat = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True).partition(PROMPT_END)
+    before, _, after = tokenizer(list(chat), add_special_tokens=False).input_ids
+    posts = tokenizer(posts, add_special_tokens=False, verbose=False).input_ids
+    return [before + post[:max_length] + after for post in posts]
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, texts: list[str], max_length: int, side: str) -> list[list[int]]:
@@ -621,6 +633,8 @@ class Learner:
         self.tokenizer = load_auto(args, flag, tokenizer, AutoTokenizer)
         base = load_base(args, self.device)
         check_vocabulary("policy", args.policy, self.tokenizer, base)
+        can_chat = args.instruction is None or self.tokenizer.chat_template
+        require(can_chat, f"--instruction needs a chat template, and the tokenizer of --policy {args.policy} has none")
         torch.manual_seed(args.seed)  # the adapters and the value head are the same in every process
         try:
             model = ActorCritic(base, args)
@@ -692,13 +706,14 @@ def rollout(learner: Learner, rows: list[dict], args: Args) -> tuple[Rollout, di
     Returns the trajectories, means over those of all processes as {tag: mean}, and a few responses to look at.
     """
     tokenizer, device = learner.tokenizer, learner.device
-    prompts = encode_prompts(tokenizer, rows, args.prompt_length)
+    prompts = encode_prompts(tokenizer, rows, args.prompt_length, args.instruction)
     policy = learner.actor_critic.switch_to("policy_adapter")
     start = time.perf_counter()
     responses = generate(policy, tokenizer, prompts, args.rollout_batch_size, greedy=False)
     generation_seconds = time.perf_counter() - start
     summaries = [continuation(tokenizer, p, r) for p, r in zip(prompts, responses)]
-    posts = [tokenizer.decode(prompt, skip_special_tokens=True) for prompt in prompts]
+    posts = encode_prompts(tokenizer, rows, args.prompt_length)  # what a reward reads has no chat in it
+    posts = [tokenizer.decode(post, skip_special_tokens=True) for post in posts]
     scores = torch.tensor(score_summaries(learner, posts, summaries, rows), device=device)
 
     # pi_old, V and pi_ref from a fresh forward pass: generation has other log-probabilities (top-k) and other kernels.
@@ -884,10 +899,11 @@ def evaluate(learner: Learner, args: Args) -> tuple[dict[str, float], list[dict]
     seed_everything(args.seed, EVALUATION, learner.accelerator.process_index)
     index = learner.shard(range(len(learner.validation))[: args.eval_samples or None])
     rows = [learner.validation[i] for i in index]
-    prompts = encode_prompts(tokenizer, rows, args.prompt_length)
+    prompts = encode_prompts(tokenizer, rows, args.prompt_length, args.instruction)
     policy = learner.actor_critic.switch_to("policy_adapter")
     responses = generate(policy, tokenizer, prompts, args.rollout_batch_size, greedy=True)
-    posts = [tokenizer.decode(prompt, skip_special_tokens=True) for prompt in prompts]
+    posts = encode_prompts(tokenizer, rows, args.prompt_length)  # what a reward reads has no chat in it
+    posts = [tokenizer.decode(post, skip_special_tokens=True) for post in posts]
     references = [row["label"].strip() for row in rows]
     summaries = {
         "score": [continuation(tokenizer, p, r) for p, r in zip(prompts, responses)],

@@ -1078,6 +1078,10 @@ def test_prompt_of_tldr_is_the_post_cut_off_at_its_end_and_tldr(assets):
     assert TLDR.encode_prompts(tokenizer, rows, 50) == [t + end for t in tokens]
     assert TLDR.encode_prompts(tokenizer, rows, 3) == [t[:3] + end for t in tokens]
     assert TLDR.encode_prompts(tokenizer, [{"prompt": "fine"}], 3) == [tokens[1] + end]
+    chat = "{% for m in messages %}<u>{{ m['content'] }}</u>{% endfor %}{% if add_generation_prompt %}<a>{% endif %}"
+    tokenizer.chat_template = chat
+    before, after = (tokenizer(text).input_ids for text in ("<u>In short\n\n", "</u><a>"))
+    assert TLDR.encode_prompts(tokenizer, rows, 3, "In short") == [before + t[:3] + after for t in tokens]
     assert TLDR.encode_labels(tokenizer, [{"label": "\n the plot was dull "}], 3) == [
         tokenizer(" the plot was dull").input_ids[:3]
     ]
