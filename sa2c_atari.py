@@ -108,10 +108,7 @@ def require(condition: bool, message: str, code: int = 2) -> None:
 
 
 def find_game(env_id: str) -> str:
-    """ale-py's name (ms_pacman) of MsPacmanNoFrameskip-v4, ALE/MsPacman-v5, MsPacman or ms_pacman.
-
-    Raises Stop with near matches when there is no such game.
-    """
+    """ale-py's name (ms_pacman) of MsPacmanNoFrameskip-v4, ALE/MsPacman-v5, MsPacman or ms_pacman."""
     games = {game.replace("_", ""): game for game in ale_py.roms.get_all_rom_ids()}
     name = re.sub(r"^ALE/|(NoFrameskip|Deterministic)?-v\d+$|_", "", env_id).lower()
     near = ", ".join(games[match] for match in difflib.get_close_matches(name, games)) or "see ale_py.roms"
@@ -336,10 +333,7 @@ def keep_memory() -> None:
 
 @torch.no_grad()
 def train(args: Args, run_dir: Path) -> None:
-    """Train from the checkpoint in run_dir where there is one, and leave a result.json.
-
-    Raises Stop when a loss is not finite, and KeyboardInterrupt on Ctrl-C or SIGTERM, after a checkpoint.
-    """
+    """Train from the checkpoint in run_dir where there is one, and leave a result.json."""
     start_time, commit = time.monotonic(), git_commit()
     keep_memory()
     torch.set_num_threads(args.num_threads)
@@ -352,27 +346,22 @@ def train(args: Args, run_dir: Path) -> None:
     agent, generator, device = learner.agent, learner.generator, learner.device
     counters = {"global_step": 0, "train_steps": 0, "train_seconds": 0.0, "wall_seconds": 0.0}
     counters |= {"last_returns": [], "curves": []}
-    if checkpoint := load_checkpoint(run_dir):
-        learner.load_state(checkpoint["learner"], run_dir / "checkpoint.pt")
-        counters |= checkpoint["counters"]
-    global_step, wall_seconds = counters["global_step"], counters["wall_seconds"]
+    counters |= load_checkpoint(run_dir, learner)
+    start_time -= counters["wall_seconds"]
+    first_step = global_step = counters["global_step"]
     log = RunLog(run_dir, args, counters["curves"], global_step)
     progress = Progress(total_timesteps, "step")
     stop_signals = collect_signals()
 
-    compute_gradients = gradients
-    if args.compile:
-        torch._dynamo.config.trace_autograd_ops = True  # forward and backward in one graph
-        compute_gradients = torch.compile(gradients)
-    timed = not args.compile  # the first iteration compiles
+    torch._dynamo.config.trace_autograd_ops = True  # forward and backward in one graph
+    compute_gradients = torch.compile(gradients, disable=not args.compile)
 
     # Channels-last in memory, so that no minibatch has to be reordered.
     obs_buf = torch.zeros((T, E, 84, 84, 4), dtype=torch.uint8, device=device).permute(0, 1, 4, 2, 3)
     action_buf = torch.zeros((T, E), dtype=torch.int64, device=device)
     chosen_buf = torch.ones((T, E), device=device)  # 0 where FIRE was forced, an action that the policy did not choose
     value_buf = torch.zeros((T, E), device=device)
-    reward_buf = np.zeros((T, E), np.float32)
-    done_buf = np.zeros((T, E), bool)
+    reward_buf, done_buf = np.zeros((T, E), np.float32), np.zeros((T, E), bool)
     episode_return, episode_length = np.zeros(E), np.zeros(E)
     episodes, stats, last_log = [], [], global_step  # since the last log
 
@@ -424,14 +413,13 @@ def train(args: Args, run_dir: Path) -> None:
         stats.append(losses)
 
         finite = bool(stats[-1]["losses/grad_norm"].isfinite())  # waits for the GPU
-        counters["global_step"] = global_step
-        counters["wall_seconds"] = wall_seconds + time.monotonic() - start_time
-        if timed:
-            counters["train_steps"] += rollout_size
-            counters["train_seconds"] += time.perf_counter() - iteration_start
-        timed = True
         reason = "the loss is not finite. Try a lower --learning-rate or a lower --beta"
         require(finite, f"seed {args.seed} of {args.env_id} failed at step {global_step:,}: {reason}", code=1)
+        counters["global_step"] = global_step
+        counters["wall_seconds"] = time.monotonic() - start_time
+        if global_step > first_step + rollout_size or not args.compile:  # the first iteration compiles
+            counters["train_steps"] += rollout_size
+            counters["train_seconds"] += time.perf_counter() - iteration_start
 
         # Evaluate, log, save
         sps = counters["train_steps"] / max(counters["train_seconds"], 1e-9)
@@ -460,7 +448,7 @@ def train(args: Args, run_dir: Path) -> None:
     if stop_signals:
         raise KeyboardInterrupt
     eval_returns = evaluate(learner, args, run_dir)
-    counters["wall_seconds"] = wall_seconds + time.monotonic() - start_time
+    counters["wall_seconds"] = time.monotonic() - start_time
     save_results(learner, args, run_dir, eval_returns, counters, commit)
     log.write(global_step, {"eval/episodic_return": eval_returns.mean()})
     log.close()
@@ -502,8 +490,8 @@ def evaluate(learner: Learner, args: Args, run_dir: Path, step: int | None = Non
     return returns
 
 
-def load_model(path: Path) -> tuple[Args, dict[str, Tensor]]:
-    """Arguments and tensors of a saved model, a file or in a run directory. Raises Stop when it is none of ours."""
+def load_model(path: Path) -> tuple[Args, Learner]:
+    """Arguments and agent of a saved model, a file or in a run directory. Raises Stop when it is none of ours."""
     path = path / "model.safetensors" if path.is_dir() else path
     require(path.exists(), f"{path} does not exist: a model is written when its run has finished")
     try:
@@ -513,19 +501,9 @@ def load_model(path: Path) -> tuple[Args, dict[str, Tensor]]:
         raise Stop(f"{path} is not a safetensors file ({error})") from None
     args = saved_args(path, metadata.get("script"), json.loads(metadata.get("args", "{}")))
     require(all(x.isfinite().all() for x in tensors.values()), f"{path} holds values that are not finite")
-    return args, tensors
-
-
-def evaluate_saved(args: Args, tensors: dict[str, Tensor], path: Path) -> np.ndarray:
-    """Scores (10,) of the model that load_model(path) gave in the games of its run's final evaluation.
-
-    Raises Stop when it does not fit this script.
-    """
-    torch.set_num_threads(args.num_threads)
-    check_game(args)
     learner = Learner(args, Games(args, 1).num_actions)
     learner.load_networks(tensors, path)
-    return evaluate(learner, args, path if path.is_dir() else path.parent)
+    return args, learner
 
 
 def collect_signals() -> list[int]:
@@ -555,14 +533,6 @@ def write_json(path: Path, content: dict) -> None:
     write_atomic(path, (json.dumps(content, indent=2) + "\n").encode())
 
 
-def read_json(path: Path) -> dict:
-    """Raises Stop when the file is damaged."""
-    try:
-        return dict(json.loads(path.read_text()))
-    except (ValueError, TypeError):
-        raise Stop(f"{path} is damaged") from None
-
-
 def create_run_dir(args: Args, run_dir: Path) -> None:
     """Make run_dir with args.json in it. Raises Stop when it is in use or cannot be made."""
     try:
@@ -578,7 +548,10 @@ def open_run_dir(run_dir: Path) -> Args:
     """Arguments of the run in run_dir. Raises Stop when there is none of this script."""
     path = run_dir / "args.json"
     require(path.exists(), f"{run_dir} holds no run: there is no args.json in it")
-    content = read_json(path)
+    try:
+        content = dict(json.loads(path.read_text()))
+    except (ValueError, TypeError):
+        raise Stop(f"{path} is damaged") from None
     return saved_args(path, content.get("script"), content.get("args"))
 
 
@@ -606,18 +579,19 @@ def save_checkpoint(run_dir: Path, learner: Learner, counters: dict) -> None:
     write_atomic(run_dir / "checkpoint.pt", buffer.getbuffer())
 
 
-def load_checkpoint(run_dir: Path) -> dict | None:
-    """The run's last checkpoint, None before the first. Raises Stop when it cannot be read."""
+def load_checkpoint(run_dir: Path, learner: Learner) -> dict:
+    """Load the run's last checkpoint into learner and return its counters, {} before the first. May raise Stop."""
     path = run_dir / "checkpoint.pt"
     try:
         checkpoint = dict(torch.load(path, map_location="cpu", weights_only=True))
     except FileNotFoundError:
-        return None
+        return {}
     except (RuntimeError, EOFError, OSError, ValueError, TypeError, LookupError, pickle.UnpicklingError) as error:
         raise Stop(f"{path} cannot be read as a checkpoint ({type(error).__name__})") from None
     version = checkpoint.get("version", 1)
     require(version == VERSION, f"{path} was written by version {version} of {SCRIPT}.py: continue it with that one")
-    return checkpoint
+    learner.load_state(checkpoint["learner"], path)
+    return checkpoint["counters"]
 
 
 def save_results(
@@ -628,12 +602,12 @@ def save_results(
     tensors = {name: x.cpu().contiguous() for name, x in learner.agent.state_dict().items()}
     content = safetensors.torch.save(tensors, {"script": SCRIPT, "args": json.dumps(asdict(args))})
     write_atomic(run_dir / "model.safetensors", content)
-    versions = {d.name: d.version for d in distributions() if d.name in PACKAGES}
+    versions = {"python": platform.python_version()}
+    versions |= {d.name: d.version for d in distributions() if d.name in PACKAGES}
     sps = counters["train_steps"] / counters["train_seconds"] if counters["train_steps"] else None
     result = {"script": SCRIPT, "env_id": args.env_id, "seed": args.seed, "args": asdict(args)}
     result |= {"total_timesteps": counters["global_step"], "eval_returns": eval_returns.tolist()}
     result |= {"eval_mean": eval_returns.mean(), "train_last10_mean": np.mean(last_returns) if last_returns else None}
-    versions = {"python": platform.python_version()} | versions
     result |= {"sps": sps, "wall_seconds": counters["wall_seconds"], "versions": versions, "commit": commit}
     write_json(run_dir / "result.json", result)
     print(f"seed {args.seed}: {counters['global_step']:,} steps, evaluation {scores_text(eval_returns)}")
@@ -727,14 +701,10 @@ def validate(args: Args) -> None:
     require(compiler or not args.compile, "--compile needs a C++ compiler (on Debian: apt install g++)")
     require(not args.track or find_spec("wandb"), "--track needs Weights & Biases: pip install wandb")
     check_game(args)
-    check_memory(args.num_envs * (args.num_steps * 84 * 84 * 4 + 2**22), "--num-envs or --num-steps")
-
-
-def check_memory(num_bytes: int, flags: str) -> None:
-    """Raise Stop when a rollout of that size would not fit this machine's memory."""
+    rollout_bytes = args.num_envs * (args.num_steps * 84 * 84 * 4 + 2**22)
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    sizes = f"a rollout takes {num_bytes / 2**30:,.0f} GiB, this machine has {memory / 2**30:,.0f}"
-    require(num_bytes < memory, f"{sizes}: lower {flags}")
+    sizes = f"a rollout takes {rollout_bytes / 2**30:,.0f} GiB, this machine has {memory / 2**30:,.0f}"
+    require(rollout_bytes < memory, f"{sizes}: lower --num-envs or --num-steps")
 
 
 def check_game(args: Args) -> None:
@@ -751,9 +721,13 @@ def main() -> int:
     try:
         require("" not in (args.run_dir, args.resume, args.evaluate), "--run-dir, --resume and --evaluate need a path")
         if args.evaluate:
-            saved, tensors = load_model(Path(args.evaluate))
+            path = Path(args.evaluate)
+            saved, learner = load_model(path)
             args = changed_args(saved, "evaluate", "capture_video")
-            print(f"evaluation {scores_text(evaluate_saved(args, tensors, Path(args.evaluate)))}")
+            check_game(args)
+            torch.set_num_threads(args.num_threads)
+            returns = evaluate(learner, args, path if path.is_dir() else path.parent)
+            print(f"evaluation {scores_text(returns)}")
             return 0
         if resumed:
             args = replace(changed_args(open_run_dir(run_dir), "resume"), resume=None)
@@ -767,17 +741,15 @@ def main() -> int:
             train(args, run_dir)
         return 0
     except (Exception, KeyboardInterrupt) as error:
-        hint = f"to go on: python {SCRIPT}.py --resume {run_dir}"
-        can_go_on = not args.evaluate and (run_dir / "checkpoint.pt").exists()
+        code = 130 if isinstance(error, KeyboardInterrupt) else getattr(error, "code", 1)
+        if code != 2 and not args.evaluate and (run_dir / "checkpoint.pt").exists():
+            error.add_note(f"to go on: python {SCRIPT}.py --resume {run_dir}")
         disk_full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
         if not disk_full and not isinstance(error, (Stop, KeyboardInterrupt, torch.OutOfMemoryError)):
-            if can_go_on:
-                error.add_note(hint)
-            raise  # a bug: Python's own traceback, and the hint below it
-        code = 130 if isinstance(error, KeyboardInterrupt) else getattr(error, "code", 1)
+            raise  # a bug: Python's own traceback, and the note below it
         print(end="\n" if sys.stdout.isatty() else "")  # end the progress line
         message = "stopped" if code == 130 else f"error: {' '.join(str(error).split())}"
-        print(f"{message}\n{hint}" if can_go_on and code != 2 else message, file=sys.stderr)
+        print(message, *getattr(error, "__notes__", ()), sep="\n", file=sys.stderr)
         return code
 
 

@@ -370,11 +370,7 @@ def agent_first(x: np.ndarray, device: torch.device) -> Tensor:
 
 @torch.no_grad()
 def train(args: Args, run_dir: Path) -> None:
-    """Train agents side by side, from the checkpoint in run_dir where there is one; each leaves a result.json.
-
-    An agent whose loss is not finite leaves none and disturbs no other. Raises Stop when that is so of all agents, and
-    KeyboardInterrupt on Ctrl-C or SIGTERM, after a checkpoint.
-    """
+    """Train agents side by side, from the checkpoint in run_dir where there is one; each leaves a result.json."""
     start_time, commit = time.monotonic(), git_commit()
     torch.set_num_threads(args.num_threads)
     N, E, T = args.num_seeds, args.num_envs, args.num_steps
@@ -389,10 +385,9 @@ def train(args: Args, run_dir: Path) -> None:
     agent, normalizer, device = learner.agent, learner.normalizer, learner.device
     counters = {"global_step": 0, "train_steps": 0, "train_seconds": 0.0, "wall_seconds": 0.0}
     counters |= {"last_returns": [[] for _ in seeds], "curves": [[] for _ in seeds]}
-    if checkpoint := load_checkpoint(run_dir):
-        learner.load_state(checkpoint["learner"], run_dir / "checkpoint.pt")
-        counters |= checkpoint["counters"]
-    global_step, wall_seconds = counters["global_step"], counters["wall_seconds"]
+    counters |= load_checkpoint(run_dir, learner)
+    start_time -= counters["wall_seconds"]
+    first_step = global_step = counters["global_step"]
     logs = []
     for seed, rows in zip(seeds, counters["curves"]):
         logs.append(RunLog(seed_dir(args, run_dir, seed), replace(args, seed=seed, num_seeds=1), rows, global_step))
@@ -400,16 +395,12 @@ def train(args: Args, run_dir: Path) -> None:
     stop_signals = collect_signals()
     failed = []  # agents whose loss is not finite any more
 
-    compute_gradients = gradients
-    if args.compile:
-        torch._dynamo.config.trace_autograd_ops = True  # forward and backward in one graph
-        compute_gradients = torch.compile(gradients)
-    timed = not args.compile  # the first iteration compiles
+    torch._dynamo.config.trace_autograd_ops = True  # forward and backward in one graph
+    compute_gradients = torch.compile(gradients, disable=not args.compile)
 
     obs_buf = np.zeros((T, N, E, obs_dim), np.float32)
     action_buf = np.zeros((T, N, E, action_dim), np.int64)
-    reward_buf = np.zeros((T, N, E), np.float32)
-    done_buf = np.zeros((T, N, E), bool)
+    reward_buf, done_buf = np.zeros((T, N, E), np.float32), np.zeros((T, N, E), bool)
     episode_return, episode_length = np.zeros((N, E)), np.zeros((N, E))
     episodes, stats, last_log = [[] for _ in seeds], [], global_step  # since the last log
 
@@ -462,14 +453,12 @@ def train(args: Args, run_dir: Path) -> None:
         learner.optimizer.step()
         stats.append(losses)
 
-        grad_norms = stats[-1]["losses/grad_norm"].tolist()  # waits for the GPU
+        check_finite(args, global_step, stats[-1]["losses/grad_norm"].tolist(), failed, learner)  # waits for the GPU
         counters["global_step"] = global_step
-        counters["wall_seconds"] = wall_seconds + time.monotonic() - start_time
-        if timed:
+        counters["wall_seconds"] = time.monotonic() - start_time
+        if global_step > first_step + rollout_size or not args.compile:  # the first iteration compiles
             counters["train_steps"] += rollout_size
             counters["train_seconds"] += time.perf_counter() - iteration_start
-        timed = True
-        check_finite(args, global_step, grad_norms, failed, learner)
 
         # Evaluate, log, save
         sps = counters["train_steps"] / max(counters["train_seconds"], 1e-9)
@@ -503,7 +492,7 @@ def train(args: Args, run_dir: Path) -> None:
     if stop_signals:
         raise KeyboardInterrupt
     eval_returns = evaluate(learner, args, run_dir)
-    counters["wall_seconds"] = wall_seconds + time.monotonic() - start_time
+    counters["wall_seconds"] = time.monotonic() - start_time
     save_results(learner, args, logs, eval_returns, counters, commit)
 
 
@@ -537,8 +526,8 @@ def evaluate(learner: Learner, args: Args, run_dir: Path, step: int | None = Non
     return returns.reshape(len(seeds), EVAL_EPISODES)
 
 
-def load_model(path: Path) -> tuple[Args, dict[str, Tensor]]:
-    """Arguments and tensors of a saved model, a file or in a run directory. Raises Stop when it is none of ours."""
+def load_model(path: Path) -> tuple[Args, Learner]:
+    """Arguments and agent of a saved model, a file or in a run directory. Raises Stop when it is none of ours."""
     if runs := sorted(path.glob("seed*/model.safetensors")):
         raise Stop(f"{path} holds the runs of several seeds: name one, such as {runs[0].parent}")
     path = path / "model.safetensors" if path.is_dir() else path
@@ -550,15 +539,6 @@ def load_model(path: Path) -> tuple[Args, dict[str, Tensor]]:
         raise Stop(f"{path} is not a safetensors file ({error})") from None
     args = saved_args(path, metadata.get("script"), json.loads(metadata.get("args", "{}")))
     require(all(x.isfinite().all() for x in tensors.values()), f"{path} holds values that are not finite")
-    return args, tensors
-
-
-def evaluate_saved(args: Args, tensors: dict[str, Tensor], path: Path) -> np.ndarray:
-    """Returns (10,) of the model that load_model(path) gave in the episodes of its run's final evaluation.
-
-    Raises Stop when it does not fit the environment or this script.
-    """
-    torch.set_num_threads(args.num_threads)
     obs_dim, action_dim = check_env(args)
     learner = Learner(args, [args.seed], obs_dim, action_dim)
     statistics = [tensors.pop(name, torch.empty(0)).numpy() for name in ("obs_mean", "obs_var")]
@@ -566,7 +546,7 @@ def evaluate_saved(args: Args, tensors: dict[str, Tensor], path: Path) -> np.nda
     require(fits, f"{path} holds no statistics of the {obs_dim} observations of {args.env_id}")
     learner.normalizer.obs_rms.mean, learner.normalizer.obs_rms.var = (x[None] for x in statistics)
     learner.load_networks(tensors, path)
-    return evaluate(learner, args, path if path.is_dir() else path.parent)[0]
+    return args, learner
 
 
 def collect_signals() -> list[int]:
@@ -612,14 +592,6 @@ def write_json(path: Path, content: dict) -> None:
     write_atomic(path, (json.dumps(content, indent=2) + "\n").encode())
 
 
-def read_json(path: Path) -> dict:
-    """Raises Stop when the file is damaged."""
-    try:
-        return dict(json.loads(path.read_text()))
-    except (ValueError, TypeError):
-        raise Stop(f"{path} is damaged") from None
-
-
 def seeds_of(args: Args) -> range:
     return range(args.seed, args.seed + args.num_seeds)
 
@@ -646,7 +618,10 @@ def open_run_dir(run_dir: Path) -> Args:
     version_1 = not path.exists() and any(run_dir.glob("seed*/args.json"))
     require(not version_1, f"{run_dir} was begun by version 1 of {SCRIPT}.py: continue it with that one")
     require(path.exists(), f"{run_dir} holds no run: there is no args.json in it")
-    content = read_json(path)
+    try:
+        content = dict(json.loads(path.read_text()))
+    except (ValueError, TypeError):
+        raise Stop(f"{path} is damaged") from None
     return saved_args(path, content.get("script"), content.get("args"))
 
 
@@ -674,30 +649,29 @@ def save_checkpoint(run_dir: Path, learner: Learner, counters: dict) -> None:
     write_atomic(run_dir / "checkpoint.pt", buffer.getbuffer())
 
 
-def load_checkpoint(run_dir: Path) -> dict | None:
-    """The run's last checkpoint, None before the first. Raises Stop when it cannot be read."""
+def load_checkpoint(run_dir: Path, learner: Learner) -> dict:
+    """Load the run's last checkpoint into learner and return its counters, {} before the first. May raise Stop."""
     path = run_dir / "checkpoint.pt"
     try:
         checkpoint = dict(torch.load(path, map_location="cpu", weights_only=True))
     except FileNotFoundError:
-        return None
+        return {}
     except (RuntimeError, EOFError, OSError, ValueError, TypeError, LookupError, pickle.UnpicklingError) as error:
         raise Stop(f"{path} cannot be read as a checkpoint ({type(error).__name__})") from None
     version = checkpoint.get("version", 1)
     require(version == VERSION, f"{path} was written by version {version} of {SCRIPT}.py: continue it with that one")
-    return checkpoint
+    learner.load_state(checkpoint["learner"], path)
+    return checkpoint["counters"]
 
 
 def save_results(
     learner: Learner, args: Args, logs: list, eval_returns: np.ndarray, counters: dict, commit: str | None
 ) -> None:
-    """What each finished agent leaves: model.safetensors, which loads without pickle, and result.json.
-
-    Raises Stop at the end for agents whose parameters are not finite.
-    """
+    """What each finished agent leaves: model.safetensors, which loads without pickle, and result.json."""
     failed, rms, step = [], learner.normalizer.obs_rms, counters["global_step"]
     sps = counters["train_steps"] / counters["train_seconds"] if counters["train_steps"] else None
-    versions = {d.name: d.version for d in distributions() if d.name in PACKAGES}
+    versions = {"python": platform.python_version()}
+    versions |= {d.name: d.version for d in distributions() if d.name in PACKAGES}
     for i, (seed, log, last_returns) in enumerate(zip(seeds_of(args), logs, counters["last_returns"])):
         folder = log.path.parent
         own_args = asdict(args) | {"seed": seed, "num_seeds": 1, "run_dir": str(folder)}
@@ -712,8 +686,7 @@ def save_results(
             result = {"script": SCRIPT, "env_id": args.env_id, "seed": seed, "args": own_args, "total_timesteps": step}
             result |= {"eval_returns": eval_returns[i].tolist(), "eval_mean": eval_returns[i].mean()}
             result |= {"train_last10_mean": np.mean(last_returns) if last_returns else None, "sps": sps}
-            result |= {"wall_seconds": counters["wall_seconds"]}
-            result |= {"versions": {"python": platform.python_version()} | versions, "commit": commit}
+            result |= {"wall_seconds": counters["wall_seconds"], "versions": versions, "commit": commit}
             write_json(folder / "result.json", result)
             log.write(step, {"eval/episodic_return": eval_returns[i].mean()})
             print(f"seed {seed}: {step:,} steps, evaluation {scores_text(eval_returns[i])}")
@@ -812,15 +785,10 @@ def validate(args: Args) -> None:
     require(not args.track or find_spec("wandb"), "--track needs Weights & Biases: pip install wandb")
     obs_dim, action_dim = check_env(args)
     bytes_per_step = 4 * obs_dim + 8 * action_dim + 8 * action_dim * args.num_bins  # buffers and Gumbel noise
-    bytes_per_seed = args.num_envs * (args.num_steps * bytes_per_step + 2**17)
-    check_memory(args.num_seeds * bytes_per_seed, "--num-seeds, --num-envs, --num-steps or --num-bins")
-
-
-def check_memory(num_bytes: int, flags: str) -> None:
-    """Raise Stop when a rollout of that size would not fit this machine's memory."""
+    rollout_bytes = args.num_seeds * args.num_envs * (args.num_steps * bytes_per_step + 2**17)
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    sizes = f"a rollout takes {num_bytes / 2**30:,.0f} GiB, this machine has {memory / 2**30:,.0f}"
-    require(num_bytes < memory, f"{sizes}: lower {flags}")
+    sizes = f"a rollout takes {rollout_bytes / 2**30:,.0f} GiB, this machine has {memory / 2**30:,.0f}"
+    require(rollout_bytes < memory, f"{sizes}: lower --num-seeds, --num-envs, --num-steps or --num-bins")
 
 
 def check_env(args: Args) -> tuple[int, int]:
@@ -856,9 +824,13 @@ def main() -> int:
     try:
         require("" not in (args.run_dir, args.resume, args.evaluate), "--run-dir, --resume and --evaluate need a path")
         if args.evaluate:
-            saved, tensors = load_model(Path(args.evaluate))
+            path = Path(args.evaluate)
+            saved, learner = load_model(path)
             args = changed_args(saved, "evaluate", "capture_video")
-            print(f"evaluation {scores_text(evaluate_saved(args, tensors, Path(args.evaluate)))}")
+            check_env(args)
+            torch.set_num_threads(args.num_threads)
+            returns = evaluate(learner, args, path if path.is_dir() else path.parent)[0]
+            print(f"evaluation {scores_text(returns)}")
             return 0
         if resumed:
             args = replace(changed_args(open_run_dir(run_dir), "resume"), resume=None)
@@ -871,17 +843,15 @@ def main() -> int:
             train(args, run_dir)
         return 0
     except (Exception, KeyboardInterrupt) as error:
-        hint = f"to go on: python {SCRIPT}.py --resume {run_dir}"
-        can_go_on = not args.evaluate and (run_dir / "checkpoint.pt").exists()
+        code = 130 if isinstance(error, KeyboardInterrupt) else getattr(error, "code", 1)
+        if code != 2 and not args.evaluate and (run_dir / "checkpoint.pt").exists():
+            error.add_note(f"to go on: python {SCRIPT}.py --resume {run_dir}")
         disk_full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
         if not disk_full and not isinstance(error, (Stop, KeyboardInterrupt, torch.OutOfMemoryError)):
-            if can_go_on:
-                error.add_note(hint)
-            raise  # a bug: Python's own traceback, and the hint below it
-        code = 130 if isinstance(error, KeyboardInterrupt) else getattr(error, "code", 1)
+            raise  # a bug: Python's own traceback, and the note below it
         print(end="\n" if sys.stdout.isatty() else "")  # end the progress line
         message = "stopped" if code == 130 else f"error: {' '.join(str(error).split())}"
-        print(f"{message}\n{hint}" if can_go_on and code != 2 else message, file=sys.stderr)
+        print(message, *getattr(error, "__notes__", ()), sep="\n", file=sys.stderr)
         return code
 
 

@@ -246,21 +246,16 @@ def encode_prompts(
 
     With an instruction: a chat in which the user gives it and then the post, and the assistant is to answer.
     """
+    tokenizer.truncation_side = "right"
     posts = [row["prompt"].split("TL;DR:")[0].strip() for row in rows]
-    if instruction is None:
-        end = tokenizer(PROMPT_END, add_special_tokens=False).input_ids
-        return [post + end for post in encode(tokenizer, posts, max_length, "right")]
-    chat = [{"role": "user", "content": f"{instruction}\n\n{PROMPT_END}"}]  # the latter in the place of the post
-    chat = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True).partition(PROMPT_END)
-    before, _, after = tokenizer(list(chat), add_special_tokens=False).input_ids
-    posts = tokenizer(posts, add_special_tokens=False, verbose=False).input_ids
-    return [before + post[:max_length] + after for post in posts]
-
-
-def encode(tokenizer: PreTrainedTokenizerBase, texts: list[str], max_length: int, side: str) -> list[list[int]]:
-    """Tokens of each text, at most max_length of them: side "left" cuts the beginning off, "right" the end."""
-    tokenizer.truncation_side = side
-    return tokenizer(texts, truncation=True, max_length=max_length).input_ids
+    special = instruction is None  # a chat template brings its own special tokens
+    posts = tokenizer(posts, truncation=True, max_length=max_length, add_special_tokens=special).input_ids
+    before, after = [], tokenizer(PROMPT_END, add_special_tokens=False).input_ids
+    if instruction is not None:
+        chat = [{"role": "user", "content": f"{instruction}\n\n{PROMPT_END}"}]  # the latter in the place of the post
+        chat = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True).split(PROMPT_END)
+        before, after = tokenizer(chat, add_special_tokens=False).input_ids
+    return [before + post + after for post in posts]
 
 
 def continuation(tokenizer: PreTrainedTokenizerBase, prompt: list[int], response: list[int]) -> str:
@@ -803,19 +798,15 @@ def backward(learner: Learner, trajectories: Rollout, rows: list[int], args: Arg
 
 
 def train(args: Args, run_dir: Path, learner: Learner) -> None:
-    """Train from the checkpoint in run_dir where there is one, and leave a result.json.
-
-    Raises Stop when a loss is not finite, and KeyboardInterrupt on Ctrl-C or SIGTERM, after a checkpoint.
-    """
+    """Train from the checkpoint in run_dir where there is one, and leave a result.json."""
     start_time, commit = time.monotonic(), git_commit()
     accelerator, main_process = learner.accelerator, learner.accelerator.is_main_process
     names = "update rollout_tokens rollout_seconds generation_seconds update_tokens update_seconds wall_seconds"
     counters = dict.fromkeys(names.split(), 0) | {"before": None, "curves": []}
-    if checkpoint := load_checkpoint(run_dir):
-        learner.load_state(checkpoint["learner"], run_dir / "checkpoint.pt")
-        counters |= checkpoint["counters"]
-    update, wall_seconds = counters["update"], counters["wall_seconds"]
-    log = RunLog(run_dir, args, counters["curves"], update if checkpoint else -1) if main_process else None
+    counters |= load_checkpoint(run_dir, learner)
+    start_time -= counters["wall_seconds"]
+    update = counters["update"]
+    log = RunLog(run_dir, args, counters["curves"], update if counters["before"] else -1) if main_process else None
     progress = Progress(args.num_updates, "update")
     stop_signals = collect_signals()
     if counters["before"] is None:
@@ -856,7 +847,7 @@ def train(args: Args, run_dir: Path, learner: Learner) -> None:
         counters["generation_seconds"] += metrics["perf/generation_seconds"]
         counters["update_tokens"] += num_tokens * args.update_epochs
         counters["update_seconds"] += update_seconds
-        counters["wall_seconds"] = wall_seconds + time.monotonic() - start_time
+        counters["wall_seconds"] = time.monotonic() - start_time
 
         # Evaluate, log, save
         metrics |= {tag: float(np.mean([s[tag] for s in stats])) for tag in stats[0]}
@@ -881,7 +872,7 @@ def train(args: Args, run_dir: Path, learner: Learner) -> None:
     metrics, samples = evaluate(learner, args)
     memory = torch.tensor(peak_memory(learner.device), device=learner.device)
     counters["peak_memory_gib"] = learner.sum(memory).item()
-    counters["wall_seconds"] = wall_seconds + time.monotonic() - start_time
+    counters["wall_seconds"] = time.monotonic() - start_time
     if main_process:
         save_policy(learner, run_dir)
         save_results(learner, args, run_dir, metrics, samples, counters, commit)
@@ -998,14 +989,6 @@ def write_json(path: Path, content: dict) -> None:
     write_atomic(path, (json.dumps(content, indent=2) + "\n").encode())
 
 
-def read_json(path: Path) -> dict:
-    """Raises Stop when the file is damaged."""
-    try:
-        return dict(json.loads(path.read_text()))
-    except (ValueError, TypeError):
-        raise Stop(f"{path} is damaged") from None
-
-
 def check_unused(run_dir: Path) -> None:
     """Raise Stop when run_dir is in use: before models are loaded, which may take minutes."""
     unused = not run_dir.exists() or (run_dir.is_dir() and not any(run_dir.iterdir()))
@@ -1026,7 +1009,10 @@ def open_run_dir(run_dir: Path) -> Args:
     """Arguments of the run in run_dir. Raises Stop when there is none of this script."""
     path = run_dir / "args.json"
     require(path.exists(), f"{run_dir} holds no run: there is no args.json in it")
-    content = read_json(path)
+    try:
+        content = dict(json.loads(path.read_text()))
+    except (ValueError, TypeError):
+        raise Stop(f"{path} is damaged") from None
     return saved_args(path, content.get("script"), content.get("args"))
 
 
@@ -1054,18 +1040,19 @@ def save_checkpoint(run_dir: Path, learner: Learner, counters: dict) -> None:
     write_atomic(run_dir / "checkpoint.pt", buffer.getbuffer())
 
 
-def load_checkpoint(run_dir: Path) -> dict | None:
-    """The run's last checkpoint, None before the first. Raises Stop when it cannot be read."""
+def load_checkpoint(run_dir: Path, learner: Learner) -> dict:
+    """Load the run's last checkpoint into learner and return its counters, {} before the first. May raise Stop."""
     path = run_dir / "checkpoint.pt"
     try:
         checkpoint = dict(torch.load(path, map_location="cpu", weights_only=True))
     except FileNotFoundError:
-        return None
+        return {}
     except (RuntimeError, EOFError, OSError, ValueError, TypeError, LookupError, pickle.UnpicklingError) as error:
         raise Stop(f"{path} cannot be read as a checkpoint ({type(error).__name__})") from None
     version = checkpoint.get("version", 1)
     require(version == VERSION, f"{path} was written by version {version} of {SCRIPT}.py: continue it with that one")
-    return checkpoint
+    learner.load_state(checkpoint["learner"], path)
+    return checkpoint["counters"]
 
 
 def save_policy(learner: Learner, run_dir: Path) -> None:
@@ -1089,7 +1076,8 @@ def save_results(
     """What a finished run leaves besides its policy: eval_samples.jsonl and result.json, and no checkpoint."""
     lines = "".join(json.dumps(sample) + "\n" for sample in samples)
     write_atomic(run_dir / "eval_samples.jsonl", lines.encode())
-    versions = {d.name: d.version for d in distributions() if d.name in PACKAGES}
+    versions = {"python": platform.python_version()}
+    versions |= {d.name: d.version for d in distributions() if d.name in PACKAGES}
     result = {"script": SCRIPT, "policy": args.policy, "dataset": args.dataset, "seed": args.seed, "args": asdict(args)}
     result |= {"reward_model": args.reward_function or args.reward_model, "num_updates": counters["update"]}
     result |= {tag.replace("/", "_"): value for tag, value in metrics.items()}
@@ -1101,9 +1089,8 @@ def save_results(
     result["generation_time_share"] = counters["generation_seconds"] / seconds
     result["device"] = torch.cuda.get_device_name() if learner.device.type == "cuda" else "cpu"
     result |= {"num_processes": learner.accelerator.num_processes, "peak_memory_gib": counters["peak_memory_gib"]}
-    result |= {"wall_seconds": counters["wall_seconds"], "commit": commit}
+    result |= {"wall_seconds": counters["wall_seconds"], "versions": versions, "commit": commit}
     result["hub_commits"] = {name: commit for name, commit in learner.hub_commits.items() if commit}
-    result["versions"] = {"python": platform.python_version()} | versions
     write_json(run_dir / "result.json", result)
     (run_dir / "checkpoint.pt").unlink()  # it is several times as large as the policy
     print(f"seed {args.seed}: {counters['update']} updates, {summary(metrics)}")
@@ -1232,15 +1219,6 @@ def make_learner(args: Args) -> Learner:
     return Learner(args, accelerator)
 
 
-def share_run_dir(args: Args, run_dir: Path, accelerator: Accelerator) -> Path:
-    """The run directory, made by the first process and known to all: the default has the time in it."""
-    (name,) = broadcast_object_list([str(run_dir)])
-    if accelerator.is_main_process:
-        create_run_dir(args, Path(name))
-    accelerator.wait_for_everyone()
-    return Path(name)
-
-
 def main() -> int:
     args = tyro.cli(Args, description=__doc__)
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
@@ -1270,25 +1248,26 @@ def main() -> int:
             check_unused(run_dir)
             validate(args)
             learner = make_learner(args)
-            run_dir = share_run_dir(args, run_dir, learner.accelerator)
+            run_dir = Path(broadcast_object_list([str(run_dir)])[0])  # the first process's: it may have the time in it
+            if rank == 0:
+                create_run_dir(args, run_dir)
+            learner.accelerator.wait_for_everyone()
             train(replace(args, run_dir=str(run_dir)), run_dir, learner)
         return 0
     except (Exception, KeyboardInterrupt) as error:
-        hint = f"to go on: python {SCRIPT}.py --resume {run_dir}"
         stops = isinstance(error, Stop)  # a resumed run would come to the same end
-        can_go_on = not args.evaluate and not stops and (run_dir / "checkpoint.pt").exists()
+        if not stops and not args.evaluate and (run_dir / "checkpoint.pt").exists():
+            error.add_note(f"to go on: python {SCRIPT}.py --resume {run_dir}")
         disk_full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
         memory_full = isinstance(error, torch.OutOfMemoryError)
         if not stops and not disk_full and not memory_full and not isinstance(error, KeyboardInterrupt):
-            if can_go_on:
-                error.add_note(hint)
-            raise  # a bug: Python's own traceback, and the hint below it
+            raise  # a bug: Python's own traceback, and the note below it
         code = 130 if isinstance(error, KeyboardInterrupt) else getattr(error, "code", 1)
         reason = f"the GPU is out of memory: {OOM_HINT}" if memory_full else " ".join(str(error).split())
         message = "stopped" if code == 130 else f"error: {reason}"
         if rank == 0:
             print(end="\n" if sys.stdout.isatty() else "")  # end the progress line
-            print(f"{message}\n{hint}" if can_go_on else message, file=sys.stderr)
+            print(message, *getattr(error, "__notes__", ()), sep="\n", file=sys.stderr)
         elif disk_full or memory_full:  # which may be so of this process alone
             print(f"process {rank}: {message}", file=sys.stderr)
         return code

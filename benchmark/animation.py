@@ -55,11 +55,7 @@ def load_learner(run_dir: Path):
     sys.path.insert(0, str(ROOT))
     script = importlib.import_module(name)
     try:
-        args, tensors = script.load_model(path)
-        learner = script.Learner(args, [args.seed], *script.check_env(args))
-        statistics = learner.normalizer.obs_rms
-        statistics.mean, statistics.var = (tensors.pop(name).numpy()[None] for name in ("obs_mean", "obs_var"))
-        learner.load_networks(tensors, path)
+        args, learner = script.load_model(path)
     except script.Stop as error:
         raise ValueError(str(error)) from None
     return script, args, learner

@@ -160,8 +160,7 @@ def make_trainer(args: Args, run_dir: Path, learner: script.Learner, log: Log) -
     tokenizer.padding_side = "left"
     if tokenizer.pad_token_id in (None, tokenizer.eos_token_id):  # TRL leaves out padding, and the end token must stay
         tokenizer.pad_token = tokenizer.convert_ids_to_tokens(len(tokenizer) - 1)
-    prompts = [script.first_half(row["text"]) for row in learner.rows]
-    tokens = script.encode(tokenizer, prompts, args.prompt_length, "left")
+    tokens = script.encode_prompts(tokenizer, learner.rows, args.prompt_length)
     policy = learner.actor_critic.policy
     policy.generation_config.pad_token_id = tokenizer.pad_token_id
     policy.generation_config.top_k, policy.generation_config.min_new_tokens = None, None

@@ -40,6 +40,11 @@ def wait_for_the_next_second():
     time.sleep(1.01 - time.time() % 1)
 
 
+def read_checkpoint(run_dir: Path) -> dict:
+    """What checkpoint.pt holds: version, learner and counters."""
+    return torch.load(run_dir / "checkpoint.pt", weights_only=True)
+
+
 @contextmanager
 def largest_file(num_bytes: int):
     """Stands for a full disk: what makes a file of this process larger fails."""

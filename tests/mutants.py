@@ -335,8 +335,8 @@ resume: the first game seeds again | sa2c_atari | atari -k resumes
 + env_seeds(args.seed, E, TRAINING, 0)
 
 resume: counters lost | sa2c_continuous_discretized | seeds
--         counters |= checkpoint["counters"]
-+         pass
+-     return checkpoint["counters"]
++     return {}
 
 # Atari
 Atari: rewards not clipped | sppo_atari | atari

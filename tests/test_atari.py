@@ -13,7 +13,7 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, import_scripts, largest_file
+from conftest import ROOT, import_scripts, largest_file, read_checkpoint
 from pausing import interrupt
 from safetensors.torch import load_file
 
@@ -364,7 +364,8 @@ def test_run_leaves_its_files(finished):
 def test_saved_model_repeats_the_final_evaluation(finished):
     script, run_dir, _ = finished
     result = json.loads((run_dir / "result.json").read_text())
-    assert script.evaluate_saved(*script.load_model(run_dir), run_dir).tolist() == result["eval_returns"]
+    args, learner = script.load_model(run_dir)
+    assert script.evaluate(learner, args, run_dir).tolist() == result["eval_returns"]
 
 
 def test_videos_of_a_saved_model_need_moviepy(finished, capsys, monkeypatch):
@@ -397,7 +398,7 @@ def test_killed_run_resumes_to_the_same_total(script, tmp_path, monkeypatch):
     run_dir = tmp_path / "run"
     flags = command(script, "--run-dir", run_dir, "--total-timesteps", "512", "--checkpoint-every", "256")[2:]
     interrupt(script, tmp_path, flags, "flip_rewards", 70, signal.SIGKILL)
-    killed_at = script.load_checkpoint(run_dir)["counters"]["global_step"]
+    killed_at = read_checkpoint(run_dir)["counters"]["global_step"]
     assert killed_at == 256 and not (run_dir / "result.json").exists()
     monkeypatch.setattr(script, "EVAL_EPISODES", 1)
     monkeypatch.setattr(sys, "argv", [script.SCRIPT, "--resume", str(run_dir)])

@@ -19,7 +19,7 @@ import imageio.v2 as imageio
 import numpy as np
 import pytest
 import torch
-from conftest import CONTINUOUS, CONTROL, largest_file, wait_for_the_next_second
+from conftest import CONTINUOUS, CONTROL, largest_file, read_checkpoint, wait_for_the_next_second
 from pausing import interrupt
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -283,7 +283,8 @@ def test_evaluate_prints_the_returns_of_the_final_evaluation(script, finished, c
     before = snapshot(finished[0])
     assert call("--evaluate", run_dir) == (0, line, "")
     assert call("--evaluate", run_dir / "model.safetensors") == (0, line, "")
-    assert script.evaluate_saved(*script.load_model(run_dir), run_dir).tolist() == result["eval_returns"]
+    args, learner = script.load_model(run_dir)
+    assert script.evaluate(learner, args, run_dir)[0].tolist() == result["eval_returns"]
     assert snapshot(finished[0]) == before
 
 
@@ -384,7 +385,8 @@ def test_dict_observations_and_matrices_of_actions_work(script, call, tmp_path):
     model = load_file(tmp_path / "run" / "model.safetensors")
     assert model["obs_mean"].shape == (3 + 4,) and model["actor.4.bias"].shape == (1, 2 * 3 * 11)
     run_dir = tmp_path / "run"
-    assert script.evaluate_saved(*script.load_model(run_dir), run_dir).tolist() == read_result(run_dir)["eval_returns"]
+    args, learner = script.load_model(run_dir)
+    assert script.evaluate(learner, args, run_dir)[0].tolist() == read_result(run_dir)["eval_returns"]
 
 
 def test_environment_that_knows_no_render_mode_works(script, call, tmp_path):
@@ -403,9 +405,8 @@ def step_of(row):
     return int(row.split(",")[0])
 
 
-def checkpoint_step(script, run_dir):
-    checkpoint = script.load_checkpoint(run_dir)
-    return checkpoint["counters"]["global_step"] if checkpoint else 0
+def checkpoint_step(run_dir):
+    return read_checkpoint(run_dir)["counters"]["global_step"] if (run_dir / "checkpoint.pt").exists() else 0
 
 
 @pytest.fixture(scope="session")
@@ -425,15 +426,15 @@ def survivor(script, tmp_path_factory):
 
     # Killed with a row past the checkpoint:
     interrupt(script, cwd, resume, "RunLog.write", 4, signal.SIGKILL)
-    seen["killed_at"], seen["killed_rows"] = checkpoint_step(script, run_dir), rows_of(run_dir)
+    seen["killed_at"], seen["killed_rows"] = checkpoint_step(run_dir), rows_of(run_dir)
 
     # Ctrl-C between two checkpoints:
     seen["ctrl_c"] = interrupt(script, cwd, resume, "RunLog.write", 1, signal.SIGINT)
-    seen["stopped_at"], seen["stopped_rows"] = checkpoint_step(script, run_dir), rows_of(run_dir)
+    seen["stopped_at"], seen["stopped_rows"] = checkpoint_step(run_dir), rows_of(run_dir)
 
     # Killed after the last checkpoint:
     interrupt(script, cwd, resume, "evaluate", 1, signal.SIGKILL)
-    seen["evaluating"] = checkpoint_step(script, run_dir) == 12_288 and not (run_dir / "result.json").exists()
+    seen["evaluating"] = checkpoint_step(run_dir) == 12_288 and not (run_dir / "result.json").exists()
 
     (run_dir / "curves.csv").write_bytes(b"\xff\xfe\x00")  # is written anew, from the checkpoint
     seen["end"] = run_script(script, cwd, *resume)
@@ -516,7 +517,7 @@ def test_either_signal_stops_after_the_rollout_with_a_checkpoint(name, number, m
         for n, handler in handlers.items():
             signal.signal(n, handler)
     assert capsys.readouterr().err == f"stopped\nto go on: python {control.SCRIPT}.py --resume {tmp_path / 'run'}\n"
-    assert control.load_checkpoint(tmp_path / "run")["counters"]["global_step"] == 32
+    assert read_checkpoint(tmp_path / "run")["counters"]["global_step"] == 32
     assert not (tmp_path / "run/result.json").exists()
 
 
@@ -524,7 +525,7 @@ def test_ctrl_c_during_an_evaluation_has_nothing_to_go_on_with(script, finished,
     def interrupted(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(script, "evaluate_saved", interrupted)
+    monkeypatch.setattr(script, "evaluate", interrupted)
     assert call("--evaluate", finished[0] / "run") == (130, "", "stopped\n")
 
 
@@ -610,7 +611,7 @@ def test_learner_state_round_trip_is_exact_and_training_goes_on_as_before(script
 @both
 def test_checkpoint_holds_parameters_statistics_and_counters_of_the_run(script, finished):
     run_dir = finished[0] / "run"
-    checkpoint = script.load_checkpoint(run_dir)
+    checkpoint = read_checkpoint(run_dir)
     result, model = read_result(run_dir), load_file(run_dir / "model.safetensors")
     assert checkpoint["counters"]["global_step"] == checkpoint["counters"]["train_steps"] == 5120
     assert result["sps"] == pytest.approx(5120 / checkpoint["counters"]["train_seconds"])
@@ -913,7 +914,7 @@ def test_a_bug_of_the_environment_keeps_its_traceback_and_the_run_its_checkpoint
     assert error.traceback[-1].name == ("step" if "Broken" in env_id else "__init__")
     if "Broken" in env_id:
         assert error.value.__notes__ == [f"to go on: python {script.SCRIPT}.py --resume run"]
-        assert checkpoint_step(script, tmp_path / "run") == 32
+        assert checkpoint_step(tmp_path / "run") == 32
     else:
         assert list(tmp_path.iterdir()) == []
 
@@ -961,7 +962,7 @@ def test_full_disk_stops_the_run_in_one_line_and_keeps_the_last_checkpoint(scrip
     assert code == 1 and "Traceback" not in err
     error, hint = err.splitlines()
     assert error == "error: [Errno 27] File too large" and hint.endswith("--resume run")
-    assert checkpoint_step(script, tmp_path / "run") == 32 and not list(tmp_path.rglob("*.tmp"))
+    assert checkpoint_step(tmp_path / "run") == 32 and not list(tmp_path.rglob("*.tmp"))
     assert call("--resume", "run")[0] == 0
     assert read_result(tmp_path / "run")["total_timesteps"] == 96
 

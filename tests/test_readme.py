@@ -84,11 +84,7 @@ def test_the_readmes_code_acts_like_the_script_with_a_new_model(name, tmp_path):
     code, replaced = re.subn(r'"[^"]*/model.safetensors"', repr(str(tmp_path / "model.safetensors")), readme_code())
     assert replaced == 1
 
-    args, tensors = script.load_model(tmp_path)
-    learner = script.Learner(args, [args.seed], *script.check_env(args))
-    statistics = learner.normalizer.obs_rms
-    statistics.mean, statistics.var = (tensors.pop(key).numpy()[None] for key in ("obs_mean", "obs_var"))
-    learner.load_networks(tensors, tmp_path)
+    args, learner = script.load_model(tmp_path)
     env = gym.make(args.env_id)
     bins = script.action_bins(env.action_space, args.num_bins)
     obs, total, steps, done = env.reset(seed=0)[0], 0.0, 0, False

@@ -1064,9 +1064,9 @@ def test_prompt_of_imdb_is_the_first_half_of_the_words_cut_off_at_its_left(asset
     assert IMDB.first_half("a  b\nc d e") == "a b" and IMDB.first_half("a") == ""
     review = "the movie was good and the plot was dull"
     tokens = tokenizer(review).input_ids
-    assert IMDB.encode(tokenizer, [review], 3, "left") == [tokens[-3:]]
-    assert IMDB.encode(tokenizer, [review, "the movie"], 3, "right") == [tokens[:3], tokens[:2]]
-    assert IMDB.encode(tokenizer, [review], 50, "left") == [tokens]
+    rows = [{"text": f"{review} and what comes later is the other half now"}, {"text": "the movie"}]
+    assert IMDB.encode_prompts(tokenizer, rows, 3) == [tokens[-3:], tokens[:1]]
+    assert IMDB.encode_prompts(tokenizer, rows, 50) == [tokens, tokens[:1]]
 
 
 def test_prompt_of_tldr_is_the_post_cut_off_at_its_end_and_tldr(assets):

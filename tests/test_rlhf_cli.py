@@ -24,7 +24,7 @@ import tiny
 import torch
 import two_processes
 from accelerate import Accelerator
-from conftest import ROOT, import_scripts, largest_file, wait_for_the_next_second
+from conftest import ROOT, import_scripts, largest_file, read_checkpoint, wait_for_the_next_second
 from pausing import interrupt
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
@@ -405,7 +405,7 @@ def killed(script, assets, tmp_path_factory):
 
 def test_killed_run_resumes_to_exactly_the_run_that_was_never_killed(script, killed, unfinished, finished):
     assert killed[1] == ""  # its stderr
-    assert script.load_checkpoint(unfinished)["counters"]["update"] == 1
+    assert read_checkpoint(unfinished)["counters"]["update"] == 1
     wait_for_the_next_second()
     code, out, err = call(script, unfinished.parent, ["--resume", "run"])
     assert (code, err) == (0, "")
@@ -506,7 +506,7 @@ def test_signal_stops_after_the_running_update_with_a_checkpoint(script, finishe
         code, _, err = call(script, tmp_path, flags)
     assert code == 130 and len(updates) == 2
     assert err == f"stopped\nto go on: python {script.SCRIPT}.py --resume run\n"
-    assert script.load_checkpoint(tmp_path / "run")["counters"]["update"] == 2
+    assert read_checkpoint(tmp_path / "run")["counters"]["update"] == 2
     assert not (tmp_path / "run" / "result.json").exists()
     assert call(script, tmp_path, ["--resume", "run"])[0] == 0
     assert_same_run(tmp_path / "run", finished)

@@ -45,7 +45,8 @@ def test_same_starts_plays_saved_agents_as_their_scripts_do(monkeypatch, tmp_pat
         monkeypatch.setattr(script, "env_seeds", lambda *_: list(range(10)))
         for i in (1, 2):
             name = f"LunarLanderContinuous-v3-{script.__name__}/seed{i}"
-            expected = script.evaluate_saved(*script.load_model(lunar_runs / name), lunar_runs / name)
+            args, learner = script.load_model(lunar_runs / name)
+            expected = script.evaluate(learner, args, lunar_runs / name)[0]
             np.testing.assert_allclose(returns[:, header.index(name) - 1], expected, atol=0.051)
             assert f"{name}: {expected.mean():.1f} ± {expected.std(ddof=1) / 10**0.5:.1f} " in done.stdout
     best = returns.mean(0).max(), returns.max(1).mean()

@@ -10,7 +10,7 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
-from conftest import import_scripts
+from conftest import import_scripts, read_checkpoint
 from safetensors.torch import load_file
 
 SEEDS = (5, 6, 7)
@@ -126,16 +126,15 @@ def flat(tree):
 
 def agent_states(script, run_dir):
     """What the checkpoint in run_dir holds of each agent: [{path: tensor without the agent dimension}]"""
-    learner = script.load_checkpoint(run_dir)["learner"]
+    learner = read_checkpoint(run_dir)["learner"]
     generators = learner.pop("generators")
     N, leaves = len(generators), flat(learner)
     tensors = {path: x for path, x in leaves.items() if isinstance(x, torch.Tensor) and x.shape[:1] == (N,)}
     return [{path: x[i] for path, x in tensors.items()} | {"generator": generators[i]} for i in range(N)]
 
 
-def checkpoint_step(script, run_dir):
-    checkpoint = script.load_checkpoint(run_dir)
-    return checkpoint["counters"]["global_step"] if checkpoint else 0
+def checkpoint_step(run_dir):
+    return read_checkpoint(run_dir)["counters"]["global_step"] if (run_dir / "checkpoint.pt").exists() else 0
 
 
 def equal_states(a, b):
@@ -217,7 +216,7 @@ def test_results_of_a_batch_are_those_of_the_single_runs(script, runs):
 
 
 def test_sps_of_a_batch_is_each_agents_own_and_the_progress_line_shows_the_sum(script, runs):
-    counters = script.load_checkpoint(runs["batch"][0])["counters"]
+    counters = read_checkpoint(runs["batch"][0])["counters"]
     for _, ours, _ in pairs(runs):
         assert read_json(ours / "result.json")["sps"] == pytest.approx(160 / counters["train_seconds"])
     total = sum(read_json(ours / "result.json")["sps"] for _, ours, _ in pairs(runs))
@@ -229,7 +228,8 @@ def test_evaluate_reproduces_the_evaluation_of_each_agent_of_a_batch(script, run
         returns = read_json(ours / "result.json")["eval_returns"]
         assert run_main(script, "--evaluate", ours) == 0
         assert capsys.readouterr().out.endswith(f"({' '.join(f'{r:.1f}' for r in returns)})\n")
-        assert script.evaluate_saved(*script.load_model(ours), ours).tolist() == returns
+        args, learner = script.load_model(ours)
+        assert script.evaluate(learner, args, ours)[0].tolist() == returns
 
 
 def test_resume_of_a_finished_batch_says_so_and_changes_nothing(script, runs, capsys):
@@ -327,7 +327,7 @@ def test_environment_that_raises_keeps_its_traceback_and_the_batch_its_checkpoin
     assert error.traceback[-1].name == "step"
     assert error.value.__notes__ == [f"to go on: python {script.SCRIPT}.py --resume {run_dir}"]
     FragileEnv.faults.clear()
-    assert checkpoint_step(script, run_dir) == 64
+    assert checkpoint_step(run_dir) == 64
     assert run_main(script, "--resume", run_dir) == 0
     assert [read_json(run_dir / f"seed{seed}/result.json")["total_timesteps"] for seed in SEEDS] == [160] * 3
 

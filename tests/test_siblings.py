@@ -15,14 +15,14 @@ Args.alpha Args.beta Args.learning_rate Args.anneal_lr Args.num_envs Args.num_st
 gradients Learner.__init__ train validate
 """
 DOMAIN = """
-docstring Import ImportFrom PACKAGES env_seeds Agent logprob_and_entropy gradients train evaluate evaluate_saved
+docstring Import ImportFrom PACKAGES env_seeds Agent logprob_and_entropy gradients train evaluate
 load_model open_run_dir save_results validate run main
 """
 # symmetric_ppo_loss is 2-D and masked here: test_loss.py compares it with the others.
 LANGUAGE_DOMAIN = "TRAINING symmetric_ppo_loss gae Progress create_run_dir open_run_dir"
 TASK = """
 docstring ImportFrom PACKAGES OOM_HINT TOKENIZERS ActorCritic generate Learner.docstring Learner.__init__ Learner.score
-rollout train evaluate evaluate_saved summary save_policy validate run
+encode_prompts rollout train evaluate evaluate_saved summary save_policy validate run
 Args.policy Args.reward_model Args.dataset Args.num_updates Args.beta Args.kl_coef Args.target_coef Args.prompt_length
 Args.response_length Args.min_response_length Args.top_k Args.num_trajectories Args.update_epochs Args.minibatch_size
 Args.micro_batch_size Args.rollout_batch_size Args.weight_decay Args.gamma Args.vf_coef Args.max_grad_norm

@@ -41,7 +41,7 @@ def test_trl_sees_our_rewards_values_and_log_probabilities(trainer):
     trainer, learner, _ = trainer
     script, pad, end = trl_baseline.script, learner.tokenizer.pad_token_id, learner.tokenizer.eos_token_id
     assert pad != end
-    prompts = script.encode(learner.tokenizer, [script.first_half(r["text"]) for r in learner.rows[:4]], 12, "left")
+    prompts = script.encode_prompts(learner.tokenizer, learner.rows[:4], 12)
     responses = [[5, 6, end], [7, 8, 9, 10, 11, 12], [end], [13, 14, 15, 16, end]]
     tokens, mask, response_mask = script.pad(prompts, responses, learner.device)
     theirs, context = torch.where(mask.bool(), tokens, pad), tokens.shape[1] - 6
@@ -103,7 +103,7 @@ def test_runs_of_both_sides_stand_in_one_table(assets, tmp_path, capsys):
     assert same_as_trl.main([str(tmp_path), "--out", str(tmp_path), "--document", str(document)]) == 0
     text = document.read_text()
     assert "old" not in text and "(same_as_trl.png)" in text
-    trl, ours, difference = ([cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines()[5:8])
+    trl, ours, difference = ([cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines()[6:9])
     scores = [
         json.loads((tmp_path / side / "run" / "result.json").read_text())["eval_score"] for side in ("trl", "ours")
     ]
