@@ -656,7 +656,7 @@ class Learner:
             {"params": [p for p in parameters if p.ndim > 1], "weight_decay": args.weight_decay},
             {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},  # biases and norms
         ]
-        optimizer = torch.optim.AdamW(groups, args.learning_rate, eps=1e-5)
+        optimizer = torch.optim.AdamW(groups, args.learning_rate, eps=1e-5, fused=True)
         self.model, self.optimizer = accelerator.prepare(model, optimizer)
 
     @property
