@@ -3,6 +3,7 @@
 import io
 import math
 from collections import defaultdict
+from dataclasses import replace
 from pathlib import Path
 
 import matplotlib
@@ -22,13 +23,17 @@ PAPER_COLORS |= {(UNNORMALIZED, "none"): "tab:gray"}
 OTHER_COLORS = ("tab:brown", "tab:pink", "tab:olive", "tab:cyan", "goldenrod", "navy", "darkgreen", "salmon")
 
 
-def line_style(group: Group) -> tuple[str, str | None]:
-    """Label and color of a group's line; the color is None where only the cycle can keep lines apart."""
+def line_style(group: Group, common: set[tuple[str, object]]) -> tuple[str, str | None]:
+    """Label and color of a group's line; the color is None where only the cycle can keep lines apart.
+
+    The label leaves out settings that all lines of the panel have in common.
+    """
     label = group.algorithm + (f", {group.noise}" if group.noise != "none" else "")
     if group.timesteps != group.paper_timesteps and (group.kind != "other" or group.unit == "updates"):
         label += f", {group.timesteps:,} {group.unit}"
     if group.kind == "other":
-        return ", ".join(filter(None, [label, group.difference_text()])), None
+        own = replace(group, differences=tuple(d for d in group.differences if d not in common))
+        return ", ".join(filter(None, [label, own.difference_text()])), None
     gaussian = group.family.startswith("continuous") and group.algorithm in ("PPO", "A2C")
     role = "symmetric" if group.algorithm in BASELINES else "Gaussian" if gaussian else group.algorithm
     role = "baseline" if not gaussian and group.algorithm in BASELINES.values() else role
@@ -64,8 +69,9 @@ def plot(groups: dict[Group, Runs], tag: str, ylabel: str, scale: float, path: P
     unit = lines[next(iter(lines))][0][0].unit
     size = 1e6 if unit == "steps" else 1
     for ax, (environment, panel) in zip(axes.flat, lines.items()):
+        common = set.intersection(*(set(group.differences) for group, _, _ in panel))
         for group, steps, values in panel:
-            label, color = style(group)
+            label, color = style(group, common)
             color = color or cycle.setdefault(label, OTHER_COLORS[len(cycle) % len(OTHER_COLORS)])
             mean = values.mean(0)
             (handle,) = ax.plot(steps / size, mean, color=color, linewidth=1.2)
@@ -84,6 +90,7 @@ def plot(groups: dict[Group, Runs], tag: str, ylabel: str, scale: float, path: P
         ax.set_ylabel(ylabel, fontsize=8)
     labels = sorted(handles, key=lambda label: handles[label][0])
     ncols = max(1, int(width * columns * 12 / (max(map(len, labels)) + 8)))  # some 12 characters an inch
+    figure.set_figheight(figure.get_figheight() + 0.2 * max(0, math.ceil(len(labels) / ncols) - 2))
     figure.set_layout_engine("constrained")
     figure.legend([handles[label][1] for label in labels], labels, loc="outside lower center", ncols=ncols, fontsize=8)
     with io.BytesIO() as file:
@@ -115,7 +122,8 @@ def figures_section(results: Results, out: Path) -> str:
     text = [
         "## Figures",
         "",
-        "Mean over seeds, averaged over each hundredth of the run; the band is the standard error.",
+        "Mean over seeds, averaged over each hundredth of the run; the band is the standard error. Where settings are "
+        "not the paper's, the legend names those in which the lines of a panel differ.",
         "",
     ]
     for name, tag, ylabel, scale, caption, families in figures:

@@ -42,7 +42,7 @@ def last_tenth(runs: Runs) -> np.ndarray:
     return np.array([bin_means(*c, c[0][-1] * np.array([0.9, 1]))[0] for c in curves if len(c[0]) > 1])
 
 
-def line_style(group: Group) -> tuple[str, str]:
+def line_style(group: Group, _: set) -> tuple[str, str]:
     return side(group), COLORS[side(group)]
 
 

@@ -17,7 +17,7 @@ from cells import (
     read_public,
     short_name,
 )
-from runs import JUDGE, SFT_UPDATES, Results, Runs, language_cells
+from runs import JUDGE, SFT_UPDATES, Results, Runs, language_cells, read_curve
 from scores import (
     count_wins,
     format_difference,
@@ -362,14 +362,22 @@ def format_change(runs: Runs, name: str, factor: float = 1) -> str:
     return " → ".join(format_mean(values) for values in both if len(values)) or "-"
 
 
+def format_kl(runs: Runs) -> str:
+    """The KL estimate of a run's last tenth: nats per response, of the policy before an update to the reference."""
+    curves = [read_curve(runs.folders[seed], "objective/kl")[1] for seed in sorted(runs.folders)]
+    values = np.array([kl[-math.ceil(len(kl) / 10) :].mean() for kl in curves if len(kl)])
+    return format_mean(values) if len(values) else "-"
+
+
 def language_section(groups: dict[LanguageGroup, Runs]) -> str:
     """All language runs, the paper's settings or not, with what the reward model gives to other texts."""
     text = [
         "## Language runs",
         "",
-        "Before → after training. Below each table, what the reward model gives to texts other than the policy's: the "
-        'references, nothing at all (IMDB: the prompt alone), and the policy\'s response cut in half; "wins" is how '
-        "often such a text scores above the policy's whole response (compare Figure 1 and Table 15).",
+        "Before → after training; KL is `objective/kl` of the last tenth. Below each table, what the reward model "
+        "gives to texts other than the policy's: the references, nothing at all (IMDB: the prompt alone), and the "
+        "policy's response cut in half; \"wins\" is how often such a text scores above the policy's whole response "
+        "(compare Figure 1 and Table 15).",
         "",
     ]
     combinations = dict.fromkeys((group.task, group.models) for group in sorted(groups, key=sort_key))
@@ -386,7 +394,7 @@ def language_section(groups: dict[LanguageGroup, Runs]) -> str:
                 updates = str(group.timesteps)
             names = [group.algorithm, group.difference_text(), updates, str(len(runs.scores))]
             changes = [format_change(runs, name) for name in ("score", "perplexity")]
-            rows.append([*names, *changes, *(format_change(runs, name, 100) for name in rouge)])
+            rows.append([*names, *changes, format_kl(runs), *(format_change(runs, name, 100) for name in rouge)])
             fixed = [runs.metric(f"score_{name}") for name in ("reference", "empty")]  # the same after as before
             errors.append([*names, *(format_mean(values) if len(values) else "-" for values in fixed)])
             errors[-1].append(format_change(runs, "score_truncated"))
@@ -399,7 +407,7 @@ def language_section(groups: dict[LanguageGroup, Runs]) -> str:
                     f"{format_mean(values)} % (n {len(values)}), {samples} samples judged by {judge}."
                 )
         header = ["Algorithm", "Not the paper's", "Updates", "n"]
-        scores = ["Score", "Perplexity", *(f"ROUGE-{name[5:]}" for name in rouge)]
+        scores = ["Score", "Perplexity", "KL", *(f"ROUGE-{name[5:]}" for name in rouge)]
         others = ["References", "Empty", "Cut in half", "Empty wins (%)", "Cut in half wins (%)"]
         for names, table in ((scores, rows), (others, errors)):
             text += [markdown_table([*header, *names], table, right="|".join(["Updates", "n", *names])), ""]

@@ -68,9 +68,10 @@ def write_language_run(folder, scores, script="sppo_rlhf_imdb", updates=None, cu
         result |= {"commit": "c" * 40, "versions": {"torch": "2.13.0"}}
         (run_dir / "result.json").write_text(json.dumps(result))
         if curves:
-            lines = ["global_step,objective/scores,eval/score,eval/perplexity", "0,,0.5,33.0"]
-            lines += [f"{i},{score * i / updates},{f'{seed},30' if i == 10 else ','}" for i in range(1, updates + 1)]
-            (run_dir / "curves.csv").write_text("\n".join([*lines, f"{updates},,{score},{perplexity}\n"]))
+            lines = ["global_step,objective/scores,objective/kl,eval/score,eval/perplexity", "0,,,0.5,33.0"]
+            updates_done = range(1, updates + 1)
+            lines += [f"{i},{score * i / updates},{i * seed},{f'{seed},30' if i == 10 else ','}" for i in updates_done]
+            (run_dir / "curves.csv").write_text("\n".join([*lines, f"{updates},,,{score},{perplexity}\n"]))
         if judge:
             verdict = {"win_rate": judge[seed - 1], "win_rate_se": 0.05, "judge_model": JUDGE[0], "samples": 100}
             (run_dir / "judge.json").write_text(json.dumps(verdict | {"against": "reference", "unparsed": 0}))
@@ -584,8 +585,11 @@ def test_tables_of_the_language_tasks(tmp_path):
     assert (overview["3"], overview["14"]) == (["13 of 15", "0", "5"], ["3 of 4", "0", "0"])
     imdb, tldr = section(text, "Language runs").split("\n### ")[1:]
     assert imdb.startswith("IMDB: policy `rajkumarrrk/gpt2-fine-tuned-on-imdb-positive-reviews`, data set `stanford")
-    assert rows(imdb)[1][4:] == ["0.500 ± 0.000 → 0.890 ± 0.010", "33.0 ± 0.0 → 40.0 ± 1.0"]
-    assert rows(tldr)[1][6:] == ["30.0 ± 0.0 → 45.0 ± 5.0", "10.0 ± 0.0 → 10.0 ± 0.0", "20.0 ± 0.0 → 20.0 ± 0.0"]
+    # KL of update i: i times the seed; of the last tenth, 57.5 and 115 of 60 updates, 95.5 and 191 of 100.
+    assert rows(imdb)[1][4:] == ["0.500 ± 0.000 → 0.890 ± 0.010", "33.0 ± 0.0 → 40.0 ± 1.0", "86.2 ± 28.8"]
+    assert rows(imdb)[2][-1] == "-"
+    assert rows(tldr)[1][6] == "143.2 ± 47.8"
+    assert rows(tldr)[1][7:] == ["30.0 ± 0.0 → 45.0 ± 5.0", "10.0 ± 0.0 → 10.0 ± 0.0", "20.0 ± 0.0 → 20.0 ± 0.0"]
     figures = {path.name for path in (tmp_path / "report").glob("*.png")}
     assert figures == {"curves_rlhf_imdb.png", "curves_rlhf_tldr.png"}
 
@@ -614,8 +618,8 @@ def test_local_models_and_other_judges_are_never_beside_the_papers(tmp_path):
     paper, reviews = sorted(section(text, "Language runs").split("\n### ")[1:], key=lambda part: "reviews`" in part)
     assert reviews.startswith("IMDB: policy `assets/gpt2-reviews`, data set `assets/reviews`, reward model `assets/s")
     assert rows(reviews)[:2] == [
-        ["PPO", "", "60", "2", "0.500 ± 0.000 → 0.700 ± 0.100", "33.0 ± 0.0 → 40.0 ± 1.0"],
-        ["SPPO", "", "20 of 60", "2", "0.500 ± 0.000 → 0.800 ± 0.100", "33.0 ± 0.0 → 40.0 ± 1.0"],
+        ["PPO", "", "60", "2", "0.500 ± 0.000 → 0.700 ± 0.100", "33.0 ± 0.0 → 40.0 ± 1.0", "86.2 ± 28.8"],
+        ["SPPO", "", "20 of 60", "2", "0.500 ± 0.000 → 0.800 ± 0.100", "33.0 ± 0.0 → 40.0 ± 1.0", "29.2 ± 9.7"],
     ]
     errors = ["0.600 ± 0.000", "0.500 ± 0.000", "0.200 ± 0.000 → 0.350 ± 0.050", "25.0 ± 0.0 → 25.0 ± 0.0"]
     assert rows(reviews)[-2] == ["PPO", "", "60", "2", *errors, "12.5 ± 0.0 → 12.5 ± 0.0"]
