@@ -9,8 +9,8 @@ Machines are shared and drift, so every round runs Stable-Baselines3 and each va
 backwards in every second round, and only ratios within a round are compared: of steps per second and, which neighbours
 disturb less, of steps per CPU second of the whole process. Printed are medians with 95 % bootstrap intervals over the
 rounds after the first, absolute steps per second, the processor and the load of the machine. Compilation and evaluation
-are not counted, on either side. --scaling shows in the same way how the total grows with the number of agents in one
-process, and where the time goes.
+are not counted, on either side. Where the time goes is printed too. --scaling shows in the same way how the total grows
+with the number of agents in one process.
 """
 
 import contextlib
@@ -183,10 +183,8 @@ def environments_alone(script: str, env_id: str, steps: int, num_seeds: int) -> 
     return Speed(total / (time.perf_counter() - wall), total / (time.process_time() - cpu))
 
 
-def ours(
-    script: str, env_id: str, steps: int, threads: int, num_seeds: int, compiled: bool, parts: bool = False
-) -> Speed:
-    """One of our scripts, steps summed over its agents; with parts also where the time goes (continuous scripts).
+def ours(script: str, env_id: str, steps: int, threads: int, num_seeds: int, compiled: bool) -> Speed:
+    """One of our scripts, steps summed over its agents, and where the time goes.
 
     train calls perf_counter before and after each iteration; the CPU time is taken there too.
     """
@@ -205,7 +203,7 @@ def ours(
         method = getattr(owner, name)
 
         def timed(*inputs, **options):
-            if torch.compiler.is_compiling():
+            if torch.compiler.is_compiling() or torch.is_grad_enabled():  # the update's forward passes
                 return method(*inputs, **options)
             start = perf_counter()
             result = method(*inputs, **options)
@@ -216,7 +214,10 @@ def ours(
 
     time.perf_counter = clock
     module.evaluate = lambda learner, args, *_: np.zeros((num_seeds, 10) if hasattr(args, "num_seeds") else 10)
-    if parts:
+    if script.endswith("atari"):
+        time_method(module.Games, "step", "environment")
+        time_method(module.Agent, "forward", "policy")
+    else:
         time_method(module.Envs, "step", "environment")
         time_method(module.Agent, "logits", "policy")
         time_method(module.Normalizer, "obs", "normalization")
@@ -238,8 +239,7 @@ def ours(
     if abs(sum(result["sps"] for result in results) / (total / wall) - 1) > 0.01:
         raise RuntimeError(f"{script} counts other iterations than this program")
     shares = {part: value / wall * counted for part, value in seconds.items()}
-    if parts:
-        shares["update and the rest"] = 1 - sum(shares.values())
+    shares["update and the rest"] = 1 - sum(shares.values())
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     return Speed(total / wall, total / cpu, shares, memory)
 
@@ -293,6 +293,11 @@ def median_wall(speeds: list[Speed]) -> str:
     return f"{np.median([speed.wall for speed in speeds]):,.0f}"
 
 
+def parts(speeds: list[Speed]) -> str:
+    """Median shares of the time by the clock."""
+    return ", ".join(f"{part} {np.median([s.shares.get(part, 0) for s in speeds]):.0%}" for part in speeds[0].shares)
+
+
 def compare(args: Args, script: str) -> None:
     env_id, steps, threads = settings(args, script)
     num_seeds = 1 if script.endswith("atari") else args.num_seeds
@@ -309,7 +314,7 @@ def compare(args: Args, script: str) -> None:
     peer, alone = found["Stable-Baselines3"], found.get("environments")
     for variant in args.variants:
         print(f"  {variant}: {ratio(found[variant], peer)} times Stable-Baselines3, ", end="")
-        print(f"{median_wall(found[variant])} and {median_wall(peer)} steps/s", flush=True)
+        print(f"{median_wall(found[variant])} and {median_wall(peer)} steps/s; {parts(found[variant])}", flush=True)
     if alone:
         print(f"  {variant}: {ratio(found[variant], alone)} of its environments alone, {median_wall(alone)} steps/s")
 
@@ -330,15 +335,13 @@ def compare_with_trl(args: Args) -> None:
 def scale(args: Args, script: str) -> None:
     env_id, steps, threads = settings(args, script)
     runs = {
-        f"{n} agents": lambda n=n: in_fresh_process(ours, script, env_id, steps, threads, n, True, True)
-        for n in args.scaling
+        f"{n} agents": lambda n=n: in_fresh_process(ours, script, env_id, steps, threads, n, True) for n in args.scaling
     }
     found = in_turn(args.rounds, runs, f"{script}, {env_id}, {threads} thread(s), {steps:,} steps, compiled")
     first = found[f"{args.scaling[0]} agents"]
     for name, speeds in found.items():
-        parts = [f"{part} {np.median([s.shares.get(part, 0) for s in speeds]):.0%}" for part in speeds[0].shares]
         print(f"  {name}: {ratio(speeds, first)} times {args.scaling[0]}, {median_wall(speeds)} steps/s; ", end="")
-        print(f"{', '.join(parts)}; {max(s.memory for s in speeds):.2f} GiB", flush=True)
+        print(f"{parts(speeds)}; {max(s.memory for s in speeds):.2f} GiB", flush=True)
 
 
 def settings(args: Args, script: str) -> tuple[str, int, int]:

@@ -6,6 +6,7 @@ import sys
 
 import pytest
 from conftest import ROOT
+from other_envs import is_same
 from throughput import Speed, in_fresh_process, in_turn, iterations, ours, processor, ratio, stable_baselines3
 
 
@@ -45,12 +46,21 @@ def test_an_iteration_that_compiles_is_left_out():
 
 def test_a_script_is_measured_by_the_clock_and_in_cpu_seconds():
     """Other iterations than those behind the script's own steps per second would raise an error."""
-    speed = in_fresh_process(ours, "sppo_continuous_discretized", "InvertedDoublePendulum-v4", 4096, 1, 2, False, True)
+    speed = in_fresh_process(ours, "sppo_continuous_discretized", "InvertedDoublePendulum-v4", 4096, 1, 2, False)
     assert 0 < speed.wall < 1.1 * speed.cpu  # one thread: CPU seconds are no more than seconds
     assert sum(speed.shares.values()) == pytest.approx(1) and min(speed.shares.values()) > 0
     assert 0.1 < speed.memory < 4
+    atari = in_fresh_process(ours, "sa2c_atari", "PongNoFrameskip-v4", 160, 1, 1, False)
+    assert sum(atari.shares.values()) == pytest.approx(1) and min(atari.shares.values()) > 0
+    assert list(atari.shares) == ["policy", "environment", "update and the rest"]
     peer = in_fresh_process(stable_baselines3, "sa2c_continuous_discretized", "InvertedDoublePendulum-v4", 64, 1)
     assert 0 < peer.wall < 1.1 * peer.cpu
+
+
+@pytest.mark.parametrize("way", ["threads", "processes"])
+def test_split_environments_are_the_scripts(way):
+    """Three workers share four environments; some of 2,000 steps end an episode."""
+    assert in_fresh_process(is_same, way, "InvertedDoublePendulum-v4", 4, 3)
 
 
 @pytest.mark.parametrize("flags", [("--scaling", "0"), ("--scaling", "1", "0"), ("--rounds", "0"), ("--steps", "0")])
