@@ -165,6 +165,14 @@ def load_auto(args: Args, flag: str, name: str, auto_class: type, **options):
     return load_pretrained(args, flag, name, auto_class.from_pretrained, trust_remote_code=False, **options)
 
 
+def load_network(args: Args, flag: str, name: str, auto_class: type, **options) -> PreTrainedModel:
+    """A model by load_auto. Raises Stop where it lacks weights, which transformers would draw at random."""
+    model, info = load_auto(args, flag, name, auto_class, output_loading_info=True, **options)
+    missing = ", ".join(sorted(info["missing_keys"])[:5])
+    require(not missing, f"--{flag} {name} has no weights for {missing} of {type(model).__name__}")
+    return model
+
+
 def hub_commit(args: Args, name: str) -> str | None:
     """Commit of the files in the cache that a hub id was loaded from; None for a local folder."""
     if Path(name).exists():
@@ -289,8 +297,8 @@ class Reward:
     """Probability of "positive" under a sequence classifier; of a text that is too long, the end counts."""
 
     def __init__(self, args: Args, device: torch.device):
-        options = {"dtype": torch.float32}  # not that of the file
-        self.model = load_auto(args, "reward-model", args.reward_model, AutoModelForSequenceClassification, **options)
+        name, auto_class = args.reward_model, AutoModelForSequenceClassification
+        self.model = load_network(args, "reward-model", name, auto_class, dtype=torch.float32)  # not that of the file
         self.tokenizer = load_auto(args, "reward-model", args.reward_model, AutoTokenizer)
         check_vocabulary("reward-model", args.reward_model, self.tokenizer, self.model)
         self.tokenizer.pad_token = self.tokenizer.pad_token or self.tokenizer.eos_token
@@ -494,8 +502,8 @@ class Learner:
         tokenizer = args.tokenizer or TOKENIZERS.get(args.policy, args.policy)
         flag = "policy" if tokenizer == args.policy else "tokenizer"
         self.tokenizer = load_auto(args, flag, tokenizer, AutoTokenizer)
-        policy = load_auto(args, "policy", args.policy, AutoModelForCausalLM, dtype=torch.float32)
-        value_model = load_auto(args, "policy", args.policy, AutoModel, dtype=torch.float32)
+        policy = load_network(args, "policy", args.policy, AutoModelForCausalLM, dtype=torch.float32)
+        value_model = load_network(args, "policy", args.policy, AutoModel, dtype=torch.float32)
         check_vocabulary("policy", args.policy, self.tokenizer, policy)
         self.reward = None if args.reward_function else Reward(args, self.device)
         models = (args.policy, tokenizer, *(() if args.reward_function else (args.reward_model,)))

@@ -189,6 +189,14 @@ def load_auto(args: Args, flag: str, name: str, auto_class: type, **options):
     return load_pretrained(args, flag, name, auto_class.from_pretrained, trust_remote_code=False, **options)
 
 
+def load_network(args: Args, flag: str, name: str, auto_class: type, **options) -> PreTrainedModel:
+    """A model by load_auto. Raises Stop where it lacks weights, which transformers would draw at random."""
+    model, info = load_auto(args, flag, name, auto_class, output_loading_info=True, **options)
+    missing = ", ".join(sorted(info["missing_keys"])[:5])
+    require(not missing, f"--{flag} {name} has no weights for {missing} of {type(model).__name__}")
+    return model
+
+
 def hub_commit(args: Args, name: str) -> str | None:
     """Commit of the files in the cache that a hub id was loaded from; None for a local folder."""
     if Path(name).exists():
@@ -371,8 +379,8 @@ class ClassifierReward:
     """Logit of a classifier with one label on prompt + summary + --reward-end; of a long text, the end counts."""
 
     def __init__(self, args: Args, device: torch.device):
-        options = {"dtype": torch.float32}  # not that of the file
-        self.model = load_auto(args, "reward-model", args.reward_model, AutoModelForSequenceClassification, **options)
+        name, auto_class = args.reward_model, AutoModelForSequenceClassification
+        self.model = load_network(args, "reward-model", name, auto_class, dtype=torch.float32)  # not that of the file
         self.tokenizer = load_auto(args, "reward-model", args.reward_model, AutoTokenizer)
         check_vocabulary("reward-model", args.reward_model, self.tokenizer, self.model)
         self.tokenizer.pad_token = self.tokenizer.pad_token or self.tokenizer.eos_token
@@ -606,7 +614,7 @@ def load_base(args: Args, device: torch.device) -> PreTrainedModel:
         nf4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": torch.bfloat16}
         nf4["bnb_4bit_use_double_quant"] = args.double_quant
         options |= {"quantization_config": BitsAndBytesConfig(**nf4), "device_map": {"": device}}
-    base = load_auto(args, "policy", args.policy, AutoModelForCausalLM, **options)
+    base = load_network(args, "policy", args.policy, AutoModelForCausalLM, **options)
     return base if args.base_precision == "4bit" else base.to(device)
 
 

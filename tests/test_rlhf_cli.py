@@ -138,6 +138,12 @@ def weights(run_dir):
     return load_file(path)
 
 
+def without(folder, name):
+    """Take the weights of that name out of a saved model."""
+    path = Path(folder) / "model.safetensors"
+    save_file({other: x for other, x in load_file(path).items() if other != name}, path, {"format": "pt"})
+
+
 def events(run_dir):
     return EventAccumulator(str(run_dir), size_guidance={"scalars": 0, "tensors": 0}).Reload()
 
@@ -709,6 +715,8 @@ BAD_FLAGS = [
     ({"policy": "other_tokens"}, "--policy other_tokens", "tokens", "different models"),
     ({"policy": "no_end"}, "--policy no_end", "no end-of-text token"),
     ({"policy": "adapter"}, "--policy adapter", "is an adapter", "merged"),
+    ({"policy": "no_norm"}, "--policy no_norm", "no weights for transformer.h.1.ln_1.bias of GPT2LMHeadModel"),
+    ({"reward_model": "gpt2"}, "--reward-model gpt2", "no weights for score.weight"),
     ({"tokenizer": "missing"}, "--tokenizer missing", "local folder"),
 ]
 BAD_IMDB_FLAGS = [
@@ -739,6 +747,7 @@ def bad_assets(assets, tmp_path_factory):
     tiny.classifier(small, ["NEGATIVE", "POSITIVE"]).save_pretrained(folder / "other_sentiment")
     for name in ("other_tokens", "other_sentiment"):
         tokenizer.save_pretrained(folder / name)
+    without(shutil.copytree(assets / "gpt2", folder / "no_norm"), "transformer.h.1.ln_1.bias")
     shutil.copytree(assets / "llama", folder / "no_end")
     tokenizer.eos_token = None
     tokenizer.save_pretrained(folder / "no_end")
@@ -884,6 +893,16 @@ def test_evaluate_refuses_a_damaged_policy(script, finished, tmp_path):
     path.unlink()
     code, _, err = call(script, tmp_path, ["--evaluate", "run"])
     assert_refused(code, err, "run", "policy")
+    assert out == ""
+
+
+def test_evaluate_refuses_a_policy_with_weights_missing(script, finished, tmp_path):
+    if script is not IMDB:
+        pytest.skip("leaves an adapter")
+    shutil.copytree(finished.run_dir, tmp_path / "run")
+    without(tmp_path / "run" / "policy", "transformer.h.0.attn.c_attn.bias")
+    code, out, err = call(script, tmp_path, ["--evaluate", "run"])
+    assert_refused(code, err, "run/policy", "no weights for transformer.h.0.attn.c_attn.bias")
     assert out == ""
 
 
