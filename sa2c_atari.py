@@ -27,7 +27,6 @@ import io
 import json
 import os
 import pickle
-import platform
 import re
 import shutil
 import signal
@@ -40,7 +39,6 @@ from datetime import timedelta
 from importlib.metadata import distributions
 from importlib.util import find_spec
 from pathlib import Path
-from uuid import uuid4
 
 import ale_py
 import numpy as np
@@ -52,7 +50,8 @@ from gymnasium.vector import AutoresetMode
 from torch import Tensor, nn
 from torch.utils.tensorboard import SummaryWriter
 
-SCRIPT, VERSION = Path(__file__).stem, 2  # of the format of checkpoint.pt
+SCRIPT = Path(__file__).stem
+VERSION = 2  # of the format of checkpoint.pt
 EVAL_EPISODES = 10
 LOG_EVERY = 2048  # steps
 TRAINING, EVALUATION = 0, 1  # streams of environment seeds
@@ -95,7 +94,7 @@ class Args:
 
 
 class Stop(Exception):
-    """Ends the script in one line: exit code 2 for a wrong argument, 1 for trouble that is nobody's mistake."""
+    """Ends the script in one line: exit code 2 for a wrong argument, 1 for what a run can meet, such as a full disk."""
 
     def __init__(self, message: str, code: int = 2):
         super().__init__(message)
@@ -347,7 +346,7 @@ def train(args: Args, run_dir: Path) -> None:
     counters = {"global_step": 0, "train_steps": 0, "train_seconds": 0.0, "wall_seconds": 0.0}
     counters |= {"last_returns": [], "curves": []}
     counters |= load_checkpoint(run_dir, learner)
-    start_time -= counters["wall_seconds"]
+    start_time -= counters["wall_seconds"]  # of the process or processes before
     first_step = global_step = counters["global_step"]
     log = RunLog(run_dir, args, counters["curves"], global_step)
     progress = Progress(total_timesteps, "step")
@@ -493,13 +492,13 @@ def evaluate(learner: Learner, args: Args, run_dir: Path, step: int | None = Non
 def load_model(path: Path) -> tuple[Args, Learner]:
     """Arguments and agent of a saved model, a file or in a run directory. Raises Stop when it is none of ours."""
     path = path / "model.safetensors" if path.is_dir() else path
-    require(path.exists(), f"{path} does not exist: a model is written when its run has finished")
     try:
         with safetensors.safe_open(path, "pt") as file:
             metadata, tensors = file.metadata() or {}, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (safetensors.SafetensorError, OSError) as error:
-        raise Stop(f"{path} is not a safetensors file ({error})") from None
-    args = saved_args(path, metadata.get("script"), json.loads(metadata.get("args", "{}")))
+        script, saved = metadata.get("script"), json.loads(metadata.get("args", "{}"))
+    except (safetensors.SafetensorError, OSError, ValueError) as error:
+        raise Stop(f"{path} cannot be read as a model, which a run leaves when it has finished ({error})") from None
+    args = saved_args(path, script, saved)
     require(all(x.isfinite().all() for x in tensors.values()), f"{path} holds values that are not finite")
     learner = Learner(args, Games(args, 1).num_actions)
     learner.load_networks(tensors, path)
@@ -602,8 +601,7 @@ def save_results(
     tensors = {name: x.cpu().contiguous() for name, x in learner.agent.state_dict().items()}
     content = safetensors.torch.save(tensors, {"script": SCRIPT, "args": json.dumps(asdict(args))})
     write_atomic(run_dir / "model.safetensors", content)
-    versions = {"python": platform.python_version()}
-    versions |= {d.name: d.version for d in distributions() if d.name in PACKAGES}
+    versions = {"python": sys.version.split()[0]} | {d.name: d.version for d in distributions() if d.name in PACKAGES}
     sps = counters["train_steps"] / counters["train_seconds"] if counters["train_steps"] else None
     result = {"script": SCRIPT, "env_id": args.env_id, "seed": args.seed, "args": asdict(args)}
     result |= {"total_timesteps": counters["global_step"], "eval_returns": eval_returns.tolist()}
@@ -630,7 +628,7 @@ def git_commit() -> str | None:
 
 
 class RunLog:
-    """TensorBoard, curves.csv and Weights & Biases of one run. rows: those of curves.csv up to the checkpoint."""
+    """TensorBoard, curves.csv and Weights & Biases of one run. rows: those of curves.csv so far; new ones are added."""
 
     def __init__(self, run_dir: Path, args: Args, rows: list[dict], global_step: int):
         self.path, self.rows, self.wandb = run_dir / "curves.csv", rows, None
@@ -640,7 +638,7 @@ class RunLog:
 
             id_file = run_dir / "wandb_id.txt"
             if not id_file.exists():
-                id_file.write_text(uuid4().hex)
+                id_file.write_text(os.urandom(8).hex())
             options = {"project": args.wandb_project_name, "entity": args.wandb_entity, "config": asdict(args)}
             options |= {"name": run_dir.name, "id": id_file.read_text(), "resume": "allow", "reinit": "create_new"}
             self.wandb = wandb.init(dir=run_dir, **options)
@@ -717,7 +715,6 @@ def main() -> int:
     args = tyro.cli(Args, description=__doc__)
     name = f"{args.env_id.replace('/', '-')}__{SCRIPT}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
     run_dir = Path(args.resume or args.run_dir or f"runs/{name}")
-    resumed = args.resume is not None
     try:
         require("" not in (args.run_dir, args.resume, args.evaluate), "--run-dir, --resume and --evaluate need a path")
         if args.evaluate:
@@ -729,10 +726,11 @@ def main() -> int:
             returns = evaluate(learner, args, path if path.is_dir() else path.parent)
             print(f"evaluation {scores_text(returns)}")
             return 0
-        if resumed:
+        if args.resume:
             args = replace(changed_args(open_run_dir(run_dir), "resume"), resume=None)
-        validate(args)
-        if not resumed:
+            validate(args)
+        else:
+            validate(args)
             args = replace(args, env_id=canonical_id(args.env_id), run_dir=str(run_dir))
             create_run_dir(args, run_dir)
         if (run_dir / "result.json").exists():
@@ -747,7 +745,7 @@ def main() -> int:
         disk_full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
         if not disk_full and not isinstance(error, (Stop, KeyboardInterrupt, torch.OutOfMemoryError)):
             raise  # a bug: Python's own traceback, and the note below it
-        print(end="\n" if sys.stdout.isatty() else "")  # end the progress line
+        print(end="\n" if code != 2 and sys.stdout.isatty() else "")  # end the progress line
         message = "stopped" if code == 130 else f"error: {' '.join(str(error).split())}"
         print(message, *getattr(error, "__notes__", ()), sep="\n", file=sys.stderr)
         return code

@@ -27,7 +27,6 @@ import io
 import json
 import os
 import pickle
-import platform
 import shutil
 import signal
 import subprocess
@@ -40,7 +39,6 @@ from datetime import timedelta
 from importlib.metadata import distributions
 from importlib.util import find_spec
 from pathlib import Path
-from uuid import uuid4
 
 import gymnasium as gym
 import mujoco
@@ -48,11 +46,11 @@ import numpy as np
 import safetensors.torch
 import torch
 import tyro
-from gymnasium.vector import SyncVectorEnv
 from torch import Tensor, nn
 from torch.utils.tensorboard import SummaryWriter
 
-SCRIPT, VERSION = Path(__file__).stem, 2  # of the format of checkpoint.pt
+SCRIPT = Path(__file__).stem
+VERSION = 2  # of the format of checkpoint.pt
 EVAL_EPISODES = 10
 EVAL_MAX_STEPS = 20_000  # of an episode in an environment without a time limit
 LOG_EVERY = 2048  # steps
@@ -102,7 +100,7 @@ class Args:
 
 
 class Stop(Exception):
-    """Ends the script in one line: exit code 2 for a wrong argument, 1 for trouble that is nobody's mistake."""
+    """Ends the script in one line: exit code 2 for a wrong argument, 1 for what a run can meet, such as a full disk."""
 
     def __init__(self, message: str, code: int = 2):
         super().__init__(message)
@@ -122,10 +120,12 @@ def make_env(env_id: str, video_dir: Path | None = None) -> gym.Env:
     env = gym.make(env_id, disable_env_checker=True, **({"render_mode": "rgb_array"} if video_dir else {}))
     if video_dir:
         env = gym.wrappers.RecordVideo(env, str(video_dir), episode_trigger=lambda episode: episode == 0)
-    return env if len(env.observation_space.shape or ()) == 1 else gym.wrappers.FlattenObservation(env)
+    space = env.observation_space
+    flat = isinstance(space, gym.spaces.Box) and len(space.shape) == 1
+    return env if flat else gym.wrappers.FlattenObservation(env)
 
 
-class Envs(SyncVectorEnv):
+class Envs(gym.vector.SyncVectorEnv):
     """Environments that reset within the step that ends an episode, so that no transition is junk.
 
     SyncVectorEnv's own bookkeeping takes four times as long: of all infos only final_obs, the observations before any
@@ -401,7 +401,7 @@ def train(args: Args, run_dir: Path) -> None:
     start_time, commit = time.monotonic(), git_commit()
     torch.set_num_threads(args.num_threads)
     N, E, T = args.num_seeds, args.num_envs, args.num_steps
-    seeds = seeds_of(args)
+    seeds = seed_dirs(args, run_dir)  # {seed: directory}
     rollout_size = T * E
     total_timesteps = -(-args.total_timesteps // rollout_size) * rollout_size
 
@@ -414,14 +414,14 @@ def train(args: Args, run_dir: Path) -> None:
     counters = {"global_step": 0, "train_steps": 0, "train_seconds": 0.0, "wall_seconds": 0.0}
     counters |= {"last_returns": [[] for _ in seeds], "curves": [[] for _ in seeds]}
     counters |= load_checkpoint(run_dir, learner)
-    start_time -= counters["wall_seconds"]
+    start_time -= counters["wall_seconds"]  # of the process or processes before
     first_step = global_step = counters["global_step"]
     logs = []
-    for seed, rows in zip(seeds, counters["curves"]):
-        logs.append(RunLog(seed_dir(args, run_dir, seed), replace(args, seed=seed, num_seeds=1), rows, global_step))
+    for (seed, seed_dir), rows in zip(seeds.items(), counters["curves"]):
+        logs.append(RunLog(seed_dir, replace(args, seed=seed, num_seeds=1), rows, global_step))  # rows: for checkpoints
     progress = Progress(total_timesteps, "step")
     stop_signals = collect_signals()
-    failed = []  # agents whose loss is not finite any more
+    failed = np.zeros(N, bool)  # agents whose loss is not finite any more
 
     torch._dynamo.config.trace_autograd_ops = True  # forward and backward in one graph
     compute_gradients = torch.compile(gradients, disable=not args.compile)
@@ -432,7 +432,7 @@ def train(args: Args, run_dir: Path) -> None:
     episode_return, episode_length = np.zeros((N, E)), np.zeros((N, E))
     episodes, stats, last_log = [[] for _ in seeds], [], global_step  # since the last log
 
-    raw_obs, _ = envs.reset(seed=env_seeds(seeds, E, TRAINING, global_step))
+    raw_obs, _ = envs.reset(seed=env_seeds(seeds, E, TRAINING, global_step))  # a resumed run has other episodes
     obs = normalizer.obs(raw_obs.reshape(N, E, obs_dim), update=global_step < total_timesteps)
     while global_step < total_timesteps and not stop_signals:
         iteration_start = time.perf_counter()
@@ -515,9 +515,8 @@ def train(args: Args, run_dir: Path) -> None:
                     metrics["eval/episodic_return"] = eval_returns[i].mean()
                 log.write(global_step, metrics)
             episodes, stats, last_log = [[] for _ in seeds], [], global_step
-        counters["last_returns"] = [returns[-EVAL_EPISODES:] for returns in counters["last_returns"]]
-        recent = np.concatenate(counters["last_returns"])
-        mean_return = recent.mean() if len(recent) else np.nan
+        counters["last_returns"] = [last[-EVAL_EPISODES:] for last in counters["last_returns"]]
+        mean_return = np.mean([r for last in counters["last_returns"] for r in last] or [np.nan])
         progress.show(global_step, sps, f"return {mean_return:.1f}  {N * sps:,.0f} steps/s")
         if global_step % args.checkpoint_every < rollout_size or global_step == total_timesteps or stop_signals:
             save_checkpoint(run_dir, learner, counters)
@@ -541,8 +540,8 @@ def evaluate(learner: Learner, args: Args, run_dir: Path, step: int | None = Non
     """
     name = "final" if step is None else f"step{step}"
     stream = (EVALUATION,) if step is None else (EVALUATION, step)
-    seeds = seeds_of(args)
-    videos = [seed_dir(args, run_dir, seed) / "videos" / name for seed in seeds] if args.capture_video else []
+    seeds = seed_dirs(args, run_dir)
+    videos = [seed_dir / "videos" / name for seed_dir in seeds.values()] if args.capture_video else []
     envs = make_envs(args.env_id, len(seeds) * EVAL_EPISODES, videos)
     bins = action_bins(envs.single_action_space, args.num_bins)
     raw_obs, _ = envs.reset(seed=env_seeds(seeds, EVAL_EPISODES, *stream))
@@ -567,13 +566,13 @@ def load_model(path: Path) -> tuple[Args, Learner]:
     if runs := sorted(path.glob("seed*/model.safetensors")):
         raise Stop(f"{path} holds the runs of several seeds: name one, such as {runs[0].parent}")
     path = path / "model.safetensors" if path.is_dir() else path
-    require(path.exists(), f"{path} does not exist: a model is written when its run has finished")
     try:
         with safetensors.safe_open(path, "pt") as file:
             metadata, tensors = file.metadata() or {}, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (safetensors.SafetensorError, OSError) as error:
-        raise Stop(f"{path} is not a safetensors file ({error})") from None
-    args = saved_args(path, metadata.get("script"), json.loads(metadata.get("args", "{}")))
+        script, saved = metadata.get("script"), json.loads(metadata.get("args", "{}"))
+    except (safetensors.SafetensorError, OSError, ValueError) as error:
+        raise Stop(f"{path} cannot be read as a model, which a run leaves when it has finished ({error})") from None
+    args = saved_args(path, script, saved)
     require(all(x.isfinite().all() for x in tensors.values()), f"{path} holds values that are not finite")
     obs_dim, action_dim = check_env(args)
     learner = Learner(args, [args.seed], obs_dim, action_dim)
@@ -598,20 +597,17 @@ def collect_signals() -> list[int]:
     return received
 
 
-def check_finite(args: Args, step: int, grad_norms: list[float], failed: list[int], learner: Learner) -> None:
-    """Add to failed the agents whose loss is not finite, and name each once. Raises Stop when none is left."""
-    new = [i for i, norm in enumerate(grad_norms) if not np.isfinite(norm) and i not in failed]
-    failed += new
-    messages = []
-    for i in new:
+def check_finite(args: Args, step: int, grad_norms: list[float], failed: np.ndarray, learner: Learner) -> None:
+    """Mark in failed the agents whose loss is not finite, and name each once. Raises Stop when none is left."""
+    for i in np.flatnonzero(~np.isfinite(grad_norms) & ~failed):
+        failed[i] = True
         reason = "the loss is not finite. Try a lower --learning-rate or a lower --beta"
         statistics = [learner.normalizer.return_rms.var[i], *learner.normalizer.obs_rms.var[i]]
         if not np.isfinite(statistics).all():  # they have seen every observation and reward
             reason = "the environment's observations or rewards are not finite"
-        messages.append(f"seed {args.seed + i} of {args.env_id} failed at step {step:,}: {reason}")
-    require(not new or len(failed) < args.num_seeds, "; ".join(messages), code=1)
-    for message in messages:
-        print(f"{message}; the other seeds go on", file=sys.stderr)
+        message = f"seed {args.seed + i} of {args.env_id} failed at step {step:,}: {reason}"
+        require(not failed.all(), message, code=1)
+        print(f"{message}; it leaves no result", file=sys.stderr)
 
 
 def write_atomic(path: Path, content: bytes | memoryview) -> None:
@@ -628,13 +624,10 @@ def write_json(path: Path, content: dict) -> None:
     write_atomic(path, (json.dumps(content, indent=2) + "\n").encode())
 
 
-def seeds_of(args: Args) -> range:
-    return range(args.seed, args.seed + args.num_seeds)
-
-
-def seed_dir(args: Args, run_dir: Path, seed: int) -> Path:
-    """Where the results of one seed go."""
-    return run_dir / f"seed{seed}" if args.num_seeds > 1 else run_dir
+def seed_dirs(args: Args, run_dir: Path) -> dict[int, Path]:
+    """Every seed and the directory of its results."""
+    seeds = range(args.seed, args.seed + args.num_seeds)
+    return {seed: run_dir / f"seed{seed}" if args.num_seeds > 1 else run_dir for seed in seeds}
 
 
 def create_run_dir(args: Args, run_dir: Path) -> None:
@@ -706,10 +699,9 @@ def save_results(
     """What each finished agent leaves: model.safetensors, which loads without pickle, and result.json."""
     failed, rms, step = [], learner.normalizer.obs_rms, counters["global_step"]
     sps = counters["train_steps"] / counters["train_seconds"] if counters["train_steps"] else None
-    versions = {"python": platform.python_version()}
-    versions |= {d.name: d.version for d in distributions() if d.name in PACKAGES}
-    for i, (seed, log, last_returns) in enumerate(zip(seeds_of(args), logs, counters["last_returns"])):
-        folder = log.path.parent
+    versions = {"python": sys.version.split()[0]} | {d.name: d.version for d in distributions() if d.name in PACKAGES}
+    for i, (log, last_returns) in enumerate(zip(logs, counters["last_returns"])):
+        seed, folder = args.seed + i, log.path.parent
         own_args = asdict(args) | {"seed": seed, "num_seeds": 1, "run_dir": str(folder)}
         tensors = {"obs_mean": torch.tensor(rms.mean[i]), "obs_var": torch.tensor(rms.var[i])}
         for name, x in learner.agent.state_dict().items():
@@ -747,7 +739,7 @@ def git_commit() -> str | None:
 
 
 class RunLog:
-    """TensorBoard, curves.csv and Weights & Biases of one run. rows: those of curves.csv up to the checkpoint."""
+    """TensorBoard, curves.csv and Weights & Biases of one run. rows: those of curves.csv so far; new ones are added."""
 
     def __init__(self, run_dir: Path, args: Args, rows: list[dict], global_step: int):
         self.path, self.rows, self.wandb = run_dir / "curves.csv", rows, None
@@ -757,7 +749,7 @@ class RunLog:
 
             id_file = run_dir / "wandb_id.txt"
             if not id_file.exists():
-                id_file.write_text(uuid4().hex)
+                id_file.write_text(os.urandom(8).hex())
             options = {"project": args.wandb_project_name, "entity": args.wandb_entity, "config": asdict(args)}
             options |= {"name": run_dir.name, "id": id_file.read_text(), "resume": "allow", "reinit": "create_new"}
             self.wandb = wandb.init(dir=run_dir, **options)
@@ -859,7 +851,6 @@ def main() -> int:
     args = tyro.cli(Args, description=__doc__)
     name = f"{args.env_id.replace('/', '-')}__{SCRIPT}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
     run_dir = Path(args.resume or args.run_dir or f"runs/{name}")
-    resumed = args.resume is not None
     try:
         require("" not in (args.run_dir, args.resume, args.evaluate), "--run-dir, --resume and --evaluate need a path")
         if args.evaluate:
@@ -871,12 +862,13 @@ def main() -> int:
             returns = evaluate(learner, args, path if path.is_dir() else path.parent)[0]
             print(f"evaluation {scores_text(returns)}")
             return 0
-        if resumed:
+        if args.resume:
             args = replace(changed_args(open_run_dir(run_dir), "resume"), resume=None)
-        validate(args)
-        if not resumed:
+            validate(args)
+        else:
+            validate(args)
             create_run_dir(args, run_dir)
-        if all((seed_dir(args, run_dir, seed) / "result.json").exists() for seed in seeds_of(args)):
+        if all((seed_dir / "result.json").exists() for seed_dir in seed_dirs(args, run_dir).values()):
             print(f"{run_dir} has finished; evaluate again with --evaluate")
         else:
             train(args, run_dir)
@@ -888,7 +880,7 @@ def main() -> int:
         disk_full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
         if not disk_full and not isinstance(error, (Stop, KeyboardInterrupt, torch.OutOfMemoryError)):
             raise  # a bug: Python's own traceback, and the note below it
-        print(end="\n" if sys.stdout.isatty() else "")  # end the progress line
+        print(end="\n" if code != 2 and sys.stdout.isatty() else "")  # end the progress line
         message = "stopped" if code == 130 else f"error: {' '.join(str(error).split())}"
         print(message, *getattr(error, "__notes__", ()), sep="\n", file=sys.stderr)
         return code

@@ -30,7 +30,6 @@ import io
 import json
 import os
 import pickle
-import platform
 import re
 import resource
 import shutil
@@ -48,7 +47,6 @@ from importlib.metadata import distributions
 from importlib.util import find_spec
 from numbers import Real
 from pathlib import Path
-from uuid import uuid4
 
 import datasets
 import huggingface_hub
@@ -57,14 +55,13 @@ import torch
 import transformers
 import tyro
 from accelerate import Accelerator
-from accelerate.utils import InitProcessGroupKwargs, broadcast_object_list, gather_object
+from accelerate.utils import InitProcessGroupKwargs, gather_object
 from datasets.exceptions import DatasetsError
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.utils.tensorboard import SummaryWriter
 from transformers import (
-    AutoModel,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
@@ -74,12 +71,11 @@ from transformers import (
 )
 from transformers.utils.peft_utils import find_adapter_config_file
 
-SCRIPT, VERSION = Path(__file__).stem, 2  # of the format of checkpoint.pt
+SCRIPT = Path(__file__).stem
+VERSION = 2  # of the format of checkpoint.pt
 TRAINING, EVALUATION = 0, 1  # streams of random numbers
 MAY_CHANGE = ("micro_batch_size", "rollout_batch_size")  # on resume and for an evaluation
 OOM_HINT = "lower --micro-batch-size and --rollout-batch-size, which --resume takes as well"
-# What the libraries raise for a name, a network or a file that is wrong.
-LOAD_ERRORS = (OSError, ValueError, SafetensorError, DatasetsError, StrictDataclassError)
 TOKENIZERS = {"rajkumarrrk/gpt2-fine-tuned-on-imdb-positive-reviews": "lvwerra/gpt2-imdb"}  # where the authors took it
 PACKAGES = ("torch", "transformers", "datasets", "accelerate", "numpy")  # their versions go into result.json
 
@@ -136,7 +132,7 @@ class Args:
 
 
 class Stop(Exception):
-    """Ends the script in one line: exit code 2 for a wrong argument, 1 for trouble that is nobody's mistake."""
+    """Ends the script in one line: exit code 2 for a wrong argument, 1 for what a run can meet, such as a full disk."""
 
     def __init__(self, message: str, code: int = 2):
         super().__init__(message)
@@ -146,74 +142,6 @@ class Stop(Exception):
 def require(condition: bool, message: str, code: int = 2) -> None:
     if not condition:
         raise Stop(message, code)
-
-
-def load_pretrained(args: Args, flag: str, name: str, from_pretrained: Callable, **options):
-    """from_pretrained(name), hub id or local folder. Raises Stop with one line that says what to give instead."""
-    if name in (args.revision or {}):
-        options["revision"] = args.revision[name]
-    try:
-        return from_pretrained(name, **options)
-    except LOAD_ERRORS as error:
-        reason = (str(error) or repr(error)).splitlines()[0]
-        instead = "a hub id that can be reached from here, or a local folder, such as benchmark/rlhf_assets.py makes"
-        raise Stop(f"--{flag} {name} cannot be loaded ({reason}): give {instead}") from None
-
-
-def load_auto(args: Args, flag: str, name: str, auto_class: type, **options):
-    """A model or tokenizer by one of transformers' Auto classes; code that comes with it is never run."""
-    return load_pretrained(args, flag, name, auto_class.from_pretrained, trust_remote_code=False, **options)
-
-
-def load_network(args: Args, flag: str, name: str, auto_class: type, **options) -> PreTrainedModel:
-    """A model by load_auto. Raises Stop where it lacks weights, which transformers would draw at random."""
-    model, info = load_auto(args, flag, name, auto_class, output_loading_info=True, **options)
-    missing = ", ".join(sorted(info["missing_keys"])[:5])
-    require(not missing, f"--{flag} {name} has no weights for {missing} of {type(model).__name__}")
-    return model
-
-
-def hub_commit(args: Args, name: str) -> str | None:
-    """Commit of the files in the cache that a hub id was loaded from; None for a local folder."""
-    if Path(name).exists():
-        return None
-    for file in ("config.json", "adapter_config.json", "tokenizer_config.json"):
-        path = huggingface_hub.try_to_load_from_cache(name, file, revision=(args.revision or {}).get(name))
-        if isinstance(path, str):
-            return Path(path).parent.name
-
-
-def load_rows(args: Args, columns: Sequence[str]) -> tuple[list[dict], list[dict], str | None]:
-    """Rows of the training and the validation split; without one, a fifth of the training split, drawn by the seed.
-
-    They have the columns, which are texts, or, for a reward function, all columns. Third is the commit on the hub.
-    Raises Stop when there is no such data set or column, no row, or something else than text in a row.
-    """
-    name, path = args.dataset, Path(args.dataset)
-    require(not path.is_file() or path.stat().st_size, f"--dataset {name} is empty")
-    if path.is_file():
-        data = load_pretrained(args, "dataset", name, lambda file: datasets.load_dataset("json", data_files=file))
-    elif (path / "dataset_dict.json").exists() or (path / "dataset_info.json").exists():
-        data = load_pretrained(args, "dataset", name, datasets.load_from_disk)
-    else:
-        data = load_pretrained(args, "dataset", name, datasets.load_dataset)
-    data = data if isinstance(data, datasets.DatasetDict) else {"train": data}
-    require("train" in data, f"--dataset {name} has no split train, only {', '.join(data)}")
-    train = data["train"]
-    commit = re.search(r"/([0-9a-f]{40})/", str(train.cache_files))  # names a folder of the cache
-    if names := [name for name in ("validation", "valid") if name in data]:
-        validation = data[names[0]]
-    else:
-        require(len(train) > 1, f"--dataset {name} has {len(train)} rows: too few for training and validation")
-        train, validation = train.train_test_split(test_size=0.2, seed=args.seed).values()
-    for split in (train, validation):
-        missing = [column for column in columns if column not in split.column_names]
-        require(not missing, f"--dataset {name} has no column {', '.join(missing)}, only {split.column_names}")
-        texts = all(isinstance(cell, str) for column in columns for cell in split[column])
-        require(texts, f"--dataset {name} has rows in which {' or '.join(columns)} is no text")
-    if not args.reward_function:
-        train, validation = train.select_columns(columns), validation.select_columns(columns)
-    return train.to_list(), validation.to_list(), commit and commit[1]
 
 
 def first_half(review: str) -> str:
@@ -299,8 +227,8 @@ class Reward:
     def __init__(self, args: Args, device: torch.device):
         name, auto_class = args.reward_model, AutoModelForSequenceClassification
         self.model = load_network(args, "reward-model", name, auto_class, dtype=torch.float32)  # not that of the file
-        self.tokenizer = load_auto(args, "reward-model", args.reward_model, AutoTokenizer)
-        check_vocabulary("reward-model", args.reward_model, self.tokenizer, self.model)
+        self.tokenizer = load_auto(args, "reward-model", name, AutoTokenizer)
+        check_vocabulary("reward-model", name, self.tokenizer, self.model)
         self.tokenizer.pad_token = self.tokenizer.pad_token or self.tokenizer.eos_token
         require(self.tokenizer.pad_token, f"--reward-model {args.reward_model}: the tokenizer has no token to pad with")
         self.model.config.pad_token_id = self.tokenizer.pad_token_id
@@ -314,14 +242,14 @@ class Reward:
         self.model.to(device).eval().requires_grad_(False)
 
     @torch.no_grad()
-    def __call__(self, texts: list[str]) -> list[float]:
-        scores = [0.0] * len(texts)
-        for rows in batches([len(text) for text in texts], self.batch_size):
-            options = {"truncation": True, "max_length": self.max_length, "padding": True, "return_tensors": "pt"}
-            batch = self.tokenizer([texts[i] for i in rows], **options).to(self.model.device)
-            for i, score in zip(rows, self.model(**batch).logits.softmax(-1)[:, self.positive].tolist()):
-                scores[i] = score
-        return scores
+    def __call__(self, prompts: list[str], responses: list[str], rows: list[dict]) -> list[float]:
+        texts = [prompt + response for prompt, response in zip(prompts, responses)]
+        scores = torch.zeros(len(texts))
+        options = {"truncation": True, "max_length": self.max_length, "padding": True, "return_tensors": "pt"}
+        for batch in batches([len(text) for text in texts], self.batch_size):
+            tokens = self.tokenizer([texts[i] for i in batch], **options).to(self.model.device)
+            scores[batch] = self.model(**tokens).logits.softmax(-1)[:, self.positive].cpu()
+        return scores.tolist()
 
 
 class RewardFunction:
@@ -436,11 +364,10 @@ def generate(
 ) -> list[list[int]]:
     """A response to each prompt, with its end-of-text token where there is one; prompts of like length go together."""
     responses = [[] for _ in prompts]
-    for rows in batches([len(prompt) for prompt in prompts], batch_size):
-        tokens, mask, _ = pad([prompts[i] for i in rows], [[]] * len(rows), policy.device)
-        with torch.no_grad():
-            output = policy.generate(tokens, attention_mask=mask)[:, tokens.shape[1] :].tolist()
-        for i, response in zip(rows, output):
+    for batch in batches([len(prompt) for prompt in prompts], batch_size):
+        tokens, mask, _ = pad([prompts[i] for i in batch], [[]] * len(batch), policy.device)
+        output = policy.generate(tokens, attention_mask=mask)[:, tokens.shape[1] :].tolist()
+        for i, response in zip(batch, output):
             ended = tokenizer.eos_token_id in response
             responses[i] = response[: response.index(tokenizer.eos_token_id) + 1] if ended else response
     return responses
@@ -492,20 +419,19 @@ class Learner:
     def __init__(self, args: Args, accelerator: Accelerator):
         """Raises Stop when something cannot be loaded or does not fit together."""
         self.accelerator, self.device = accelerator, accelerator.device
-        self.reward_function = RewardFunction(args.reward_function) if args.reward_function else None
+        self.reward = RewardFunction(args.reward_function) if args.reward_function else None
         with accelerator.main_process_first():  # the others find the data set prepared
             train, validation, data_commit = load_rows(args, ["text"])
         # All load models at once: of what has to be downloaded, huggingface_hub lets one process fetch each file.
         adapter = load_pretrained(args, "policy", args.policy, find_adapter_config_file)
-        message = f"--policy {args.policy} is an adapter: give a model that the adapter has been merged into"
-        require(not adapter, message)
+        require(not adapter, f"--policy {args.policy} is an adapter: give a model that it has been merged into")
         tokenizer = args.tokenizer or TOKENIZERS.get(args.policy, args.policy)
         flag = "policy" if tokenizer == args.policy else "tokenizer"
         self.tokenizer = load_auto(args, flag, tokenizer, AutoTokenizer)
         policy = load_network(args, "policy", args.policy, AutoModelForCausalLM, dtype=torch.float32)
-        value_model = load_network(args, "policy", args.policy, AutoModel, dtype=torch.float32)
+        value_model = deepcopy(policy.base_model)
         check_vocabulary("policy", args.policy, self.tokenizer, policy)
-        self.reward = None if args.reward_function else Reward(args, self.device)
+        self.reward = self.reward or Reward(args, self.device)
         models = (args.policy, tokenizer, *(() if args.reward_function else (args.reward_model,)))
         self.hub_commits = {name: hub_commit(args, name) for name in models} | {args.dataset: data_commit}
         room = getattr(policy.config, "max_position_embeddings", None) or sys.maxsize
@@ -518,52 +444,40 @@ class Learner:
             require(enough, f"--dataset {args.dataset} has {len(rows)} {split} reviews of at least two words")
         policy.generation_config = generation_config(args, self.tokenizer)
         self.reference = deepcopy(policy).to(self.device).eval().requires_grad_(False)
-        for network in (policy, value_model, self.reference) if args.bfloat16 else ():
-            network.forward = torch.autocast(self.device.type, torch.bfloat16)(network.forward)
+        if args.bfloat16:
+            for network in (policy, value_model, self.reference):
+                network.forward = torch.autocast(self.device.type, torch.bfloat16)(network.forward)
         torch.manual_seed(args.seed)  # the value head is the same in every process
-        model = ActorCritic(policy, value_model).to(self.device).eval()  # eval: dropout is never active
-        self.trained = [name for name, p in model.named_parameters() if p.requires_grad]
-        parameters = [p for p in model.parameters() if p.requires_grad]
+        self.actor_critic = ActorCritic(policy, value_model).to(self.device).eval()  # eval: dropout is never active
+        self.trained = {name: p for name, p in self.actor_critic.named_parameters() if p.requires_grad}
         groups = [
-            {"params": [p for p in parameters if p.ndim > 1], "weight_decay": args.weight_decay},
-            {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},  # biases and norms
+            {"params": [p for p in self.trained.values() if p.ndim > 1], "weight_decay": args.weight_decay},
+            {"params": [p for p in self.trained.values() if p.ndim <= 1], "weight_decay": 0.0},  # biases and norms
         ]
         optimizer = torch.optim.AdamW(groups, args.learning_rate, eps=1e-5, fused=True)
-        self.model, self.optimizer = accelerator.prepare(model, optimizer)
+        self.model, self.optimizer = accelerator.prepare(self.actor_critic, optimizer)
 
-    @property
-    def actor_critic(self) -> ActorCritic:
-        return self.accelerator.unwrap_model(self.model)
-
-    def sum(self, x: Tensor) -> Tensor:
+    def sum(self, x: Tensor | float) -> Tensor:
         """Sum over all processes."""
-        return self.accelerator.reduce(x, "sum")
+        return self.accelerator.reduce(torch.as_tensor(x, device=self.device), "sum")
 
     def shard(self, rows: Sequence) -> Sequence:
         """This process's share of rows that all processes hold."""
         return rows[self.accelerator.process_index :: self.accelerator.num_processes]
 
     def state(self) -> dict:
-        parameters = dict(self.actor_critic.named_parameters())
-        trained = {name: parameters[name].detach() for name in self.trained}
-        return {"model": trained, "optimizer": self.optimizer.state_dict()}
+        weights = {name: p.detach() for name, p in self.trained.items()}
+        return {"model": weights, "optimizer": self.optimizer.state_dict()}
 
     @torch.no_grad()
     def load_state(self, state: dict, path: Path) -> None:
-        own = self.state()["model"]
-        shapes, saved_shapes = ({name: x.shape for name, x in model.items()} for model in (own, state["model"]))
+        models = self.trained, state["model"]
+        shapes, saved_shapes = ({name: x.shape for name, x in model.items()} for model in models)
         differ = ", ".join(sorted({name for name, _ in shapes.items() ^ saved_shapes.items()})[:5])
         require(not differ, f"{path} does not fit the networks of this {SCRIPT}.py: {differ}")
-        for name, x in own.items():
-            x.copy_(state["model"][name])
+        for name, p in self.trained.items():
+            p.copy_(state["model"][name])
         self.optimizer.load_state_dict(state["optimizer"])
-
-
-def score_continuations(learner: Learner, halves: list[str], continuations: list[str], rows: list[dict]) -> list[float]:
-    """Rewards of texts to prompts of rows of the data set, by the function or the model that was named."""
-    if learner.reward_function:
-        return learner.reward_function(halves, continuations, rows)
-    return learner.reward([half + continuation for half, continuation in zip(halves, continuations)])
 
 
 @torch.no_grad()
@@ -577,9 +491,9 @@ def rollout(learner: Learner, rows: list[dict], args: Args) -> tuple[Rollout, di
     start = time.perf_counter()
     responses = generate(learner.actor_critic.policy, tokenizer, prompts, args.rollout_batch_size)
     generation_seconds = time.perf_counter() - start
-    texts = [tokenizer.decode(prompt, skip_special_tokens=True) for prompt in prompts]
+    texts = [tokenizer.decode(prompt, skip_special_tokens=True) for prompt in prompts]  # what the policy saw
     continuations = [continuation(tokenizer, p, r) for p, r in zip(prompts, responses)]
-    scores = torch.tensor(score_continuations(learner, texts, continuations, rows), device=device)
+    scores = torch.tensor(learner.reward(texts, continuations, rows), device=device)
 
     # pi_old, V and pi_ref from a fresh forward pass: generation has other log-probabilities (top-k) and other kernels.
     mask = torch.zeros(len(prompts), args.response_length, dtype=torch.bool, device=device)
@@ -618,11 +532,10 @@ def backward(learner: Learner, trajectories: Rollout, rows: list[int], args: Arg
     Every mean is over the real tokens of the whole minibatch, of all micro-batches and all processes: a micro-batch
     counts by its share of the tokens. Gradients are averaged over processes, hence the factor num_processes.
     """
-    mask, advantages = trajectories.mask[rows], trajectories.advantages[rows]
-    normalized = normalize(advantages, mask, learner.sum) if args.norm_adv else advantages
-    num_tokens = learner.sum(mask.sum())
-    num_target_tokens = torch.tensor(sum(len(trajectories.targets[i]) for i in rows), device=learner.device)
-    num_target_tokens = learner.sum(num_target_tokens).clamp(min=1)
+    minibatch_mask, advantages = trajectories.mask[rows], trajectories.advantages[rows]
+    normalized = normalize(advantages, minibatch_mask, learner.sum) if args.norm_adv else advantages
+    num_tokens = learner.sum(minibatch_mask.sum())
+    num_target_tokens = learner.sum(sum(len(trajectories.targets[i]) for i in rows)).clamp(min=1)
     sums = {}
     for start in range(0, len(rows), args.micro_batch_size):
         micro = rows[start : start + args.micro_batch_size]
@@ -668,22 +581,20 @@ def train(args: Args, run_dir: Path, learner: Learner) -> None:
     """Train from the checkpoint in run_dir where there is one, and leave a result.json."""
     start_time, commit = time.monotonic(), git_commit()
     accelerator, main_process = learner.accelerator, learner.accelerator.is_main_process
-    names = "update rollout_tokens rollout_seconds generation_seconds update_tokens update_seconds wall_seconds"
-    counters = dict.fromkeys(names.split(), 0) | {"before": None, "curves": []}
+    names = "update rollout_tokens rollout_seconds generation_seconds update_seconds wall_seconds"
+    counters = dict.fromkeys(names.split(), 0) | {"curves": []}
     counters |= load_checkpoint(run_dir, learner)
-    start_time -= counters["wall_seconds"]
+    start_time -= counters["wall_seconds"]  # of the process or processes before
     update = counters["update"]
-    log = RunLog(run_dir, args, counters["curves"], update if counters["before"] else -1) if main_process else None
-    progress = Progress(args.num_updates, "update")
+    log = RunLog(run_dir, args, counters["curves"], update or -1) if main_process else None
     stop_signals = collect_signals()
-    if counters["before"] is None:
+    if update == 0:
         counters["before"], _ = evaluate(learner, args)
         if main_process:
             log.write(0, counters["before"])
             print(f"before training: {summary(counters['before'])}", flush=True)
 
-    stopped = False
-    while update < args.num_updates and not stopped:
+    while update < args.num_updates:
         # Rollout
         seed_everything(args.seed, TRAINING, update, accelerator.process_index)
         rollout_start = time.perf_counter()
@@ -701,9 +612,8 @@ def train(args: Args, run_dir: Path, learner: Learner) -> None:
                 learner.optimizer.zero_grad()
                 losses = backward(learner, trajectories, order[start : start + rows_per_minibatch], args)
                 grad_norm = accelerator.clip_grad_norm_(learner.model.parameters(), args.max_grad_norm).item()
-                reason = "the loss is not finite. Try a lower --learning-rate or a lower --beta"
-                message = f"seed {args.seed} of {args.dataset} failed in update {update}: {reason}"
-                require(np.isfinite(grad_norm), message, code=1)
+                failed = f"seed {args.seed} of {args.dataset} failed in update {update}: the loss is not finite. "
+                require(np.isfinite(grad_norm), failed + "Try a lower --learning-rate or a lower --beta", code=1)
                 learner.optimizer.step()
                 stats.append(losses | {"losses/grad_norm": grad_norm})
         rollout_seconds, update_seconds = update_start - rollout_start, time.perf_counter() - update_start
@@ -712,7 +622,6 @@ def train(args: Args, run_dir: Path, learner: Learner) -> None:
         counters["rollout_tokens"] += num_tokens
         counters["rollout_seconds"] += rollout_seconds
         counters["generation_seconds"] += metrics["perf/generation_seconds"]
-        counters["update_tokens"] += num_tokens * args.update_epochs
         counters["update_seconds"] += update_seconds
         counters["wall_seconds"] = time.monotonic() - start_time
 
@@ -725,20 +634,20 @@ def train(args: Args, run_dir: Path, learner: Learner) -> None:
         if main_process:
             log.writer.add_text("samples", "\n\n".join(samples), update)
             log.write(update, metrics)
-            per_second = update / (counters["rollout_seconds"] + counters["update_seconds"])
+            seconds = (counters["rollout_seconds"] + counters["update_seconds"]) / update * (args.num_updates - update)
             text = f"score {metrics['objective/scores']:.4f}  KL {metrics['objective/kl']:.3f}"
-            progress.show(update, per_second, text)
-        stopped = learner.sum(torch.tensor(len(stop_signals), device=learner.device)).item() > 0  # in any process
+            print(f"update {update} of {args.num_updates}  {text}  {timedelta(seconds=int(seconds))} left", flush=True)
+        stopped = learner.sum(len(stop_signals)) > 0  # in any process
         if main_process and (update % args.checkpoint_every == 0 or update == args.num_updates or stopped):
             save_checkpoint(run_dir, learner, counters)
+        if stopped:
+            accelerator.wait_for_everyone()  # a process that ends makes torchrun stop the one that writes
+            raise KeyboardInterrupt
 
     for number in (signal.SIGINT, signal.SIGTERM):  # from here on a stop loses nothing
         signal.signal(number, signal.default_int_handler)
-    if stopped:
-        raise KeyboardInterrupt
     metrics, samples = evaluate(learner, args)
-    memory = torch.tensor(peak_memory(learner.device), device=learner.device)
-    counters["peak_memory_gib"] = learner.sum(memory).item()
+    counters["peak_memory_gib"] = learner.sum(peak_memory(learner.device)).item()
     counters["wall_seconds"] = time.monotonic() - start_time
     if main_process:
         save_policy(learner, run_dir)
@@ -767,12 +676,9 @@ def evaluate(learner: Learner, args: Args) -> tuple[dict[str, float], list[dict]
         "score_empty": [""] * len(rows),
         "score_truncated": [continuation(tokenizer, p, r[: len(r) // 2]) for p, r in zip(prompts, responses)],
     }
-    scored = {name: score_continuations(learner, halves, texts, rows) for name, texts in continuations.items()}
-    samples = [
-        {"index": i, "prompt": half, "response": text, "reference": reference}
-        | {name: scores[row] for name, scores in scored.items()}
-        for row, (i, half, text, reference) in enumerate(zip(index, halves, continuations["score"], references))
-    ]
+    scored = {name: learner.reward(halves, texts, rows) for name, texts in continuations.items()}
+    columns = {"index": index, "prompt": halves, "response": continuations["score"], "reference": references} | scored
+    samples = [dict(zip(columns, values)) for values in zip(*columns.values())]
     samples = sorted(gather_object(samples), key=lambda sample: sample["index"])
     metrics = {f"eval/{name}": float(np.mean([sample[name] for sample in samples])) for name in scored}
     metrics["eval/empty_wins"] = float(np.mean([s["score_empty"] > s["score"] for s in samples]))
@@ -818,6 +724,96 @@ def peak_memory(device: torch.device) -> float:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated() / 2**30
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)
+
+
+def load_pretrained(args: Args, flag: str, name: str, from_pretrained: Callable, **options):
+    """from_pretrained(name), hub id or local folder. Raises Stop with one line that says what to give instead."""
+    if name in (args.revision or {}):
+        options["revision"] = args.revision[name]
+    try:
+        return from_pretrained(name, **options)
+    except (OSError, ValueError, SafetensorError, DatasetsError, StrictDataclassError) as error:
+        reason = (str(error) or repr(error)).splitlines()[0]
+        instead = "a hub id that can be reached from here, or a local folder, such as benchmark/rlhf_assets.py makes"
+        raise Stop(f"--{flag} {name} cannot be loaded ({reason}): give {instead}") from None
+
+
+def load_auto(args: Args, flag: str, name: str, auto_class: type, **options):
+    """A model or tokenizer by one of transformers' Auto classes; code that comes with it is never run."""
+    return load_pretrained(args, flag, name, auto_class.from_pretrained, trust_remote_code=False, **options)
+
+
+def load_network(args: Args, flag: str, name: str, auto_class: type, **options) -> PreTrainedModel:
+    """A model by load_auto. Raises Stop where it lacks weights, which transformers would draw at random."""
+    model, info = load_auto(args, flag, name, auto_class, output_loading_info=True, **options)
+    missing = ", ".join(sorted(info["missing_keys"])[:5])
+    require(not missing, f"--{flag} {name} has no weights for {missing} of {type(model).__name__}")
+    return model
+
+
+def hub_commit(args: Args, name: str) -> str | None:
+    """Commit of the files in the cache that a hub id was loaded from; None for a local folder."""
+    if Path(name).exists():
+        return None
+    for file in ("config.json", "adapter_config.json", "tokenizer_config.json"):
+        path = huggingface_hub.try_to_load_from_cache(name, file, revision=(args.revision or {}).get(name))
+        if isinstance(path, str):
+            return Path(path).parent.name
+
+
+def load_rows(args: Args, columns: Sequence[str]) -> tuple[list[dict], list[dict], str | None]:
+    """Rows of the training and the validation split; without one, a fifth of the training split, drawn by the seed.
+
+    Third is the commit on the hub. Raises Stop when there is no such data set, none of these columns, no row, or
+    something else than text in these columns.
+    """
+    name, path = args.dataset, Path(args.dataset)
+    require(not path.is_file() or path.stat().st_size, f"--dataset {name} is empty")
+    if path.is_file():
+        data = load_pretrained(args, "dataset", name, lambda file: datasets.load_dataset("json", data_files=file))
+    elif (path / "dataset_dict.json").exists() or (path / "dataset_info.json").exists():
+        data = load_pretrained(args, "dataset", name, datasets.load_from_disk)
+    else:
+        data = load_pretrained(args, "dataset", name, datasets.load_dataset)
+    data = data if isinstance(data, datasets.DatasetDict) else {"train": data}
+    require("train" in data, f"--dataset {name} has no split train, only {', '.join(data)}")
+    train, validation = data["train"], data.get("validation", data.get("valid"))
+    commit = re.search(r"/([0-9a-f]{40})/", str(train.cache_files))  # names a folder of the cache
+    if validation is None:
+        require(len(train) > 1, f"--dataset {name} has {len(train)} rows: too few for training and validation")
+        train, validation = train.train_test_split(test_size=0.2, seed=args.seed).values()
+    for split in (train, validation):
+        missing = [column for column in columns if column not in split.column_names]
+        require(not missing, f"--dataset {name} has no column {', '.join(missing)}, only {split.column_names}")
+        texts = all(isinstance(cell, str) for column in columns for cell in split[column])
+        require(texts, f"--dataset {name} has rows in which {' or '.join(columns)} is no text")
+    return train.to_list(), validation.to_list(), commit and commit[1]
+
+
+def check_vocabulary(flag: str, name: str, tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> None:
+    """Raise Stop when the tokenizer has tokens that the model has no embedding for, or no end-of-text token.
+
+    For a folder without a tokenizer, transformers makes an empty one of some families.
+    """
+    instead = ": give one with --tokenizer" if flag == "policy" else ""
+    require(tokenizer("text", add_special_tokens=False).input_ids, f"--{flag} {name} has no tokenizer{instead}")
+    rows = model.get_input_embeddings().num_embeddings
+    message = f"--{flag} {name}: the tokenizer has {len(tokenizer)} tokens and the model embeddings for {rows}"
+    require(len(tokenizer) <= rows, message + "; they belong to different models")
+    if flag == "policy":
+        require(tokenizer.eos_token_id is not None, f"--{flag} {name}: the tokenizer has no end-of-text token")
+
+
+def make_learner(args: Args) -> Learner:
+    """Data and networks on this process. Raises Stop when Accelerate does not see the others."""
+    if args.num_threads:
+        torch.set_num_threads(args.num_threads)
+    torch.backends.cuda.matmul.allow_tf32 = args.tf32
+    patient = InitProcessGroupKwargs(timeout=timedelta(hours=12))  # while one process downloads models and data
+    accelerator = Accelerator(cpu=args.cpu or not torch.cuda.is_available(), kwargs_handlers=[patient])
+    started, seen = int(os.environ.get("WORLD_SIZE", 1)), accelerator.num_processes
+    require(started == seen, f"started as one of {started} processes, but Accelerate sees {seen}: use torchrun")
+    return Learner(args, accelerator)
 
 
 def collect_signals() -> list[int]:
@@ -934,15 +930,15 @@ def save_results(
     """What a finished run leaves besides its policy: eval_samples.jsonl and result.json, and no checkpoint."""
     lines = "".join(json.dumps(sample) + "\n" for sample in samples)
     write_atomic(run_dir / "eval_samples.jsonl", lines.encode())
-    versions = {"python": platform.python_version()}
-    versions |= {d.name: d.version for d in distributions() if d.name in PACKAGES}
+    versions = {"python": sys.version.split()[0]} | {d.name: d.version for d in distributions() if d.name in PACKAGES}
     result = {"script": SCRIPT, "policy": args.policy, "dataset": args.dataset, "seed": args.seed, "args": asdict(args)}
     result |= {"reward_model": args.reward_function or args.reward_model, "num_updates": counters["update"]}
     result |= {tag.replace("/", "_"): value for tag, value in metrics.items()}
     result["eval_scores"] = [round(sample["score"], 6) for sample in samples]
     result["before"] = {tag.replace("/", "_"): value for tag, value in counters["before"].items()}
-    for phase in ("rollout", "update"):
-        result[f"{phase}_tokens_per_second"] = counters[f"{phase}_tokens"] / counters[f"{phase}_seconds"]
+    tokens = counters["rollout_tokens"]
+    result["rollout_tokens_per_second"] = tokens / counters["rollout_seconds"]
+    result["update_tokens_per_second"] = tokens * args.update_epochs / counters["update_seconds"]
     seconds = counters["rollout_seconds"] + counters["update_seconds"]
     result["generation_time_share"] = counters["generation_seconds"] / seconds
     result["device"] = torch.cuda.get_device_name() if learner.device.type == "cuda" else "cpu"
@@ -967,7 +963,7 @@ def git_commit() -> str | None:
 
 
 class RunLog:
-    """TensorBoard, curves.csv and Weights & Biases of one run. rows: those of curves.csv up to the checkpoint."""
+    """TensorBoard, curves.csv and Weights & Biases of one run. rows: those of curves.csv so far; new ones are added."""
 
     def __init__(self, run_dir: Path, args: Args, rows: list[dict], global_step: int):
         self.path, self.rows, self.wandb = run_dir / "curves.csv", rows, None
@@ -977,7 +973,7 @@ class RunLog:
 
             id_file = run_dir / "wandb_id.txt"
             if not id_file.exists():
-                id_file.write_text(uuid4().hex)
+                id_file.write_text(os.urandom(8).hex())
             options = {"project": args.wandb_project_name, "entity": args.wandb_entity, "config": asdict(args)}
             options |= {"name": run_dir.name, "id": id_file.read_text(), "resume": "allow", "reinit": "create_new"}
             self.wandb = wandb.init(dir=run_dir, **options)
@@ -999,22 +995,6 @@ class RunLog:
         self.writer.close()
         if self.wandb:
             self.wandb.finish()
-
-
-class Progress:
-    """One line: redrawn in place on a terminal, printed every 30 seconds when output is redirected."""
-
-    def __init__(self, total: int, unit: str):
-        self.total, self.unit, self.last = total, unit, time.monotonic()
-
-    def show(self, done: int, per_second: float, text: str) -> None:
-        terminal, finished = sys.stdout.isatty(), done >= self.total
-        if time.monotonic() - self.last < (0.2 if terminal else 30) and not finished:
-            return
-        self.last = time.monotonic()
-        left = timedelta(seconds=int((self.total - done) / per_second)) if per_second else "?"
-        line = f"{done / self.total:4.0%}  {self.unit} {done:,}  {text}  {left} left"
-        print(f"\r{line}\x1b[K" if terminal else line, end="" if terminal and not finished else "\n", flush=True)
 
 
 def validate(args: Args) -> None:
@@ -1044,35 +1024,10 @@ def validate(args: Args) -> None:
     enough = args.eval_samples == 0 or args.eval_samples >= num_processes
     require(enough, f"--eval-samples must be 0 (all) or at least {num_processes} (processes), got {args.eval_samples}")
     for name in args.revision or {}:
-        used = name in (args.policy, args.tokenizer, args.reward_model, args.dataset) and not Path(name).exists()
+        tokenizer = args.tokenizer or TOKENIZERS.get(args.policy)
+        used = name in (args.policy, tokenizer, args.reward_model, args.dataset) and not Path(name).exists()
         require(used, f"--revision {name} is no hub id among --policy, --tokenizer, --reward-model and --dataset")
     require(not args.track or find_spec("wandb"), "--track needs Weights & Biases: pip install wandb")
-
-
-def check_vocabulary(flag: str, name: str, tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> None:
-    """Raise Stop when the tokenizer has tokens that the model has no embedding for, or no end-of-text token.
-
-    For a folder without a tokenizer, transformers makes an empty one of some families.
-    """
-    instead = ": give one with --tokenizer" if flag == "policy" else ""
-    require(tokenizer("text", add_special_tokens=False).input_ids, f"--{flag} {name} has no tokenizer{instead}")
-    rows = model.get_input_embeddings().num_embeddings
-    message = f"--{flag} {name}: the tokenizer has {len(tokenizer)} tokens and the model embeddings for {rows}"
-    require(len(tokenizer) <= rows, message + "; they belong to different models")
-    if flag == "policy":
-        require(tokenizer.eos_token_id is not None, f"--{flag} {name}: the tokenizer has no end-of-text token")
-
-
-def make_learner(args: Args) -> Learner:
-    """Data and networks on this process. Raises Stop when Accelerate does not see the others."""
-    if args.num_threads:
-        torch.set_num_threads(args.num_threads)
-    torch.backends.cuda.matmul.allow_tf32 = args.tf32
-    patient = InitProcessGroupKwargs(timeout=timedelta(hours=12))  # while one process downloads models and data
-    accelerator = Accelerator(cpu=args.cpu or not torch.cuda.is_available(), kwargs_handlers=[patient])
-    started, seen = int(os.environ.get("WORLD_SIZE", 1)), accelerator.num_processes
-    require(started == seen, f"started as one of {started} processes, but Accelerate sees {seen}: use torchrun")
-    return Learner(args, accelerator)
 
 
 def main() -> int:
@@ -1083,32 +1038,26 @@ def main() -> int:
     huggingface_hub.utils.logging.set_verbosity_error()
     datasets.disable_progress_bars()
     name = f"{Path(args.dataset).name}__{SCRIPT}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
-    run_dir, rank = Path(args.resume or args.run_dir or f"runs/{name}"), int(os.environ.get("RANK", 0))
+    run_dir = Path(args.evaluate or args.resume or args.run_dir or f"runs/{name}")
+    rank = int(os.environ.get("RANK", 0))
     try:
         require("" not in (args.run_dir, args.resume, args.evaluate), "--run-dir, --resume and --evaluate need a path")
-        if args.evaluate:
-            path = Path(args.evaluate)
-            args = changed_args(open_run_dir(path), "evaluate", *MAY_CHANGE)
-            validate(args)
-            metrics = evaluate_saved(args, path)
-            if rank == 0:
-                print(summary(metrics))
-        elif args.resume:
-            args = replace(changed_args(open_run_dir(run_dir), "resume", *MAY_CHANGE), resume=None)
-            validate(args)
-            if not (run_dir / "result.json").exists():
-                train(args, run_dir, make_learner(args))
-            elif rank == 0:
-                print(f"{run_dir} has finished; evaluate again with --evaluate")
+        if args.evaluate or args.resume:
+            args = changed_args(open_run_dir(run_dir), "evaluate" if args.evaluate else "resume", *MAY_CHANGE)
         else:
             check_unused(run_dir)
-            validate(args)
-            learner = make_learner(args)
-            run_dir = Path(broadcast_object_list([str(run_dir)])[0])  # the first process's: it may have the time in it
+        validate(args)
+        if args.evaluate:
+            metrics = evaluate_saved(args, run_dir)
             if rank == 0:
+                print(summary(metrics))
+        elif not (run_dir / "result.json").exists():
+            learner = make_learner(args)
+            if rank == 0 and not args.resume:  # one process writes; in others a default name may have another second
                 create_run_dir(args, run_dir)
-            learner.accelerator.wait_for_everyone()
-            train(replace(args, run_dir=str(run_dir)), run_dir, learner)
+            train(replace(args, run_dir=str(run_dir), resume=None), run_dir, learner)
+        elif rank == 0:
+            print(f"{run_dir} has finished; evaluate again with --evaluate")
         return 0
     except (Exception, KeyboardInterrupt) as error:
         stops = isinstance(error, Stop)  # a resumed run would come to the same end
@@ -1122,7 +1071,6 @@ def main() -> int:
         reason = f"the GPU is out of memory: {OOM_HINT}" if memory_full else " ".join(str(error).split())
         message = "stopped" if code == 130 else f"error: {reason}"
         if rank == 0:
-            print(end="\n" if sys.stdout.isatty() else "")  # end the progress line
             print(message, *getattr(error, "__notes__", ()), sep="\n", file=sys.stderr)
         elif disk_full or memory_full:  # which may be so of this process alone
             print(f"process {rank}: {message}", file=sys.stderr)

@@ -18,6 +18,7 @@ import sys
 import time
 import warnings
 from dataclasses import asdict, dataclass, fields
+from datetime import timedelta
 from importlib.metadata import distributions
 from pathlib import Path
 from types import SimpleNamespace
@@ -83,7 +84,8 @@ class TextReward(nn.Module):
     def backbone(self, input_ids: Tensor, attention_mask: Tensor, **_) -> SimpleNamespace:
         tokens = [row[mask].tolist() for row, mask in zip(input_ids, attention_mask.bool())]
         texts = [self.learner.tokenizer.decode(row, skip_special_tokens=True) for row in tokens]
-        scores = torch.tensor(self.learner.reward(texts), device=input_ids.device)
+        scores = self.learner.reward([""] * len(texts), texts, [{}] * len(texts))
+        scores = torch.tensor(scores, device=input_ids.device)
         return SimpleNamespace(hidden_states=[scores[:, None, None].expand(*input_ids.shape, 1)])
 
 
@@ -101,13 +103,14 @@ class Log(TrainerCallback):
     """TRL's metrics into curves.csv and TensorBoard, under its tags, and the clocks after every update."""
 
     def __init__(self, log: script.RunLog, num_updates: int):
-        self.log, self.progress, self.marks = log, script.Progress(num_updates, "update"), []
-        self.start = time.monotonic()
+        self.log, self.num_updates, self.marks, self.start = log, num_updates, [], time.monotonic()
 
     def on_log(self, args, state, control, logs: dict, **_) -> None:
         self.log.write(state.global_step, {tag: value for tag, value in logs.items() if "/" in tag})
         text = f"score {logs['objective/scores']:.4f}  KL {logs['objective/kl']:.3f}"
-        self.progress.show(state.global_step, state.global_step / (time.monotonic() - self.start), text)
+        update, total = state.global_step, self.num_updates
+        left = timedelta(seconds=int((time.monotonic() - self.start) / update * (total - update)))
+        print(f"update {update} of {total}  {text}  {left} left", flush=True)
 
     def on_step_end(self, args, state, control, **_) -> None:
         self.marks.append((time.perf_counter(), time.process_time()))

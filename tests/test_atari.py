@@ -488,7 +488,7 @@ def test_learner_state_survives_a_checkpoint(script, tmp_path):
         (["--Z", "0.5"], "below 0"),
         (["--total-timesteps", "10"], "at least one rollout"),
         (["--resume", "nowhere"], "holds no run"),
-        (["--evaluate", "nowhere"], "does not exist"),
+        (["--evaluate", "nowhere"], "cannot be read as a model"),
     ],
 )
 def test_bad_input_is_one_line_and_writes_nothing(script, flags, words, tmp_path, monkeypatch, capsys):

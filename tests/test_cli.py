@@ -122,6 +122,15 @@ class PlainEnv(ToyEnv):
         super().__init__()
 
 
+class SwitchesEnv(ToyEnv):
+    """Observations of one dimension that are no Box."""
+
+    observation_space = gym.spaces.MultiDiscrete([4, 2])
+
+    def observation(self):
+        return np.array([self.steps % 4, self.steps % 2])
+
+
 @pytest.fixture(scope="session", params=CONTINUOUS[:1])
 def script(request):
     """SPPO's script, with which the other has in common what is no matter of the algorithm (test_siblings.py)."""
@@ -137,6 +146,7 @@ def toy_envs():
     gym.register("ToyBroken-v0", BrokenEnv, kwargs={"broken_after": 40})
     gym.register("ToyUnborn-v0", BrokenEnv, kwargs={"broken_after": 0})
     gym.register("ToyEndless-v0", EndlessEnv)
+    gym.register("ToySwitches-v0", SwitchesEnv)
 
 
 @pytest.fixture
@@ -379,11 +389,12 @@ def test_every_environment_of_table_6_trains(script, call, monkeypatch, tmp_path
     assert [p.name for p in tmp_path.iterdir()] == ["run"]
 
 
-def test_dict_observations_and_matrices_of_actions_work(script, call, tmp_path):
-    code, _, err = call("--env-id", "Toy-v0", *small(script), "--total-timesteps", 128, "--run-dir", "run")
+@pytest.mark.parametrize("env_id, obs_dim", [("Toy-v0", 3 + 4), ("ToySwitches-v0", 4 + 2)])
+def test_flattened_observations_and_matrices_of_actions_work(script, call, tmp_path, env_id, obs_dim):
+    code, _, err = call("--env-id", env_id, *small(script), "--total-timesteps", 128, "--run-dir", "run")
     assert (code, err) == (0, "")
     model = load_file(tmp_path / "run" / "model.safetensors")
-    assert model["obs_mean"].shape == (3 + 4,) and model["actor.4.bias"].shape == (1, 2 * 3 * 11)
+    assert model["obs_mean"].shape == (obs_dim,) and model["actor.4.bias"].shape == (1, 2 * 3 * 11)
     run_dir = tmp_path / "run"
     args, learner = script.load_model(run_dir)
     assert script.evaluate(learner, args, run_dir)[0].tolist() == read_result(run_dir)["eval_returns"]
@@ -697,7 +708,7 @@ def test_resume_refuses_a_damaged_or_foreign_run(unfinished, call, damage):
         (("--run-dir", "run"), ("--run-dir", "--resume")),
         (("--run-dir", "run/args.json"), ("--run-dir",)),
         (("--run-dir", "run/args.json/new"), ("--run-dir",)),
-        (("--evaluate", "run"), ("run/model.safetensors does not exist",)),
+        (("--evaluate", "run"), ("run/model.safetensors cannot be read as a model", "No such file")),
         (("--resume", ""), ("--resume", "need a path")),
         (("--evaluate", ""), ("--evaluate", "need a path")),
         (("--run-dir", ""), ("--run-dir", "need a path")),
@@ -748,6 +759,7 @@ MODELS = {
     "truncated": lambda path, good: path.write_bytes(good.read_bytes()[:-1000]),
     "pickle": lambda path, good: torch.save({"a": torch.zeros(3)}, path),
     "no metadata": lambda path, good: save_file(load_file(good), path),
+    "damaged metadata": lambda path, good: save_file(load_file(good), path, {"script": CONTINUOUS[0], "args": "{"}),
     "another script": lambda path, good: save_file(load_file(good), path, {"script": "sppo_atari", "args": "{}"}),
     "environment that is not installed": model_of_a_missing_environment,
 }

@@ -62,6 +62,12 @@ def scrambled(make_learner):
     return make
 
 
+def rewards(learner, texts):
+    """Rewards of texts, each of which is a prompt of one word and a response."""
+    prompts = [text.partition(" ")[0] for text in texts]
+    return learner.reward(prompts, [text[len(p) :] for text, p in zip(texts, prompts)], [{}] * len(texts))
+
+
 def trained(learner):
     return {name: p for name, p in learner.actor_critic.named_parameters() if p.requires_grad}
 
@@ -133,7 +139,7 @@ def test_padded_batch_has_the_logprobs_and_values_of_each_sequence_alone(script,
     """With the absolute positions of GPT-2 and the rotary ones of the others, which are blind to a common shift."""
     changes = {"policy": str(assets / model)}
     if (script, model) == (TLDR, "gpt2"):
-        changes |= {"lora_targets": ("c_attn",), "reward_model": str(assets / "scalar")}
+        changes |= {"lora_targets": ["c_attn"], "reward_model": str(assets / "scalar")}
     elif script is TLDR:
         changes |= tiny.family(model, assets)
     learner, _ = scrambled(script, **changes)
@@ -185,7 +191,7 @@ def test_gradient_checkpointing_computes_layers_again_with_their_adapter_and_cha
     for on in (False, True):
         learner, args = scrambled(TLDR, gradient_checkpointing=on, target_coef=0.1, **tiny.family(family, assets))
         rollout = tiny.fixed_rollout(TLDR, learner, args)
-        (linear, *_) = (m for n, m in learner.actor_critic.lm.named_modules() if n.endswith(args.lora_targets))
+        (linear, *_) = (m for n, m in learner.actor_critic.lm.named_modules() if n.endswith(tuple(args.lora_targets)))
         linear.register_forward_hook(lambda *_, on=on: calls.append(on))
         gradients.append(backward(TLDR, learner, rollout, args)[1])
     assert calls.count(True) == 2 * calls.count(False) == 12  # policy and value of three micro-batches
@@ -346,7 +352,7 @@ def test_score_is_on_the_last_real_token_also_of_an_empty_response_and_one_cut_o
     learner, args = scrambled(script, gamma=1.0, gae_lambda=1.0, kl_coef=0.0)
     responses = [[30, 31, 0], [0], [40, 41, 42, 43, 44, 45], [50, 0]]
     monkeypatch.setattr(script, "generate", lambda *a, **k: responses)
-    monkeypatch.setattr(learner, "reward", lambda texts: [1.0, 2.0, 3.0, 4.0])
+    monkeypatch.setattr(learner, "reward", lambda *_: [1.0, 2.0, 3.0, 4.0])
     seen = {}
     token_rewards = script.token_rewards
 
@@ -373,7 +379,7 @@ def test_empty_response_teaches(script, scrambled, monkeypatch):
     learner, args = scrambled(script, norm_adv=False, vf_coef=0.0)
     monkeypatch.setattr(script, "generate", lambda *a, **k: [[0]] * 8)
     for score, sign in ((50.0, 1), (-50.0, -1)):
-        monkeypatch.setattr(learner, "reward", lambda texts, score=score: [score] * len(texts))
+        monkeypatch.setattr(learner, "reward", lambda prompts, *_, score=score: [score] * len(prompts))
         rollout, _, _ = script.rollout(learner, learner.rows[:8], args)
         _, grads = backward(script, learner, rollout, args)
         prompts, before = rollout.prompts, rollout.logprob[:, 0].sum()
@@ -415,7 +421,7 @@ def test_kl_charge_pulls_the_policy_back_to_the_reference(script, scrambled, mon
     changes = {"norm_adv": False, "vf_coef": 0.0, "kl_coef": 1.0, "gamma": 0.0, "top_k": 0, "learning_rate": 5e-3}
     learner, args = scrambled(script, num_trajectories=32, micro_batch_size=32, rollout_batch_size=32, **changes)
     reference = AutoModelForCausalLM.from_pretrained(args.policy).eval()
-    monkeypatch.setattr(learner, "reward", lambda texts: [0.0] * len(texts))
+    monkeypatch.setattr(learner, "reward", lambda prompts, *_: [0.0] * len(prompts))
 
     def divergence(rollout):
         total = 0.0
@@ -625,7 +631,7 @@ def test_policy_and_value_model_learn_and_nothing_else_changes(script, make_lear
 def test_reward_and_reference_of_tldr_are_those_of_the_base_while_the_adapters_learn(scrambled, assets, family):
     learner, args = scrambled(TLDR, **tiny.family(family, assets))
     ac, base = learner.actor_critic, AutoModelForCausalLM.from_pretrained(assets / family).eval()
-    scores = learner.reward(["the movie", "was good to watch"])
+    scores = rewards(learner, ["the movie", "was good to watch"])
     tokens, attention, _ = TLDR.pad(PROMPTS, RESPONSES, learner.device)
     for active in ("policy_adapter", "value_adapter", "reward_adapter"):
         ac.switch_to(active)
@@ -636,7 +642,7 @@ def test_reward_and_reference_of_tldr_are_those_of_the_base_while_the_adapters_l
         assert_close(actual, expected, rtol=0, atol=1e-6)
         assert (policy - expected).abs().max() > 0.1
     tiny.randomize(trained(learner).items(), 0.1)
-    assert learner.reward(["the movie", "was good to watch"]) == scores
+    assert rewards(learner, ["the movie", "was good to watch"]) == scores
     for name, p in base.named_parameters():
         for target in args.lora_targets:
             name = name.replace(target, f"{target}.base_layer")
@@ -691,12 +697,14 @@ def test_networks_of_imdb_start_from_the_policy_and_share_nothing(make_learner, 
 def test_rollout_scores_what_the_policy_saw_and_discounts_as_told(script, make_learner, monkeypatch):
     learner, args = make_learner(script, prompt_length=4, gamma=0.9, gae_lambda=0.5)
     gae, reward, decode = script.gae, learner.reward, partial(learner.tokenizer.decode, skip_special_tokens=True)
-    told, texts = [], []
+    told, scored = [], []
     monkeypatch.setattr(script, "gae", lambda *inputs: told.append(inputs[-2:]) or gae(*inputs))
-    learner.reward = lambda rows: texts.extend(rows) or reward(rows)
+    learner.reward = lambda *inputs: scored.append(inputs) or reward(*inputs)
     rows = learner.rows[:8]
     trajectories, _, _ = script.rollout(learner, rows, args)
-    assert told == [(0.9, 0.5)] and len(texts) == 8
+    prompts, responses, scored_rows = scored[0]
+    assert told == [(0.9, 0.5)] and len(scored) == 1 and scored_rows == rows
+    texts = [p + r if script is IMDB else script.reward_text(p, r) for p, r in zip(prompts, responses, strict=True)]
     for text, row, prompt, response in zip(texts, rows, trajectories.prompts, trajectories.responses):
         if script is IMDB:
             assert text == decode(prompt + response)
@@ -758,23 +766,23 @@ def test_classifier_of_imdb_gives_the_probability_of_its_positive_label(make_lea
     learner, _ = make_learner(IMDB, rollout_batch_size=2)
     model = AutoModelForSequenceClassification.from_pretrained(assets / "sentiment").eval()
     tokenizer = AutoTokenizer.from_pretrained(assets / "sentiment")
-    texts = ["the movie was good", "bad", "the cast was a pain to watch again again", "fine", "x" * 300 + " the plot"]
+    texts = ["the movie was good", "so bad", "the cast was a pain to watch again", "all fine", "x" * 300 + " the plot"]
     with torch.no_grad():
         tokens = [tokenizer(text).input_ids[-64:] for text in texts]  # label 0 is POSITIVE; of a long text its end
         expected = [model(torch.tensor([t])).logits.softmax(-1)[0, 0].item() for t in tokens]
-    assert learner.reward(texts) == pytest.approx(expected, abs=1e-5)
-    assert learner.reward([]) == []
+    assert rewards(learner, texts) == pytest.approx(expected, abs=1e-5)
+    assert rewards(learner, []) == []
 
 
 def test_classifier_of_tldr_gives_its_logit(make_learner, assets):
     learner, _ = make_learner(TLDR, rollout_batch_size=2, reward_model=str(assets / "scalar"))
     model = AutoModelForSequenceClassification.from_pretrained(assets / "scalar").eval()
     tokenizer = AutoTokenizer.from_pretrained(assets / "scalar")
-    texts = ["the movie was good", "bad", "the cast was a pain to watch again again", "fine", "x" * 300 + " the plot"]
+    texts = ["the movie was good", "so bad", "the cast was a pain to watch again", "all fine", "x" * 300 + " the plot"]
     with torch.no_grad():
         tokens = [tokenizer(text).input_ids[-64:] for text in texts]
         expected = [model(torch.tensor([t])).logits[0, 0].item() for t in tokens]
-    assert learner.reward(texts) == pytest.approx(expected, abs=1e-5)
+    assert rewards(learner, texts) == pytest.approx(expected, abs=1e-5)
 
 
 def test_classifier_on_pythia_gives_its_logit_on_the_end_token(make_learner, assets):
@@ -784,12 +792,12 @@ def test_classifier_on_pythia_gives_its_logit_on_the_end_token(make_learner, ass
     model = AutoModelForSequenceClassification.from_pretrained(assets / "neox-reward", **options).eval()
     tokenizer = AutoTokenizer.from_pretrained(assets / "neox-reward")
     assert tokenizer.pad_token_id != tokenizer.eos_token_id
-    texts = ["the movie was good", "bad", "the cast was a pain to watch again again"]
+    texts = ["the movie was good", "so bad", "the cast was a pain to watch again again"]
     with torch.no_grad():
         tokens = [[*tokenizer(text).input_ids, tokenizer.eos_token_id] for text in texts]
         hidden = [model.gpt_neox(torch.tensor([t])).last_hidden_state[0, -1] for t in tokens]
         expected = [model.score(h).item() for h in hidden]
-    assert learner.reward(texts) == pytest.approx(expected, abs=1e-5) and np.std(expected) > 0.01
+    assert rewards(learner, texts) == pytest.approx(expected, abs=1e-5) and np.std(expected) > 0.01
 
 
 @both
@@ -810,8 +818,8 @@ def test_classifiers_that_name_no_token_to_pad_with(script, assets, make_learner
     model.save_pretrained(tmp_path / "classifier")
     tokenizer.save_pretrained(tmp_path / "classifier")
     learner, _ = make_learner(script, reward_model=str(tmp_path / "classifier"))
-    texts = ["good", "the plot was a pain to watch", "a fine cast"]
-    assert learner.reward(texts) == pytest.approx([learner.reward([text])[0] for text in texts], abs=1e-5)
+    texts = ["very good", "the plot was a pain to watch", "a fine cast"]
+    assert rewards(learner, texts) == pytest.approx([rewards(learner, [text])[0] for text in texts], abs=1e-5)
 
 
 @families
@@ -828,19 +836,19 @@ def test_adapter_reward_is_its_head_on_the_end_token_with_only_that_adapter(scra
             linear = modules[name.removeprefix(prefix).removesuffix(".lora_A.weight")]
             B = weights[name.replace("lora_A", "lora_B")]
             linear.weight.data += B @ A * config["lora_alpha"] / config["r"]
-    texts = ["the movie was good", "bad", "the cast was a pain to watch again", "fine"]
+    texts = ["the movie was good", "so bad", "the cast was a pain to watch again", "all fine"]
     with torch.no_grad():
         tokens = [learner.tokenizer(f"<|startoftext|>{text}").input_ids + [0] for text in texts]
         expected = [(base.eval()(torch.tensor([t])).last_hidden_state[0, -1] @ head[0]).item() for t in tokens]
     assert np.std(expected) > 0.05
-    assert learner.reward(texts) == pytest.approx(expected, abs=1e-4)
+    assert rewards(learner, texts) == pytest.approx(expected, abs=1e-4)
     learner.actor_critic.switch_to("value_adapter")
-    assert learner.reward(texts) == pytest.approx(expected, abs=1e-4)
+    assert rewards(learner, texts) == pytest.approx(expected, abs=1e-4)
 
 
 def test_adapter_reward_of_a_long_text_is_that_of_its_end(make_learner):
     learner, _ = make_learner(TLDR)
-    reward, read = learner.reward, []
+    read = []
     room = learner.actor_critic.lm.config.max_position_embeddings
     hidden = learner.actor_critic.hidden
 
@@ -850,13 +858,13 @@ def test_adapter_reward_of_a_long_text_is_that_of_its_end(make_learner):
 
     learner.actor_critic.hidden = spy
     short, long = "a summary", "the movie was good " * room + "a summary"
-    scores = reward([short, long])
+    scores = rewards(learner, [short, long])
     tokens = [
         [*learner.tokenizer(f"<|startoftext|>{x}").input_ids, learner.tokenizer.eos_token_id] for x in (short, long)
     ]
     assert len(tokens[0]) < room < len(tokens[1])
     assert [*chain(*read)] == tokens[0] + tokens[1][-room:]
-    assert len(scores) == 2 and scores[0] == pytest.approx(reward([short])[0], abs=1e-5)
+    assert len(scores) == 2 and scores[0] == pytest.approx(rewards(learner, [short])[0], abs=1e-5)
 
 
 def test_checkpoint_of_tldr_holds_both_adapters_whichever_was_used_last(scrambled):
@@ -873,8 +881,8 @@ def test_adapter_reward_adds_the_bias_of_its_head(make_learner, assets, tmp_path
     save_file(weights | {"base_model.model.score.bias": torch.tensor([3.5])}, tmp_path / "adapter_model.safetensors")
     (tmp_path / "adapter_config.json").write_text((assets / "adapter" / "adapter_config.json").read_text())
     with_bias, without = (make_learner(TLDR, **c)[0] for c in ({"reward_model": str(tmp_path)}, {}))
-    texts = ["the movie was good", "bad"]
-    assert with_bias.reward(texts) == pytest.approx([score + 3.5 for score in without.reward(texts)], abs=1e-5)
+    texts = ["the movie was good", "so bad"]
+    assert rewards(with_bias, texts) == pytest.approx([score + 3.5 for score in rewards(without, texts)], abs=1e-5)
 
 
 def test_adapter_reward_that_holds_its_head_twice_has_the_trained_one(make_learner, assets, tmp_path):
@@ -886,14 +894,14 @@ def test_adapter_reward_that_holds_its_head_twice_has_the_trained_one(make_learn
     }
     save_file(weights, folder / "adapter_model.safetensors")
     twice, once = (make_learner(TLDR, **c)[0] for c in ({"reward_model": str(folder)}, {}))
-    assert twice.reward(["the movie was good"]) == once.reward(["the movie was good"]) != [0.0]
+    assert rewards(twice, ["the movie was good"]) == rewards(once, ["the movie was good"]) != [0.0]
 
 
 def test_no_adapter_is_mistaken_for_a_module_of_the_model(scrambled, assets, tmp_path):
     """Bert's attention has a module "value"."""
     config = BertConfig(vocab_size=320, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, is_decoder=True)
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "bert")
-    changes = {"tokenizer": str(assets / "llama"), "lora_targets": ("query", "value")}
+    changes = {"tokenizer": str(assets / "llama"), "lora_targets": ["query", "value"]}
     changes |= {"policy": str(tmp_path / "bert"), "reward_model": str(assets / "scalar")}
     learner, _ = scrambled(TLDR, **changes)
     (tmp_path / "run").mkdir()
@@ -993,10 +1001,22 @@ def test_perplexity_of_a_short_text_is_the_models_own_loss(script, scrambled):
     )
 
 
+def lengths_as_rewards(script, sign, seen):
+    """A reward that puts the texts it reads into seen."""
+
+    def reward(prompts, responses, rows):
+        join = script.reward_text if script is TLDR else str.__add__
+        seen.append([join(prompt, response) for prompt, response in zip(prompts, responses, strict=True)])
+        assert len(rows) == len(prompts)
+        return [sign * len(text) for text in seen[-1]]
+
+    return reward
+
+
 def test_evaluation_of_imdb_scores_the_full_first_half_and_the_continuation(scrambled, monkeypatch):
     learner, args = scrambled(IMDB, eval_samples=5)
     seen, tokenizer = [], learner.tokenizer
-    monkeypatch.setattr(learner, "reward", lambda texts: seen.append(texts) or [float(len(text)) for text in texts])
+    monkeypatch.setattr(learner, "reward", lengths_as_rewards(IMDB, 1.0, seen))
     monkeypatch.setattr(IMDB, "generate", lambda policy, tok, prompts, size: [tokenizer(" great cast").input_ids] * 5)
     metrics, samples = IMDB.evaluate(learner, args)
     reviews = [json.loads(line)["text"] for line in (Path(args.dataset) / "validation.jsonl").open()][:5]
@@ -1016,7 +1036,7 @@ def test_evaluation_of_tldr_is_greedy_and_has_rouge(scrambled, monkeypatch):
     learner, args = scrambled(TLDR, eval_samples=5)
     rows = learner.validation[:5]
     seen, generate = [], TLDR.generate
-    monkeypatch.setattr(learner, "reward", lambda texts: seen.append(texts) or [-float(len(text)) for text in texts])
+    monkeypatch.setattr(learner, "reward", lengths_as_rewards(TLDR, -1.0, seen))
     monkeypatch.setattr(TLDR, "generate", lambda *a, greedy: seen.append(greedy) or generate(*a, greedy=greedy))
     torch.manual_seed(0)
     first, samples = TLDR.evaluate(learner, args)
@@ -1082,6 +1102,8 @@ def test_prompt_of_tldr_is_the_post_cut_off_at_its_end_and_tldr(assets):
     tokenizer.chat_template = chat
     before, after = (tokenizer(text).input_ids for text in ("<u>In short\n\n", "</u><a>"))
     assert TLDR.encode_prompts(tokenizer, rows, 3, "In short") == [before + t[:3] + after for t in tokens]
+    before = tokenizer("<u>As in\nTL;DR: so\n\n").input_ids  # the same mark in the instruction
+    assert TLDR.encode_prompts(tokenizer, rows, 3, "As in\nTL;DR: so") == [before + t[:3] + after for t in tokens]
     assert TLDR.encode_labels(tokenizer, [{"label": "\n the plot was dull "}], 3) == [
         tokenizer(" the plot was dull").input_ids[:3]
     ]
@@ -1175,8 +1197,7 @@ DATASETS = {
 def test_data_set_with_a_validation_split(script, tmp_path, kind):
     DATASETS[kind](tmp_path / "data")
     train, validation, _ = script.load_rows(script.Args(dataset=str(tmp_path / "data")), ["text"])
-    assert train == [{"text": row["text"]} for row in ROWS[:7]]
-    assert validation == [{"text": row["text"]} for row in ROWS[7:]]
+    assert train == ROWS[:7] and validation == ROWS[7:]
 
 
 WITHOUT_VALIDATION = {
@@ -1270,7 +1291,7 @@ PAPER = {  # Section 5.3, Table 7, and where the paper is silent the authors' sc
         "double_quant": True,
         "lora_rank": 8,
         "lora_alpha": 64,
-        "lora_targets": ("q_proj", "v_proj"),
+        "lora_targets": ["q_proj", "v_proj"],
         "num_updates": 100,
         "num_trajectories": 64,
         "update_epochs": 4,

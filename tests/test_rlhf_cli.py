@@ -234,12 +234,17 @@ def test_result_has_the_agreed_keys(script, finished, assets):
 
 def test_output_says_score_and_perplexity_before_and_after_and_where_everything_is(script, finished):
     result = read_result(finished.run_dir)
-    before, *_, last, where = finished.out.splitlines()
+    before, *updates, last, where = finished.out.splitlines()
     assert before.startswith("before training") and f"{result['before']['eval_score']:.4f}" in before
     assert "seed 3" in last and f"{result['eval_score']:.4f}" in last and f"{result['eval_perplexity']:.2f}" in last
     assert ("ROUGE" in last) == (script is TLDR)
     assert "--evaluate run" in where
-    assert "100%  update 3  score " in finished.out
+    scores = [float(row["objective/scores"]) for row in read_curves(finished.run_dir) if row["objective/scores"]]
+    lines = [line.split("  ") for line in updates]
+    assert [(line[0], line[1]) for line in lines] == [
+        (f"update {i} of 3", f"score {score:.4f}") for i, score in enumerate(scores, 1)
+    ]
+    assert lines[-1][-1] == "0:00:00 left" and len(scores) == 3
 
 
 def tags(run_dir):
@@ -394,6 +399,8 @@ def test_result_names_the_commits_of_what_came_from_a_hub_at_the_revisions_that_
     changes["revision"] = (str(assets / "gpt2"), "v1")
     code, _, err = call(script, tmp_path, tiny.flags(script.SCRIPT, assets) | RUN | changes)
     assert_refused(code, err, "--revision", "no hub id")
+    (tokenizer,) = script.TOKENIZERS.values()  # of the default policy
+    script.validate(script.Args(revision={tokenizer: "v1"}, **{"base_precision": "float32"} if script is TLDR else {}))
 
 
 # Survival
@@ -934,11 +941,11 @@ def test_bug_in_a_reward_ends_in_its_own_traceback_that_says_how_to_go_on(script
     name = "Reward" if script is IMDB else "AdapterReward"
     score, calls = getattr(script, name).__call__, []
 
-    def broken(self, texts):
+    def broken(self, *inputs):
         calls.append(None)
         if len(calls) == 10:  # before any of them: four for the evaluation, one for each update and evaluation
             raise ZeroDivisionError("a bug in the reward")
-        return score(self, texts)
+        return score(self, *inputs)
 
     flags = tiny.flags(script.SCRIPT, assets) | RUN | {"eval_every": 1}
     with (

@@ -295,7 +295,7 @@ def test_agent_whose_loss_is_not_finite_is_named_and_disturbs_no_other(script, r
     assert run_main(script, train_flags(script), BATCH, "--run-dir", run_dir) == 1
     out, err = capsys.readouterr()
     notice, error = [line for line in err.splitlines() if not line.startswith("to go on")]
-    for word in ("seed 6 of Fragile-v0", "step 96", "environment's observations or rewards", "other seeds go on"):
+    for word in ("seed 6 of Fragile-v0", "step 96", "environment's observations or rewards", "it leaves no result"):
         assert word in notice, notice
     assert error == "error: no result of seed 6: the loss is not finite"
     assert not (run_dir / "seed6/result.json").exists() and not (run_dir / "seed6/model.safetensors").exists()

@@ -19,7 +19,7 @@ docstring Import ImportFrom PACKAGES env_seeds Agent logprob_and_entropy gradien
 load_model open_run_dir save_results validate run main
 """
 # symmetric_ppo_loss is 2-D and masked here: test_loss.py compares it with the others.
-LANGUAGE_DOMAIN = "TRAINING symmetric_ppo_loss gae Progress create_run_dir open_run_dir"
+LANGUAGE_DOMAIN = "TRAINING symmetric_ppo_loss gae create_run_dir open_run_dir"
 TASK = """
 docstring ImportFrom PACKAGES OOM_HINT TOKENIZERS ActorCritic generate Learner.docstring Learner.__init__ Learner.score
 encode_prompts rollout train evaluate evaluate_saved summary save_policy validate run

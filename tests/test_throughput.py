@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 
+import atari_parts
 import pytest
 from conftest import ROOT
 from other_envs import is_same
@@ -61,6 +62,22 @@ def test_a_script_is_measured_by_the_clock_and_in_cpu_seconds():
 def test_split_environments_are_the_scripts(way):
     """Three workers share four environments; some of 2,000 steps end an episode."""
     assert in_fresh_process(is_same, way, "InvertedDoublePendulum-v4", 4, 3)
+
+
+def test_rollouts_of_halves_are_those_of_all_games():
+    """Also the frames move and games differ, so that equality says something."""
+    game = "BreakoutNoFrameskip-v4"
+    assert in_fresh_process(atari_parts.is_same, game, 1, 40)
+    _, (frames, logits, rewards) = in_fresh_process(atari_parts.rollouts, 2, game, 1, 40)
+    assert frames.any((1, 2, 3, 4)).all() and (frames[0] != frames[-1]).any()
+    assert (frames[-1, 0] != frames[-1, -1]).any()
+    assert len(logits) == 40 and logits.any() and len(rewards) == 41
+
+
+def test_profile_of_an_update_finds_convolutions_and_products():
+    shares = in_fresh_process(atari_parts.update_shares, "PongNoFrameskip-v4", 1, 1)
+    assert min(shares.values()) > 0.01 and 0.5 < sum(shares.values()) < 1
+    assert shares["convolutions, backward"] > shares["matrix products"]
 
 
 @pytest.mark.parametrize("flags", [("--scaling", "0"), ("--scaling", "1", "0"), ("--rounds", "0"), ("--steps", "0")])

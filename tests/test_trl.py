@@ -51,7 +51,7 @@ def test_trl_sees_our_rewards_values_and_log_probabilities(trainer):
         values = get_reward(trainer.value_model, theirs, pad, context)[0][:, context - 1 : -1].squeeze(-1)
         logits = forward(trainer.ref_model, theirs, pad).logits[:, context - 1 : -1]
         logprob, own_values = learner.actor_critic(tokens, mask, 6)
-    assert scores.tolist() == pytest.approx(learner.reward(texts))
+    assert scores.tolist() == pytest.approx(learner.reward([""] * 4, texts, [{}] * 4))
     assert len(set(scores.tolist())) == 4
     torch.testing.assert_close(values[response_mask], own_values[response_mask])
     torch.testing.assert_close(script.token_logprobs(logits, tokens[:, -6:])[response_mask], logprob[response_mask])
