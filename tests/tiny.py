@@ -171,7 +171,7 @@ def command_line(flags: dict) -> list[str]:
     result = []
     for name, value in flags.items():
         flag = name.replace("_", "-")
-        values = value if isinstance(value, tuple) else (value,)
+        values = value if isinstance(value, (tuple, list)) else (value,)
         no = "no-" if value is False else ""
         result += [f"--{no}{flag}", *(str(x) for x in values if not isinstance(x, bool))]
     return result
