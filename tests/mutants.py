@@ -378,6 +378,36 @@ Atari: no fire in the evaluation | sppo_atari | atari
 -             actions[games.must_fire]
 +         if games.must_fire.all():
 +             actions[games.must_fire]
+
+# Language models
+rewards: cut at the wrong place | sppo_rlhf_tldr | rlhf -k adapter_reward
+- [[*text, end][-self.room :]
++ [[*text, end][: self.room]
+
+rewards: prompt left out | sppo_rlhf_imdb | rlhf -k probability
+- [prompt + response for prompt, response in zip(prompts, responses)]
++ [response for prompt, response in zip(prompts, responses)]
+
+prompts: an instruction with the mark in it | sppo_rlhf_tldr | rlhf -k prompt_of_tldr
+- rsplit(PROMPT_END, 1)
++ split(PROMPT_END, 1)
+
+models: drawn where weights are missing | sppo_rlhf_imdb | rlhf_cli -k refused
+- sorted(info["missing_keys"])
++ sorted(info["unexpected_keys"])
+
+--revision: not of the default tokenizer | sppo_rlhf_imdb | rlhf_cli -k commits
+- tokenizer = args.tokenizer or TOKENIZERS.get(args.policy)
++ tokenizer = args.tokenizer
+
+# Environments and models
+observations: a vector of switches is not flattened | sppo_continuous_discretized | cli -k flattened
+- isinstance(space, gym.spaces.Box) and len(space.shape) == 1
++ len(space.shape or ()) == 1
+
+models: damaged metadata | sppo_continuous_discretized | cli -k is_no_model
+- except (safetensors.SafetensorError, OSError, ValueError) as error:
++ except (safetensors.SafetensorError, OSError) as error:
 """
 
 
