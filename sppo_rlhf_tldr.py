@@ -43,7 +43,7 @@ import time
 import warnings
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from datetime import timedelta
 from functools import partial
 from importlib.metadata import distributions
@@ -104,7 +104,7 @@ class Args:
     gradient_checkpointing: bool = False  # keep no activations within layers but compute them again: less memory
     lora_rank: int = 8  # rank r of the adapters
     lora_alpha: int = 64  # alpha of the adapters, whose output is multiplied by alpha / rank
-    lora_targets: list[str] = field(default_factory=lambda: ["q_proj", "v_proj"])  # linear layers that get adapters
+    lora_targets: tuple[str, ...] = ("q_proj", "v_proj")  # names of the linear layers that get adapters
     reward_model: str = "jdchang/tldr_rm_adapter"  # adapter with a scalar head, or classifier with one label
     reward_end: str = ""  # what a classifier reads after a summary, such as <|endoftext|>
     reward_function: str | None = None  # module:name of a function that is the reward instead; see RewardFunction
@@ -151,6 +151,9 @@ class Args:
     tf32: bool = False  # on CUDA, multiply float32 matrices in TF32: faster, with 10 bits of mantissa
     cpu: bool = False  # stay on the CPU where there is a GPU
     num_threads: int = 0  # CPU threads of torch; 0: as torch chooses
+
+    def __post_init__(self):
+        self.lora_targets = tuple(self.lora_targets)  # JSON has made a list of it
 
 
 class Stop(Exception):
@@ -242,7 +245,7 @@ class ActorCritic(nn.Module):
 
     def __init__(self, base: PreTrainedModel, args: Args):
         super().__init__()
-        lora = LoraConfig(r=args.lora_rank, lora_alpha=args.lora_alpha, target_modules=args.lora_targets)
+        lora = LoraConfig(r=args.lora_rank, lora_alpha=args.lora_alpha, target_modules=list(args.lora_targets))
         self.lm = base  # the adapters are put into it
         self.adapters = get_peft_model(base, lora, adapter_name="policy_adapter")
         self.adapters.add_adapter("value_adapter", lora)

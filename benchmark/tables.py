@@ -33,6 +33,7 @@ from scores import (
 )
 
 PRINTED_WINS = {(8, "none"): 12, (8, "BSC(0.1)"): 15, (11, "none"): 16, (11, "BSC(0.1)"): 19}
+PLATEAUS = {"Swimmer-v4": 60.0}  # agents that stay on one score less: there the mean of a few says little
 ATARI = {11: ("PPO", "SPPO"), 8: ("A2C", "SA2C")}
 METRICS = {"rm_score": "score", "perplexity": "perplexity", "win_rate": "win rate (%)"}
 
@@ -123,6 +124,11 @@ def table_section(table: int, cells: dict, ours: dict, shorter: set) -> str:
     for noise in dict.fromkeys(noise for *_, noise in cells):
         text += noise_summary(table, cells, ours, noise)
     text += explanations(table, keys)
+    for environment, score in PLATEAUS.items():
+        runs = {key[1:names]: ours[key][1].values for key in keys if key[0] == environment}
+        shares = [f"{' with '.join(key)} {(values > score).sum()} of {len(values)}" for key, values in runs.items()]
+        if shares:
+            text.append(f"- {environment}: agents that left the plateau, scores over {score:g}: {', '.join(shares)}.")
 
     missing = defaultdict(list)
     for environment, algorithm, noise in cells.keys() - ours.keys():

@@ -202,6 +202,14 @@ def test_a_table_beside_the_papers(tmp_path):
     assert overview["11", "PPO, SPPO", "BSC(0.1)"] == ["0 of 44", "0", "0"]
 
 
+def test_share_of_the_agents_that_left_the_plateau_stands_beside_the_mean(tmp_path):
+    runs = tmp_path
+    write_run(runs / "dppo", [44.0, 45.5, 130.0], "Swimmer-v4", steps=2_000_896, **DPPO)
+    write_run(runs / "dsppo", [61.0, 131.0], "Swimmer-v4", steps=2_000_896, **DSPPO)
+    line = "- Swimmer-v4: agents that left the plateau, scores over 60: DPPO 1 of 3, DSPPO 2 of 2."
+    assert line in section(make_report(runs), "Table 12").splitlines()
+
+
 def test_figures_are_written_and_small(tmp_path):
     write_run(tmp_path / "runs" / "dsppo", [9000.0, 9200.0], curves=True, **DSPPO)
     write_run(tmp_path / "runs" / "short", [9000.0, 9200.0], steps=20_480, curves=True, **DSPPO)

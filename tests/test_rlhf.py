@@ -139,7 +139,7 @@ def test_padded_batch_has_the_logprobs_and_values_of_each_sequence_alone(script,
     """With the absolute positions of GPT-2 and the rotary ones of the others, which are blind to a common shift."""
     changes = {"policy": str(assets / model)}
     if (script, model) == (TLDR, "gpt2"):
-        changes |= {"lora_targets": ["c_attn"], "reward_model": str(assets / "scalar")}
+        changes |= {"lora_targets": ("c_attn",), "reward_model": str(assets / "scalar")}
     elif script is TLDR:
         changes |= tiny.family(model, assets)
     learner, _ = scrambled(script, **changes)
@@ -191,7 +191,7 @@ def test_gradient_checkpointing_computes_layers_again_with_their_adapter_and_cha
     for on in (False, True):
         learner, args = scrambled(TLDR, gradient_checkpointing=on, target_coef=0.1, **tiny.family(family, assets))
         rollout = tiny.fixed_rollout(TLDR, learner, args)
-        (linear, *_) = (m for n, m in learner.actor_critic.lm.named_modules() if n.endswith(tuple(args.lora_targets)))
+        (linear, *_) = (m for n, m in learner.actor_critic.lm.named_modules() if n.endswith(args.lora_targets))
         linear.register_forward_hook(lambda *_, on=on: calls.append(on))
         gradients.append(backward(TLDR, learner, rollout, args)[1])
     assert calls.count(True) == 2 * calls.count(False) == 12  # policy and value of three micro-batches
@@ -901,7 +901,7 @@ def test_no_adapter_is_mistaken_for_a_module_of_the_model(scrambled, assets, tmp
     """Bert's attention has a module "value"."""
     config = BertConfig(vocab_size=320, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, is_decoder=True)
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "bert")
-    changes = {"tokenizer": str(assets / "llama"), "lora_targets": ["query", "value"]}
+    changes = {"tokenizer": str(assets / "llama"), "lora_targets": ("query", "value")}
     changes |= {"policy": str(tmp_path / "bert"), "reward_model": str(assets / "scalar")}
     learner, _ = scrambled(TLDR, **changes)
     (tmp_path / "run").mkdir()
@@ -1291,7 +1291,7 @@ PAPER = {  # Section 5.3, Table 7, and where the paper is silent the authors' sc
         "double_quant": True,
         "lora_rank": 8,
         "lora_alpha": 64,
-        "lora_targets": ["q_proj", "v_proj"],
+        "lora_targets": ("q_proj", "v_proj"),
         "num_updates": 100,
         "num_trajectories": 64,
         "update_epochs": 4,

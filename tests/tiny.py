@@ -122,7 +122,7 @@ def build(folder: Path) -> Path:
     for name, config in {"gptj": gptj_config(len(tokenizer)), "neox": neox_config(len(tokenizer))}.items():
         AutoModelForCausalLM.from_config(config).save_pretrained(folder / name)
         tokenizer.save_pretrained(folder / name)
-        reward_adapter(config, folder / f"{name}-adapter", target_modules=FAMILIES[name]["lora_targets"])
+        reward_adapter(config, folder / f"{name}-adapter", target_modules=list(FAMILIES[name]["lora_targets"]))
     reward = pythia_reward(len(tokenizer)).bfloat16()
     reward.save_pretrained(folder / "neox-reward")
     (folder / "neox-reward" / "model.safetensors").unlink()  # the public one has a pickle
@@ -143,9 +143,9 @@ def build(folder: Path) -> Path:
 
 # Policies of the TL;DR script, each with what else it needs.
 FAMILIES = {
-    "llama": {"reward_model": "adapter", "lora_targets": ["q_proj", "v_proj"]},
-    "gptj": {"reward_model": "gptj-adapter", "lora_targets": ["q_proj", "v_proj"]},
-    "neox": {"reward_model": "neox-adapter", "lora_targets": ["query_key_value"]},
+    "llama": {"reward_model": "adapter", "lora_targets": ("q_proj", "v_proj")},
+    "gptj": {"reward_model": "gptj-adapter", "lora_targets": ("q_proj", "v_proj")},
+    "neox": {"reward_model": "neox-adapter", "lora_targets": ("query_key_value",)},
 }
 
 
@@ -171,7 +171,7 @@ def command_line(flags: dict) -> list[str]:
     result = []
     for name, value in flags.items():
         flag = name.replace("_", "-")
-        values = value if isinstance(value, (tuple, list)) else (value,)
+        values = value if isinstance(value, tuple) else (value,)
         no = "no-" if value is False else ""
         result += [f"--{no}{flag}", *(str(x) for x in values if not isinstance(x, bool))]
     return result
