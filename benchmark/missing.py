@@ -7,8 +7,6 @@ from cells import Group, Planned, identify, parse, short_name
 from sweeps import SWEEPS, cells, seconds, speeds
 from tables import markdown_table
 
-MARKER = "missing cells"
-
 
 def group_of(plan: Planned) -> Group:
     """The group of the runs that a line of a sweep makes."""
@@ -66,13 +64,3 @@ def missing_section(folders: list[Path], run: set[Group]) -> str:
         f"without the {unknown} rows for which no run has told a speed. `benchmark/judge.py` finds the win rates of "
         f"Table 3 when the runs are there.\n\n{markdown_table(header, rows, right='Seeds|Hours')}\n"
     )
-
-
-def replace_section(text: str, section: str, marker: str = MARKER) -> str:
-    """text with the section between its marker lines. Raises ValueError where it has none."""
-    first, last = f"<!-- {marker}: begin -->\n", f"<!-- {marker}: end -->\n"
-    before, begin, rest = text.partition(first)
-    _, end, after = rest.partition(last)
-    if not (begin and end):
-        raise ValueError(f"it has no lines {first}and {last}".replace("\n", " ").strip())
-    return before + begin + section + end + after

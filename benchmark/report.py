@@ -2,7 +2,7 @@
 
     python benchmark/report.py runs/                          # writes report/report.md and PNGs beside it
     python benchmark/report.py runs/ more-runs/ --out report/
-    python benchmark/report.py benchmark/results --missing docs/results.md
+    python benchmark/report.py benchmark/results --out benchmark/results --document README.md docs/results.md
 
 Reads every result.json below the folders and the curves.csv beside it; models, environments and the machine that made
 them are not needed. A score is the mean of the 10 evaluation episodes of one seed, of a language run the mean reward of
@@ -20,8 +20,8 @@ from pathlib import Path
 try:
     import tyro
     from cells import LANGUAGE_TABLES, TABLES, read_paper
+    from documents import filled
     from figures import figures_section
-    from missing import missing_section, replace_section
     from runs import Results, language_cells, load, unfinished
     from tables import (
         gains_section,
@@ -93,8 +93,8 @@ class Args:
     """folders with runs, searched with all their subfolders"""
     out: Path = Path("report")
     """where report.md and the figures go"""
-    missing: Path | None = None
-    """write the list of missing cells between the marker lines of this Markdown file, and nothing else"""
+    document: tuple[Path, ...] = ()
+    """Markdown files in which to renew what stands between marker lines: verdict, scores, tables, missing cells"""
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -111,20 +111,21 @@ def main(argv: list[str] | None = None) -> int:
         path, reason = results.left_out[0]
         print(f"no usable result.json among {len(results.left_out)}; the first, {path}: {reason}", file=sys.stderr)
         return 2
-    if args.missing:
-        section = missing_section(list(args.folders), {*results.groups, *results.language})
+    documents = {}
+    for path in args.document:
         try:
-            args.missing.write_text(replace_section(args.missing.read_text("utf-8"), section), "utf-8")
+            documents[path] = filled(path, list(args.folders), results, paper)
         except (OSError, ValueError) as error:
-            print(f"error: --missing {args.missing}: {error}", file=sys.stderr)
+            print(f"error: --document {path}: {error}", file=sys.stderr)
             return 2
-        return 0
     try:
         args.out.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError):
         print(f"error: --out {args.out} is no folder", file=sys.stderr)
         return 2
     write_report(list(args.folders), results, paper, args.out)
+    for path, text in documents.items():
+        path.write_text(text, "utf-8")
     counted = sum(len(runs.scores) for runs in (results.groups | results.language).values())
     print(f"{counted} runs, {len(results.left_out)} left out: {args.out / 'report.md'}")
     return 0

@@ -14,8 +14,8 @@ from pathlib import Path
 import numpy as np
 import tyro
 from cells import Group
+from documents import replace_section
 from figures import bin_means, plot
-from missing import replace_section
 from runs import Runs, load, read_curve
 from scores import format_mean, standard_error
 from tables import markdown_table, sort_key

@@ -18,7 +18,7 @@ from pathlib import Path
 import matplotlib
 import numpy as np
 import tyro
-from missing import replace_section
+from documents import replace_section
 from PIL import Image
 from runs import read_curve
 from scores import format_mean, standard_error

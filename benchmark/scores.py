@@ -66,6 +66,13 @@ def format_mean(values: np.ndarray) -> str:
     return format_number(mean) + (f" ± {format_number(se, like=mean)}" if math.isfinite(se) else "")
 
 
+def format_gain(gain: float, se: float) -> str:
+    """A difference of two means, with its sign and its standard error if there is one."""
+    size = max(abs(gain), se) if math.isfinite(se) else gain
+    text = f"{'+' if gain > 0 else ''}{format_number(gain, size)}"
+    return text + (f" ± {format_number(se, size)}" if math.isfinite(se) else "")
+
+
 def format_difference(difference: float) -> str:
     if math.isnan(difference):
         return "-"
@@ -87,5 +94,5 @@ def format_improvement(pairs: list[tuple[float, float]]) -> str:
 def format_interval(samples: list[np.ndarray], statistic=interquartile_mean) -> str:
     """A statistic with its interval."""
     interval = bootstrap_interval(samples, statistic)
-    bounds = f"[{interval[0]:.3f}, {interval[1]:.3f}]" if interval else "(one seed: no interval)"
-    return f"{statistic(*samples):.3f} {bounds}"
+    bounds = f"[{interval[0]:.2f}, {interval[1]:.2f}]" if interval else "(one seed: no interval)"
+    return f"{statistic(*samples):.2f} {bounds}"

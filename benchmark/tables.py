@@ -21,6 +21,7 @@ from runs import JUDGE, SFT_UPDATES, Results, Runs, language_cells, read_curve
 from scores import (
     count_wins,
     format_difference,
+    format_gain,
     format_improvement,
     format_interval,
     format_mean,
@@ -107,11 +108,11 @@ def row_keys(table: int, cells: dict, ours: dict) -> list[tuple[str, str, str]]:
     return keys
 
 
-def table_section(table: int, cells: dict, ours: dict, shorter: set) -> str:
-    """One table of the paper as far as it was run, and what follows from its cells."""
+def cells_table(table: int, cells: dict, ours: dict) -> str:
+    """One table of the paper as far as it was run, ours beside the paper's."""
     names = 2 if len({noise for *_, noise in cells}) == 1 else 3  # the title has the noise
-    keys, rows = row_keys(table, cells, ours), []
-    for key in keys:
+    rows = []
+    for key in row_keys(table, cells, ours):
         group, runs = ours[key]
         cell = paper_cell(cells, key)
         mean, se = runs.values.mean(), standard_error(runs.values)
@@ -120,7 +121,64 @@ def table_section(table: int, cells: dict, ours: dict, shorter: set) -> str:
         rows.append([*group.columns[:names], *texts] + [public_text(*key)] * (table in ATARI))
     header = ["Environment", "Algorithm", "Noise"][:names]
     header += ["Ours", "n", "Timesteps", "Paper", "Difference / joint SE"] + ["Public"] * (table in ATARI)
-    text = [f"## {table_title(table, cells)}", "", markdown_table(header, rows, right="Ours|n|Timesteps|Paper"), ""]
+    return markdown_table(header, rows, right="Ours|n|Timesteps|Paper")
+
+
+def run_of_both(cells: dict, ours: dict, noise: str) -> dict[str, list[np.ndarray]]:
+    """{environment: our scores of the symmetric algorithm and of its baseline} where both were run."""
+    symmetric = next(algorithm for _, algorithm, _ in reversed(cells))
+    pair = symmetric, BASELINES[symmetric]
+    environments = [e for e, a, n in cells if (a, n) == (symmetric, noise)]
+    found = {e: [ours[e, a, noise][1].values for a in pair if (e, a, noise) in ours] for e in environments}
+    return {e: samples for e, samples in found.items() if len(samples) == 2}
+
+
+def probability(samples: dict[str, list[np.ndarray]]) -> str:
+    """Probability of improvement over some environments, with its interval."""
+    first, second = zip(*samples.values())
+    return format_interval([*first, *second], probability_of_improvement)
+
+
+def leave_one_out(samples: dict[str, list[np.ndarray]]) -> tuple[str, str]:
+    """The environment that changes the probability of improvement most, and the probability without it."""
+    single = {e: probability_of_improvement(*pair) for e, pair in samples.items()}
+    mean = np.mean(list(single.values()))
+    left_out = max(single, key=lambda e: abs(single[e] - mean))
+    return left_out, probability({e: pair for e, pair in samples.items() if e != left_out})
+
+
+def comparison_table(cells: dict, ours: dict) -> str | None:
+    """The symmetric algorithm beside its baseline, environment by environment; None where no pair was run."""
+    symmetric = next(algorithm for _, algorithm, _ in reversed(cells))
+    pair = symmetric, BASELINES[symmetric]
+    noises, rows = list(dict.fromkeys(noise for *_, noise in cells)), []
+    for noise in noises:
+        samples = run_of_both(cells, ours, noise)
+        for e, values in samples.items():
+            (mean, se), (base_mean, base_se) = ((v.mean(), standard_error(v)) for v in values)
+            cell, base = (cells[e, a, noise] for a in pair)
+            gains = [format_gain(mean - base_mean, math.hypot(se, base_se))]
+            gains.append(format_gain(cell.mean - base.mean, math.hypot(cell.se, base.se)))
+            rows.append([short_name(e), noise, *gains, probability({e: values})])
+        if len(samples) > 1:
+            rows.append([f"all {len(samples)}", noise, "", "", probability(samples)])
+        if len(samples) > 2:
+            left_out, rest = leave_one_out(samples)
+            rows.append([f"all but {short_name(left_out)}", noise, "", "", rest])
+    title = f"{pair[0]} minus {pair[1]}"
+    header = ["Environment", "Noise", f"{title}, ours", f"{title}, the paper's", "Probability of improvement, ours"]
+    if len(noises) == 1:  # the title has the noise
+        header, rows = header[:1] + header[2:], [row[:1] + row[2:] for row in rows]
+    return markdown_table(header, rows, right="|".join(header[-3:])) if rows else None
+
+
+def table_section(table: int, cells: dict, ours: dict, shorter: set) -> str:
+    """One table of the paper as far as it was run, and what follows from its cells."""
+    names = 2 if len({noise for *_, noise in cells}) == 1 else 3
+    keys = row_keys(table, cells, ours)
+    text = [f"## {table_title(table, cells)}", "", cells_table(table, cells, ours), ""]
+    if comparison := comparison_table(cells, ours):
+        text += [comparison, ""]
     for noise in dict.fromkeys(noise for *_, noise in cells):
         text += noise_summary(table, cells, ours, noise)
     text += explanations(table, keys)

@@ -6,10 +6,12 @@ import json
 import math
 import os
 import re
+import shutil
 import subprocess
 import sys
 from collections import Counter
 from dataclasses import asdict
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -92,6 +94,11 @@ def rows(text):
     """Cells of the tables in a section, header and rule left out."""
     lines = [line for line in text.splitlines() if line.startswith("|")][2:]
     return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+
+
+def tables(text):
+    """The rows of each table in a section."""
+    return [rows(block) for block in text.split("\n\n") if block.startswith("|")]
 
 
 def test_paper_numbers_have_every_cell():
@@ -182,11 +189,19 @@ def test_a_table_beside_the_papers(tmp_path):
     text = make_report(runs)
     table = section(text, "Table 12")
     # SE of DSPPO: sqrt(50,000 / 3 / 4) = 64.5; (9150 - 9015) / sqrt(64.5^2 + 101^2) = 1.13. DPPO: -128 / 169.1.
-    assert rows(table) == [
+    cells, comparison = tables(table)
+    assert cells == [
         [LANDER, "DPPO", "300.0 ± 0.0", "2", "2,000,000", "241 ± 7.7", "+7.66, exceeds"],
         [LANDER, "DSPPO", "250.0 ± 50.0", "2", "2,000,000", "250 ± 6.9", "+0.00, within"],
         [PENDULUM, "DPPO", "8800 ± 100", "2", "1,000,000", "8928 ± 136", "-0.76, within"],
         [PENDULUM, "DSPPO", "9150 ± 65", "4", "1,000,000", "9015 ± 101", "+1.13, exceeds"],
+    ]
+    # DSPPO minus DPPO: -50 ± sqrt(50^2 + 0); 350 ± sqrt(64.5^2 + 100^2). The paper: 250 - 241 ± sqrt(6.9^2 + 7.7^2);
+    # 9015 - 8928 ± sqrt(101^2 + 136^2). Pairs: 2 ties of 4, 8 of 8.
+    assert [row[:4] for row in comparison] == [
+        [LANDER, "-50.0 ± 50.0", "+9.0 ± 10.3", "0.25 [0.00, 0.50]"],
+        [PENDULUM, "+350.0 ± 119.0", "+87.0 ± 169.4", "1.00 [1.00, 1.00]"],
+        ["all 2", "", "", "0.62 [0.50, 0.75]"],
     ]
     assert "higher mean than DPPO in 1 of 2 environments; in the paper's cells in 2 of these and in 8 of all 9" in table
     # 100 (9150 / 8800 - 1) = 3.98 and 100 (250 / 300 - 1) = -16.67
@@ -194,12 +209,43 @@ def test_a_table_beside_the_papers(tmp_path):
     # DPPO: of 0.9745, 0.9969 and 1.2448 twice the middle two; DSPPO: of 0.8299, 1.0081, 1.0193, 1.0305, 1.0417, 1.2448
     # the middle four, since a quarter of six is rounded down. DSPPO: 8 of 8 pairs, and 1 of 4: two ties.
     pair = section(table, "Table 12").partition("- DSPPO and DPPO, 2 environments: ")[2].partition("\n")[0]
-    assert "DPPO cell 1.025 [" in pair and "] and 1.121 [" in pair and "probability of improvement 0.625 [" in pair
+    assert "DPPO cell 1.02 [" in pair and "] and 1.12 [" in pair and "probability of improvement 0.62 [" in pair
     assert "- Not run: PPO: everywhere." in table
     assert "- Not run: DSPPO: Ant-v4, BipedalWalker-v3, HalfCheetah-v4" in table
     overview = {tuple(row[:3]): row[3:] for row in rows(text.split("\n## ")[0])}
     assert overview["12", "PPO, DPPO, DSPPO", "none"] == ["4 of 27", "0", "2"]
     assert overview["11", "PPO, SPPO", "BSC(0.1)"] == ["0 of 44", "0", "0"]
+
+
+def test_what_the_readme_quotes_is_filled_in(tmp_path):
+    """DSPPO is better in one environment, worse in the next and alike in the last: 0.5, without the worse 0.75."""
+    runs, document = tmp_path / "runs", tmp_path / "README.md"
+    both = ("dsppo", DSPPO), ("dppo", DPPO)
+    for env_id, steps, pair in (
+        (PENDULUM, 1_001_472, ([9100.0, 9200.0], [8900.0, 9000.0, 9050.0])),
+        (LANDER, 2_000_896, ([240.0, 250.0], [260.0, 270.0])),
+        (CHEETAH, 2_000_896, ([0.0, 0.0], [0.0, 0.0])),
+    ):
+        for (name, args), values in zip(both, pair):
+            write_run(runs / f"{name}-{env_id}", values, env_id, steps=steps, **args)
+    markers = ("verdict", "scores")
+    document.write_text("".join(f"<!-- {name}: begin -->\n<!-- {name}: end -->\n" for name in markers))
+    assert report.main([str(runs), "--out", str(tmp_path / "report"), "--document", str(document)]) == 0
+    text = document.read_text()
+    words = " ".join(text.split())
+    assert "6 of the paper's 108 continuous-control cells were run. 3 of them are within two joint" in words
+    # HalfCheetah has no spread, so that the unit is the paper's: 3478 / 279; LunarLander's DPPO: 24 / sqrt(5^2 + 7.7^2)
+    assert "; further are DPPO on HalfCheetah, DSPPO on HalfCheetah, DPPO on LunarLander. The probability" in words
+    assert (
+        "above one of DPPO is 0.50 [0.50, 0.50] without noise (3 environments; 0.75 [0.75, 0.75] without LunarLander"
+        in words
+    )
+    assert "with noise" not in words
+    assert rows(text) == [
+        ["HalfCheetah", "2", "0.000 ± 0.000 (3478)", "0.000 ± 0.000 (4104)", "", ""],
+        ["LunarLander", "2", "265.0 ± 5.0 (241)", "245.0 ± 5.0 (250)", "", ""],
+        ["InvertedDoublePendulum", "2 to 3", "8983 ± 44 (8928)", "9150 ± 50 (9015)", "", ""],
+    ]
 
 
 def test_share_of_the_agents_that_left_the_plateau_stands_beside_the_mean(tmp_path):
@@ -415,7 +461,7 @@ def test_table_4_and_its_rule(tmp_path):
     ]
     assert "+13.4 % for beta 1 (noise: none) where Table 4 prints 10.15 %" in table
     assert "+216.7 % (+90.4 % without the 2 above 1000 %) for beta 10 (noise: BSC(0.1))" in table
-    assert [row[:2] for row in rows(section(text, "Table 11"))] == [["Alien", "PPO"], ["Alien", "SPPO"]]
+    assert [row[:2] for row in tables(section(text, "Table 11"))[0]] == [["Alien", "PPO"], ["Alien", "SPPO"]]
 
 
 @pytest.mark.parametrize(
@@ -480,7 +526,7 @@ def test_a_changed_copy_stands_beside_the_original_under_its_own_name(tmp_path):
     table = section(text, "Table 12")
     mine = ["9400 ± 100", "2", "1,000,000", "-", "-"]
     assert [row[1] for row in rows(table)[:2]] == ["DPPO", "DSPPO"]
-    assert [row[1:] for row in rows(table)[2:]] == [["my_loss", *mine]] + [
+    assert [row[1:] for row in tables(table)[0][2:]] == [["my_loss", *mine]] + [
         [f"my_loss, {own}", *mine] for own in ("beta 5", "tau 0.1")
     ]
     assert "- DSPPO and my_loss, 1 environment: interquartile mean" in table
@@ -510,9 +556,12 @@ def test_missing_cells_are_written_between_the_marker_lines(tmp_path, capsys):
     write_run(runs / "dsppo", [9000.0, 9200.0], **DSPPO)
     for path in runs.rglob("result.json"):  # two seeds side by side: 200 steps per second
         path.write_text(json.dumps(json.loads(path.read_text()) | timing))
-    command = [str(runs), "--missing", str(document)]
+    command = [str(runs), "--out", str(tmp_path / "report"), "--document", str(document)]
     document.write_text("# Results\n")
+    assert report.main(command) == 2 and "it has no line <!-- NAME: begin -->" in capsys.readouterr().err
+    document.write_text("# Results\n<!-- missing cells: begin -->\n")
     assert report.main(command) == 2 and "it has no lines <!-- missing cells: begin -->" in capsys.readouterr().err
+    assert not (tmp_path / "report").exists()
     document.write_text("# Results\n<!-- missing cells: begin -->\nold\n<!-- missing cells: end -->\nMore.\n")
     for _ in range(2):
         assert report.main(command) == 0
@@ -531,7 +580,6 @@ def test_missing_cells_are_written_between_the_marker_lines(tmp_path, capsys):
         f"{names}; with noise: SPPO beta 0.5, SPPO beta 1, SPPO beta 5, SPPO beta 25"
     ]
     assert not any(row[:3] == ["12, 13", PENDULUM, "DSPPO"] for row in listed)
-    assert not (tmp_path / "report").exists()
 
 
 @pytest.mark.parametrize("module", ["matplotlib", "scipy"])
@@ -651,16 +699,16 @@ def test_default_arguments_of_a_language_script_are_the_papers(script):
 
 def test_the_kept_report_is_what_the_kept_results_make_and_is_quoted_right(tmp_path, monkeypatch):
     monkeypatch.chdir(ROOT)
-    assert report.main(["benchmark/results", "--out", str(tmp_path)]) == 0
+    documents = [ROOT / "README.md", ROOT / "docs/results.md"]
+    copies = [str(shutil.copy(document, tmp_path)) for document in documents]
+    assert report.main(["benchmark/results", "--out", str(tmp_path), "--document", *copies]) == 0
     made = (tmp_path / "report.md").read_text(encoding="utf-8")
     kept = ROOT / "benchmark" / "results"
     assert made == (kept / "report.md").read_text(encoding="utf-8")
     assert {path.name for path in tmp_path.glob("*.png")} == {path.name for path in kept.glob("*.png")}
-    document = ROOT / "docs" / "results.md"
-    quoted = rows((document if document.exists() else ROOT / "README.md").read_text(encoding="utf-8"))
-    tables = [part for part in made.split("\n## ")[1:] if part.startswith(("Table ", "The paper's gain"))]
-    beside = [row for table in tables for row in rows(table) if row[-1] != "-"]
-    assert beside and all(row in quoted for row in beside)
+    assert [Path(copy).read_text() for copy in copies] == [document.read_text() for document in documents]
+    gains = rows(section(made, "The paper's gain"))
+    assert gains and all(row in rows(documents[1].read_text()) for row in gains if row[-1])
 
 
 def test_folders_without_results(tmp_path, capsys):

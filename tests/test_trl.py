@@ -120,9 +120,9 @@ def test_runs_of_both_sides_stand_in_one_table(assets, tmp_path, capsys):
 )
 def test_wrong_arguments_end_in_one_line(assets, tmp_path, flags, message):
     process = run("benchmark/trl_baseline.py", small(assets) | flags, tmp_path)
-    assert (
-        process.returncode == 2 and process.stderr.startswith(f"error: {message}") and process.stderr.count("\n") == 1
-    )
+    *imports, error = process.stderr.splitlines()  # bitsandbytes, imported by TRL, warns on processors with AVX512-BF16
+    assert process.returncode == 2 and error.startswith(f"error: {message}")
+    assert all("kernels-community" in line for line in imports)
 
 
 def test_both_sides_are_timed_from_the_end_of_the_first_update(assets):
