@@ -584,6 +584,9 @@ class Learner:
             require(enough, f"--dataset {args.dataset} has {len(rows)} {split} rows")
         base.generation_config = generation_config(args, self.tokenizer)
         self.actor_critic.to(self.device).eval()  # eval: dropout is never active
+        for layer in self.actor_critic.modules():
+            if hasattr(layer, "quant_state"):  # in eval mode bitsandbytes has no gradient on CPUs with AVX512-BF16
+                layer.training = True
         self.trained = {name: p for name, p in self.actor_critic.named_parameters() if p.requires_grad}
         groups = [
             {"params": [p for p in self.trained.values() if p.ndim > 1], "weight_decay": args.weight_decay},

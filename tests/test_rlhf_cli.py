@@ -417,7 +417,8 @@ def killed(script, assets, tmp_path_factory):
 
 
 def test_killed_run_resumes_to_exactly_the_run_that_was_never_killed(script, killed, unfinished, finished):
-    assert killed[1] == ""  # its stderr
+    # Its stderr, but for a warning of bitsandbytes on CPUs with AVX512-BF16, when peft imports it.
+    assert not [line for line in killed[1].splitlines() if "kernels-community" not in line]
     assert read_checkpoint(unfinished)["counters"]["update"] == 1
     wait_for_the_next_second()
     code, out, err = call(script, unfinished.parent, ["--resume", "run"])
@@ -474,7 +475,7 @@ def test_run_killed_at_an_awkward_moment_resumes_to_the_same_run(
 @pytest.mark.parametrize("family", tiny.FAMILIES)
 def test_run_on_a_base_in_4_bits_resumes_and_is_evaluated(assets, tmp_path, family):
     """For real, on the CPU, where bitsandbytes is installed."""
-    pytest.importorskip("bitsandbytes")
+    Linear4bit = pytest.importorskip("bitsandbytes").nn.Linear4bit
     flags = tiny.flags(TLDR.SCRIPT, assets) | RUN | tiny.family(family, assets) | {"base_precision": "4bit"}
     killed_in(TLDR, tmp_path, flags, "rollout", 2)
     assert call(TLDR, tmp_path, ["--resume", "run"])[0] == 0
@@ -483,7 +484,11 @@ def test_run_on_a_base_in_4_bits_resumes_and_is_evaluated(assets, tmp_path, fami
     assert any(float(row["objective/kl"]) for row in rows[1:])
     code, out, _ = call(TLDR, tmp_path, ["--evaluate", "run"])
     assert code == 0 and out.startswith(f"score {read_result(tmp_path / 'run')['eval_score']:.4f}")
+    adapter = load_file(tmp_path / "run/policy/adapter_model.safetensors")
+    assert all(x.any() for name, x in adapter.items() if "lora_B" in name)  # gradients reached every layer
     learner = TLDR.Learner(TLDR.Args(**flags), Accelerator(cpu=True))
+    modules = list(learner.actor_critic.modules())
+    assert {id(m) for m in modules if m.training} == {id(m) for m in modules if isinstance(m, Linear4bit)} != set()
     exact = sequence_logprobs(AutoModelForCausalLM.from_pretrained(assets / family).eval())
     error = (sequence_logprobs(learner.actor_critic.switch_to("policy_adapter")).float() - exact).abs().mean()
     assert any(p.dtype == torch.uint8 for p in learner.actor_critic.lm.parameters()) and 0 < error < 1
