@@ -388,6 +388,10 @@ rewards: prompt left out | sppo_rlhf_imdb | rlhf -k probability
 - [prompt + response for prompt, response in zip(prompts, responses)]
 + [response for prompt, response in zip(prompts, responses)]
 
+4 bit: quantized layers in eval mode | sppo_rlhf_tldr | rlhf_cli -k 4_bits
+- layer.training = True
++ layer.training = False
+
 prompts: an instruction with the mark in it | sppo_rlhf_tldr | rlhf -k prompt_of_tldr
 - rsplit(PROMPT_END, 1)
 + split(PROMPT_END, 1)
