@@ -9,7 +9,8 @@ Machines are shared and drift, so every round runs Stable-Baselines3 and each va
 backwards in every second round, and only ratios within a round are compared: of steps per second and, which neighbours
 disturb less, of steps per CPU second of the whole process. Printed are medians with 95 % bootstrap intervals over the
 rounds after the first, absolute steps per second, the processor and the load of the machine. Compilation and evaluation
-are not counted, on either side. Where the time goes is printed too. --scaling shows in the same way how the total grows
+are not counted, on either side. Both sides of Atari use a GPU where there is one. Where the time goes is printed too
+(with a GPU, where the program waits for it). --scaling shows in the same way how the total grows
 with the number of agents in one process.
 """
 
@@ -103,7 +104,8 @@ def stable_baselines3(script: str, env_id: str, steps: int, threads: int) -> Spe
 
         mujoco.set_mju_user_warning(lambda text: None)
         env = VecNormalize(make_vec_env(env_id, n_envs=num_envs))
-    model = algorithm(policy, env, device="cpu", seed=1, **options)
+    device = "auto" if script.endswith("atari") else "cpu"  # as our scripts choose
+    model = algorithm(policy, env, device=device, seed=1, **options)
     model.learn(num_envs * model.n_steps)  # warm up
     first = model.num_timesteps
     wall, cpu = time.perf_counter(), time.process_time()
@@ -265,7 +267,7 @@ def in_turn(rounds: int, measure: dict[str, Callable[[], Speed]], label: str) ->
             found[name].append(measure[name]())
         left = (time.perf_counter() - start) / (i + 1) * (rounds - i) / 60
         print(f"{label}: round {i} of {rounds}, {left:.0f} min left", file=sys.stderr, flush=True)
-    print(f"{label}, {rounds} rounds; {processor()}, {os.cpu_count()} CPUs, ", end="")
+    print(f"{label}, {rounds} rounds; {processor()}, {len(os.sched_getaffinity(0))} CPUs, ", end="")
     print(f"load {min(loads):.1f} to {max(loads):.1f} at the start of a round")
     return {name: speeds[1:] for name, speeds in found.items()}
 
