@@ -625,6 +625,7 @@ def save_results(
     result |= {"total_timesteps": counters["global_step"], "eval_returns": eval_returns.tolist()}
     result |= {"eval_mean": eval_returns.mean(), "train_last10_mean": np.mean(last_returns) if last_returns else None}
     result |= {"sps": sps, "wall_seconds": counters["wall_seconds"], "versions": versions, "commit": commit}
+    result["device"] = torch.cuda.get_device_name() if learner.device.type == "cuda" else "cpu"
     write_json(run_dir / "result.json", result)
     print(f"seed {args.seed}: {counters['global_step']:,} steps, evaluation {scores_text(eval_returns)}")
     print(f"  everything is in {run_dir}; evaluate again with --evaluate {run_dir}")

@@ -715,6 +715,7 @@ def save_results(
             result |= {"eval_returns": eval_returns[i].tolist(), "eval_mean": eval_returns[i].mean()}
             result |= {"train_last10_mean": np.mean(last_returns) if last_returns else None, "sps": sps}
             result |= {"wall_seconds": counters["wall_seconds"], "versions": versions, "commit": commit}
+            result["device"] = torch.cuda.get_device_name() if learner.device.type == "cuda" else "cpu"
             write_json(folder / "result.json", result)
             log.write(step, {"eval/episodic_return": eval_returns[i].mean()})
             print(f"seed {seed}: {step:,} steps, evaluation {scores_text(eval_returns[i])}")

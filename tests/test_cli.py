@@ -54,6 +54,7 @@ RESULT_KEYS = {
     "wall_seconds",
     "versions",
     "commit",
+    "device",
 }
 TABLE_6 = (
     "Ant-v4",
@@ -262,7 +263,7 @@ def test_result_has_the_agreed_keys_and_total_rounds_up_to_whole_rollouts(script
     assert result["eval_mean"] == pytest.approx(np.mean(result["eval_returns"]))
     assert 20 < result["train_last10_mean"] < 10_000
     assert result["sps"] > 100 and result["wall_seconds"] > 5120 / result["sps"]
-    assert result["versions"]["torch"] == torch.__version__
+    assert result["versions"]["torch"] == torch.__version__ and result["device"] == "cpu"
     assert "5,120" in out and f"{result['eval_mean']:.1f}" in out and "run" in out
 
 
