@@ -221,6 +221,7 @@ def test_training_scores_are_raw_and_over_whole_games(script, tmp_path, monkeypa
         scores += [rewards[: np.flatnonzero(game_over)[0] + 1].sum()]
     result = json.loads((tmp_path / "run/result.json").read_text())
     assert result["train_last10_mean"] == pytest.approx(np.mean(scores)) and np.mean(scores) > 20
+    assert result["device"] == (torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu")
 
 
 @both
