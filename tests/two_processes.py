@@ -1,6 +1,7 @@
 """Run by test_rlhf_cli.py under torchrun: gradients of a fixed rollout that is split over processes, and whole runs."""
 
 import os
+import signal
 import sys
 import time
 from dataclasses import fields, replace
@@ -44,20 +45,34 @@ def gradients(script, assets, accelerator, changes):
 
 
 def run(script, assets, run_dir, rank):
-    """A run; which rows, seed and responses this process had in its updates goes into a file."""
-    rollout, seen = script.rollout, []
+    """A run that Ctrl-C stops, in its second process alone, and that is resumed. Exit codes of the two parts, and whether
+    the checkpoint, for which the first process takes its time, was there when this process stopped.
+
+    Which rows, seed and responses this process had in its updates goes into a file.
+    """
+    rollout, save_checkpoint, seen = script.rollout, script.save_checkpoint, []
 
     def spy(learner, rows, args):
         seed = torch.initial_seed()
         trajectories, *rest = rollout(learner, rows, args)
         seen.append((rows, seed, trajectories.responses))
+        if rank == 1 and len(seen) == 1:
+            os.kill(os.getpid(), signal.SIGINT)
         return trajectories, *rest
 
+    def slow(*inputs):
+        time.sleep(2)
+        save_checkpoint(*inputs)
+
     flags = tiny.flags(script.SCRIPT, assets) | {"num_updates": 2, "target_coef": 0.1, "run_dir": run_dir}
-    with patch.object(sys, "argv", [script.__file__, *tiny.command_line(flags)]), patch.object(script, "rollout", spy):
-        code = script.main()
+    codes, saved = [], []
+    with patch.multiple(script, rollout=spy, save_checkpoint=slow):
+        for arguments in (tiny.command_line(flags), ["--resume", str(run_dir)]):
+            with patch.object(sys, "argv", [script.__file__, *arguments]):
+                codes.append(script.main())
+            saved.append((run_dir / "checkpoint.pt").exists())
     torch.save(seen, f"{run_dir}-rank{rank}.pt")
-    return code
+    return codes, saved[0]
 
 
 def slow_start(script, assets):
@@ -84,8 +99,9 @@ def main():
         for i, changes in enumerate(CHANGES)
     }
     torch.save(results, out / f"rank{accelerator.process_index}.pt")
-    codes = [run(script, assets, out / script.SCRIPT, accelerator.process_index) for script in SCRIPTS]
-    assert codes == [0, 0], codes
+    for script in SCRIPTS:
+        codes, saved = run(script, assets, out / script.SCRIPT, accelerator.process_index)
+        assert codes == [130, 0] and saved, (script.SCRIPT, accelerator.process_index, codes, saved)
 
 
 if __name__ == "__main__":
