@@ -45,8 +45,8 @@ def gradients(script, assets, accelerator, changes):
 
 
 def run(script, assets, run_dir, rank):
-    """A run that Ctrl-C stops, in its second process alone, and that is resumed. Exit codes of the two parts, and whether
-    the checkpoint, for which the first process takes its time, was there when this process stopped.
+    """A run that Ctrl-C stops, in its second process alone, and that is resumed. Exit codes of the two parts, and
+    whether the checkpoint, for which the first process takes its time, was there when this process stopped.
 
     Which rows, seed and responses this process had in its updates goes into a file.
     """
