@@ -169,6 +169,7 @@ def train(args: Args, run_dir: Path) -> dict:
         "wall_seconds": time.monotonic() - start,
         "versions": versions,
         "commit": commit,
+        "device": "cpu",
     }
 
 
