@@ -1,15 +1,7 @@
 # /// script
 # requires-python = ">=3.11"
-# dependencies = [
-#     "torch==2.13.0",
-#     "gymnasium[box2d,mujoco]==1.4.0",
-#     "mujoco==4.0.0",
-#     "Box2D==2.3.10",
-#     "numpy==2.4.6",
-#     "safetensors==0.8.0",
-#     "tensorboard==2.21.0",
-#     "tyro==1.0.17",
-# ]
+# dependencies = ["torch==2.13.0", "gymnasium[box2d,mujoco]==1.4.0", "mujoco==4.0.0", "Box2D==2.3.10", "numpy==2.4.6",
+#     "safetensors==0.8.0", "tensorboard==2.21.0", "tyro==1.0.17"]
 # ///
 """Symmetric A2C (SA2C) for continuous control with discretized actions, the paper's DSA2C.
 
@@ -23,22 +15,22 @@ Arrays have a leading agent dimension: --num-seeds N trains N independent agents
 
 import csv
 import errno
+import fcntl
 import io
 import json
 import os
-import pickle
-import shutil
-import signal
+import re
+import shlex
 import subprocess
 import sys
 import time
 import warnings
-from collections.abc import Sequence
+from contextlib import ExitStack, closing
 from dataclasses import asdict, dataclass, fields, replace
-from datetime import timedelta
-from importlib.metadata import distributions
-from importlib.util import find_spec
+from datetime import datetime, timedelta
+from importlib import metadata, util
 from pathlib import Path
+from typing import IO, NoReturn
 
 import gymnasium as gym
 import mujoco
@@ -50,10 +42,12 @@ from torch import Tensor, nn
 from torch.utils.tensorboard import SummaryWriter
 
 SCRIPT = Path(__file__).stem
-VERSION = 2  # of the format of checkpoint.pt
+VERSION = 3  # of the format of checkpoint.pt
 EVAL_EPISODES = 10
 EVAL_MAX_STEPS = 20_000  # of an episode in an environment without a time limit
-LOG_EVERY = 2048  # steps
+LOG_EVERY = 2048  # steps between rows of curves.csv, and checkpoints
+SHOW_EVERY = 10  # seconds between lines of progress
+REMOVED = "checkpoint_every wandb_project_name wandb_entity".split()  # arguments of models of version 2
 TRAINING, EVALUATION = 0, 1  # streams of environment seeds
 PACKAGES = ("torch", "gymnasium", "mujoco", "Box2D", "numpy")  # their versions go into result.json
 
@@ -84,123 +78,131 @@ class Args:
     resume: str | None = None  # run directory to continue; all other arguments come from the run
     evaluate: str | None = None  # run directory or model.safetensors to evaluate instead of training
     eval_every: int = 0  # steps between evaluations during training; 0: only the final one
-    checkpoint_every: int = 100_000  # steps between checkpoints
-    track: bool = False  # log to Weights & Biases as well (pip install wandb)
-    wandb_project_name: str = "symmetric-rl"  # Weights & Biases project
-    wandb_entity: str | None = None  # Weights & Biases team
-    capture_video: bool = False  # record the first episode of every evaluation (pip install moviepy)
+    track: bool = False  # log to Weights & Biases as well; WANDB_PROJECT and WANDB_ENTITY say where (pip install wandb)
+    capture_video: bool = False  # record an episode of every evaluation, the first agent's (pip install moviepy)
     compile: bool = False  # compile the gradient computation with torch.compile (needs a C++ compiler)
     cuda: bool = False  # use a GPU; for one agent of this size the CPU is faster
     num_threads: int = 1  # CPU threads of torch; networks this small gain nothing from more
 
+    @property
+    def seeds(self) -> range:
+        return range(self.seed, self.seed + self.num_seeds)
 
-class Stop(Exception):
-    """Ends the script in one line: exit code 2 for a wrong argument, 1 for what a run can meet, such as a full disk."""
+    @property
+    def device(self) -> str:
+        return "cuda" if self.cuda else "cpu"
 
-    def __init__(self, message: str, code: int = 2):
-        super().__init__(message)
-        self.code = code
-
-
-def require(condition: bool, message: str, code: int = 2) -> None:
-    if not condition:
-        raise Stop(message, code)
+    def split(self) -> list["Args"]:
+        """Every agent's own arguments, as if it were alone; its files go into their run_dir."""
+        dirs = [f"{self.run_dir}/seed{seed}" if self.num_seeds > 1 else self.run_dir for seed in self.seeds]
+        return [replace(self, seed=seed, num_seeds=1, run_dir=d) for seed, d in zip(self.seeds, dirs)]
 
 
 def make_env(env_id: str, video_dir: Path | None = None) -> gym.Env:
     """One environment with flat observations; with video_dir, its first episode is recorded there."""
     warnings.filterwarnings("ignore", message=".*is out of date")  # the paper's MuJoCo ids are v4
     # MuJoCo's own handler also writes MUJOCO_LOG.TXT into the working directory.
-    mujoco.set_mju_user_warning(lambda text: "settotalmass" in text or print(f"MuJoCo: {text}", file=sys.stderr))
-    env = gym.make(env_id, disable_env_checker=True, **({"render_mode": "rgb_array"} if video_dir else {}))
+    mujoco.set_mju_user_warning(lambda text: "settotalmass" in text or say(f"MuJoCo: {text}", sys.stderr))
+    module, colon, _ = env_id.rpartition(":")
+    if colon and not all(name.isidentifier() for name in module.split(".")):
+        fail(f"--env-id {env_id}: {module!r} is no module")
+    try:
+        env = gym.make(env_id, disable_env_checker=True, **({"render_mode": "rgb_array"} if video_dir else {}))
+    except (gym.error.Error, ImportError) as error:
+        fail(f"--env-id {env_id}: {error}")
     if video_dir:
         env = gym.wrappers.RecordVideo(env, str(video_dir), episode_trigger=lambda episode: episode == 0)
     space = env.observation_space
-    flat = isinstance(space, gym.spaces.Box) and len(space.shape) == 1
-    return env if flat else gym.wrappers.FlattenObservation(env)
+    if isinstance(space, gym.spaces.Box) and len(space.shape) == 1:
+        return env
+    return gym.wrappers.FlattenObservation(env) if space.is_np_flattenable else fail(f"--env-id {env_id}: {space}")
 
 
-class Envs(gym.vector.SyncVectorEnv):
-    """Environments that reset within the step that ends an episode, so that no transition is junk.
+def action_bins(space: gym.Space, num_bins: int) -> np.ndarray:
+    """Grid of (num_bins, action_dim) action values, evenly spaced from low to high inclusive (Section 5.2)."""
+    if isinstance(space, gym.spaces.Box) and np.issubdtype(space.dtype, np.floating):
+        with np.errstate(over="ignore", invalid="ignore"):  # where the difference of the bounds is infinite
+            bins = np.linspace(space.low.flatten(), space.high.flatten(), num_bins, dtype=space.dtype)
+        if np.isfinite(bins).all():
+            return bins
+    fail(f"--env-id: bins need a Box of floating point actions between finite bounds, not {space}")
 
-    SyncVectorEnv's own bookkeeping takes four times as long: of all infos only final_obs, the observations before any
-    reset, are collected here.
+
+class Envs:
+    """num_envs environments of every agent that take bins for actions; all arrays are (num_agents, num_envs, ...).
+
+    They reset within the step that ends an episode, so that no transition is junk. gymnasium's SyncVectorEnv takes
+    four times as long. With video_dir the first episode of the very first environment is recorded.
     """
 
-    def reset(self, seed: list[int]):
-        return np.array([env.reset(seed=s)[0] for env, s in zip(self.envs, seed)]), {}
+    def __init__(self, args: Args, num_envs: int, video_dir: Path | None = None):
+        self.shape, self.envs = (args.num_seeds, num_envs), []
+        with ExitStack() as stack:  # closes those that are open when one cannot be opened
+            for i in range(args.num_seeds * num_envs):
+                self.envs.append(stack.enter_context(make_env(args.env_id, None if i else video_dir)))
+            self.action_space = self.envs[0].action_space
+            self.bins = action_bins(self.action_space, args.num_bins)
+            self.action_dim, self.obs_dim = self.bins.shape[1], self.envs[0].observation_space.shape[0]
+            self.close = stack.pop_all().close
 
-    def step(self, actions: np.ndarray):
-        obs, final_obs, rewards, terminated, truncated = [], [], [], [], []
-        for env, action in zip(self.envs, actions):
-            last_obs, reward, is_terminated, is_truncated, _ = env.step(action)
-            done = is_terminated or is_truncated
-            final_obs.append(np.copy(last_obs) if done else last_obs)  # reset may write into the same array
-            obs.append(env.reset()[0] if done else last_obs)
-            rewards.append(reward)
-            terminated.append(is_terminated)
-            truncated.append(is_truncated)
-        infos = {"final_obs": np.array(final_obs)}
-        return np.array(obs), np.array(rewards), np.array(terminated, bool), np.array(truncated, bool), infos
+    def reset(self, seeds: range, *stream: int) -> np.ndarray:
+        """Observations. Each stream (training, evaluation, a resumed run) has episodes of its own."""
+        states = [np.random.SeedSequence([seed, *stream]).generate_state(self.shape[1]) for seed in seeds]
+        obs = [env.reset(seed=int(seed))[0] for env, seed in zip(self.envs, np.concatenate(states))]
+        return np.array(obs).reshape(*self.shape, -1)
 
-
-def make_envs(env_id: str, num_envs: int, video_dirs: Sequence[Path] = ()) -> Envs:
-    """num_envs environments. With video_dirs, one per agent, the first environment of each agent is recorded."""
-    videos = {i * num_envs // len(video_dirs): video_dir for i, video_dir in enumerate(video_dirs)}
-    return Envs([lambda i=i: make_env(env_id, videos.get(i)) for i in range(num_envs)])
-
-
-def env_seeds(seeds: list[int], num_envs: int, *stream: int) -> list[int]:
-    """Seeds of num_envs environments per agent; another stream (evaluation, a resumed run) gives other seeds."""
-    return [int(s) for seed in seeds for s in np.random.SeedSequence([seed, *stream]).generate_state(num_envs)]
-
-
-def action_bins(space: gym.spaces.Box, num_bins: int) -> np.ndarray:
-    """Grid of (num_bins, action_dim) action values, evenly spaced from low to high inclusive (Section 5.2)."""
-    return np.linspace(space.low.flatten(), space.high.flatten(), num_bins, dtype=space.dtype)
-
-
-class RunningMeanStd:
-    """Running mean and variance per agent; batches are merged by Chan et al.'s formula, as in Stable-Baselines3."""
-
-    def __init__(self, num_agents: int, *shape: int):
-        self.mean = np.zeros((num_agents, *shape))
-        self.var = np.ones((num_agents, *shape))
-        self.count = np.full((num_agents, *[1] * len(shape)), 1e-4)
-
-    def update(self, x: np.ndarray) -> None:
-        """Take in x: (num_agents, batch, *shape)."""
-        batch_mean = x.sum(1) / x.shape[1]
-        batch_var = np.square(x - batch_mean[:, None]).sum(1) / x.shape[1]
-        delta = batch_mean - self.mean
-        self.count = self.count + x.shape[1]
-        weight = x.shape[1] / self.count
-        self.mean = self.mean + weight * delta
-        self.var = self.var + weight * (batch_var - self.var + (1 - weight) * np.square(delta))
+    def step(self, actions: np.ndarray) -> tuple[np.ndarray, ...]:
+        """Take bins (num_agents, num_envs, action_dim); the last array is the observations before any reset."""
+        values = self.bins[actions, np.arange(self.action_dim)].reshape(-1, *self.action_space.shape)
+        rows = []  # one per environment
+        for env, value in zip(self.envs, values):
+            obs, reward, terminated, truncated, _ = env.step(value)
+            final_obs = obs
+            if terminated or truncated:
+                final_obs, obs = np.copy(obs), env.reset()[0]  # reset may write into the same array
+            rows.append((obs, reward, terminated, truncated, final_obs))
+        obs, rewards, terminated, truncated, final_obs = map(np.array, zip(*rows))
+        # Numbers may come as arrays of one element.
+        rewards, terminated, truncated = (x.reshape(self.shape) for x in (rewards, terminated, truncated))
+        shape = (*self.shape, self.obs_dim)
+        return obs.reshape(shape), rewards, terminated.astype(bool), truncated.astype(bool), final_obs.reshape(shape)
 
 
-class Normalizer:
+class Normalizer(nn.Module):
     """Observation and reward normalization of Stable-Baselines3's VecNormalize, one per agent (eps 1e-8, clip 10)."""
 
     def __init__(self, num_agents: int, num_envs: int, obs_dim: int, gamma: float):
-        self.obs_rms = RunningMeanStd(num_agents, obs_dim)
-        self.return_rms = RunningMeanStd(num_agents)
+        super().__init__()
+        for name, shape in (("obs", (num_agents, 1, obs_dim)), ("return", (num_agents, 1))):
+            self.register_buffer(f"{name}_mean", torch.zeros(shape, dtype=torch.float64))
+            self.register_buffer(f"{name}_var", torch.ones(shape, dtype=torch.float64))
+            self.register_buffer(f"{name}_count", torch.tensor(1e-4, dtype=torch.float64))
+        self.statistics = {name: x.numpy() for name, x in self.named_buffers()}  # the same memory
         self.returns = np.zeros((num_agents, num_envs))  # discounted return so far of the running episodes
         self.gamma = gamma
 
-    def obs(self, obs: np.ndarray, update: bool = True) -> np.ndarray:
-        """Normalize obs: (num_agents, num_envs, obs_dim) to float32, after counting them in where update is set."""
-        if update:
-            self.obs_rms.update(obs)
-        mean, std = self.obs_rms.mean[:, None], np.sqrt(self.obs_rms.var + 1e-8)[:, None]
+    def count(self, name: str, x: np.ndarray) -> None:
+        """Take x: (num_agents, batch, ...) into the statistics, by Chan et al.'s formula as in Stable-Baselines3."""
+        mean, var, count = (self.statistics[f"{name}_{key}"] for key in ("mean", "var", "count"))
+        batch_mean = x.sum(1, keepdims=True) / x.shape[1]
+        batch_var = np.square(x - batch_mean).sum(1, keepdims=True) / x.shape[1]
+        delta = batch_mean - mean
+        count += x.shape[1]
+        weight = x.shape[1] / count
+        mean += weight * delta
+        var += weight * (batch_var - var + (1 - weight) * np.square(delta))
+
+    def obs(self, obs: np.ndarray) -> np.ndarray:
+        """(num_agents, num_envs, obs_dim), raw -> normalized float32"""
+        mean, std = self.statistics["obs_mean"], np.sqrt(self.statistics["obs_var"] + 1e-8)
         return ((obs - mean) / std).clip(-10, 10).astype(np.float32)
 
     def reward(self, reward: np.ndarray, done: np.ndarray) -> np.ndarray:
         """Divide reward: (num_agents, num_envs) by the running std of the discounted return; no mean is subtracted."""
         self.returns = self.returns * self.gamma + reward
-        self.return_rms.update(self.returns)
+        self.count("return", self.returns)
         self.returns[done] = 0
-        return (reward / np.sqrt(self.return_rms.var + 1e-8)[:, None]).clip(-10, 10)
+        return (reward / np.sqrt(self.statistics["return_var"] + 1e-8)).clip(-10, 10)
 
 
 class BatchedLinear(nn.Module):
@@ -223,13 +225,9 @@ class Agent(nn.Module):
         super().__init__()
 
         def mlp(out_features: int, gain: float) -> nn.Sequential:
-            return nn.Sequential(
-                BatchedLinear(generators, obs_dim, 64, 2**0.5),
-                nn.Tanh(),
-                BatchedLinear(generators, 64, 64, 2**0.5),
-                nn.Tanh(),
-                BatchedLinear(generators, 64, out_features, gain),
-            )
+            sizes = (obs_dim, 64, 2**0.5), (64, 64, 2**0.5), (64, out_features, gain)
+            first, second, last = (BatchedLinear(generators, *size) for size in sizes)
+            return nn.Sequential(first, nn.Tanh(), second, nn.Tanh(), last)
 
         self.actor = mlp(action_dim * num_bins, 0.01)
         self.critic = mlp(1, 1.0)
@@ -269,25 +267,25 @@ def symmetric_a2c_loss(logprob: Tensor, advantages: Tensor, alpha: float, beta: 
 def gae(
     rewards: np.ndarray, values: np.ndarray, dones: np.ndarray, last_value: np.ndarray, gamma: float, gae_lambda: float
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Generalized advantage estimation (Schulman et al. 2018): advantages and returns, (num_steps, ...) like rewards.
+    """Generalized advantage estimation (Schulman et al. 2018): advantages and returns, both shaped like rewards.
 
-    dones[t] is true where an episode ended in step t; a time limit's bootstrap value is already in rewards[t].
-    last_value: (...), value of the observation after the last step.
+    rewards, values, dones: (..., num_steps, num_envs). dones is true where an episode ended in that step; a time
+    limit's bootstrap value is already in its reward. last_value: (..., num_envs), of the observation after them.
     """
-    next_values = np.concatenate([values[1:], last_value[None]])
+    next_values = np.concatenate([values[..., 1:, :], last_value[..., None, :]], axis=-2)
     deltas = rewards + gamma * next_values * ~dones - values
     decay = gamma * gae_lambda * ~dones
     advantages = np.zeros_like(values)
     advantage = np.zeros_like(last_value)
-    for t in reversed(range(len(rewards))):
-        advantage = deltas[t] + decay[t] * advantage
-        advantages[t] = advantage
+    for t in reversed(range(rewards.shape[-2])):
+        advantage = deltas[..., t, :] + decay[..., t, :] * advantage
+        advantages[..., t, :] = advantage
     return advantages, advantages + values
 
 
 @torch.enable_grad()
-def gradients(agent: Agent, batch: Sequence[Tensor], args: Args) -> tuple[list[Tensor], dict[str, Tensor]]:
-    """Clipped gradients of every agent on a batch of its own, and its losses as {tag: (num_agents,)}.
+def backward(agent: Agent, batch: tuple[Tensor, ...], args: Args) -> dict[str, Tensor]:
+    """Leave every agent's clipped gradient on a batch of its own in p.grad; returns {tag: (num_agents,)} to log.
 
     batch: observations (num_agents, batch, obs_dim), actions (num_agents, batch, action_dim), and (num_agents, batch)
     of advantages and returns.
@@ -302,12 +300,14 @@ def gradients(agent: Agent, batch: Sequence[Tensor], args: Args) -> tuple[list[T
         loss = loss - args.ent_coef * entropy
 
     # Agents share no parameter: the gradient of the sum holds each agent's own gradient.
-    grads = torch.autograd.grad(loss.sum(), list(agent.parameters()))
-    flat = [g.reshape(len(loss), -1) for g in grads]  # (num_agents, parameters of an agent)
-    grad_norm = torch.stack([torch.linalg.vector_norm(g, dim=1) for g in flat]).norm(dim=0)
+    params = list(agent.parameters())
+    grads = [g.reshape(len(loss), -1) for g in torch.autograd.grad(loss.sum(), params)]  # (num_agents, parameters)
+    grad_norm = torch.stack([torch.linalg.vector_norm(g, dim=1) for g in grads]).norm(dim=0)
     scale = (args.max_grad_norm / (grad_norm + 1e-6)).clamp(max=1).unsqueeze(1)
+    for p, g in zip(params, grads):
+        p.grad = (g * scale).view_as(p)
 
-    return [(f * scale).view_as(g) for f, g in zip(flat, grads)], {
+    return {
         "losses/policy_loss": policy_loss.detach(),
         "losses/value_loss": value_loss.detach(),
         "losses/entropy": entropy.detach(),
@@ -315,538 +315,398 @@ def gradients(agent: Agent, batch: Sequence[Tensor], args: Args) -> tuple[list[T
     }
 
 
-class Learner:
-    """All agents with what a checkpoint holds of them: networks, optimizer, normalization, random numbers.
-
-    With several agents the first dimension of every parameter and buffer is the agent's; that of one agent may have
-    any shape.
-    """
-
-    def __init__(self, args: Args, seeds: Sequence[int], obs_dim: int, action_dim: int):
-        self.device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
-        self.generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-        self.agent = Agent(self.generators, obs_dim, action_dim, args.num_bins).to(self.device)
-        for name, x in self.agent.state_dict().items():
-            if len(seeds) > 1 and x.shape[:1] != (len(seeds),):
-                raise ValueError(f"{name} of shape {tuple(x.shape)} has no dimension for {len(seeds)} agents")
-        self.optimizer = torch.optim.RMSprop(self.agent.parameters(), args.learning_rate, alpha=0.99, eps=1e-5)
-        self.normalizer = Normalizer(len(seeds), args.num_envs, obs_dim, args.gamma)
-
-    def draw(self, *shape: int, kind: str) -> Tensor:
-        """Random numbers (shape[0], num_agents, *shape[1:]), each agent's from its own generator."""
-        return torch.stack([getattr(torch.empty(shape), kind)(generator=g) for g in self.generators], dim=1)
-
-    def state(self) -> dict:
-        statistics = {name: vars(getattr(self.normalizer, name)) for name in ("obs_rms", "return_rms")}
-        return {
-            "agent": self.agent.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "normalizer": {name: {k: torch.from_numpy(v) for k, v in s.items()} for name, s in statistics.items()},
-            "generators": [g.get_state() for g in self.generators],
-        }
-
-    def load_networks(self, tensors: dict[str, Tensor], path: Path) -> None:
-        """Take over tensors from path, with or without the dimension of one agent. Raises Stop if they do not fit."""
-        own = self.agent.state_dict()
-        try:
-            tensors = {k: x.reshape(own[k].shape) if k in own else x for k, x in tensors.items()}
-            self.agent.load_state_dict(tensors)
-        except RuntimeError as error:
-            raise Stop(f"{path} does not fit the networks of this {SCRIPT}.py: {error}") from None
-
-    def load_state(self, state: dict, path: Path) -> None:
-        self.load_networks(state["agent"], path)
-        self.optimizer.load_state_dict(state["optimizer"])
-        for name, statistics in state["normalizer"].items():
-            vars(getattr(self.normalizer, name)).update({k: v.numpy() for k, v in statistics.items()})
-        for generator, generator_state in zip(self.generators, state["generators"]):
-            generator.set_state(generator_state)
-
-
-def agent_first(x: np.ndarray, device: torch.device) -> Tensor:
-    """(num_steps, num_agents, num_envs, ...) -> (num_agents, num_steps * num_envs, ...)"""
-    return torch.from_numpy(x).to(device).transpose(0, 1).flatten(1, 2)
-
-
 @torch.no_grad()
-def train(args: Args, run_dir: Path) -> None:
+def train(args: Args, envs: Envs) -> None:
     """Train agents side by side, from the checkpoint in run_dir where there is one; each leaves a result.json."""
     start_time, commit = time.monotonic(), git_commit()
     torch.set_num_threads(args.num_threads)
-    N, E, T = args.num_seeds, args.num_envs, args.num_steps
-    seeds = seed_dirs(args, run_dir)  # {seed: directory}
-    rollout_size = T * E
-    total_timesteps = -(-args.total_timesteps // rollout_size) * rollout_size
+    N, E, T = args.num_seeds, args.num_envs, args.num_steps  # agents, environments of each, steps of a rollout
+    total_timesteps = -(-args.total_timesteps // (T * E)) * T * E
 
-    envs = make_envs(args.env_id, N * E)
-    bins = action_bins(envs.single_action_space, args.num_bins)  # (num_bins, action_dim)
-    action_dim, obs_dim = bins.shape[1], envs.single_observation_space.shape[0]
-    learner = Learner(args, seeds, obs_dim, action_dim)
-    agent, normalizer, device = learner.agent, learner.normalizer, learner.device
-    counters = {"global_step": 0, "train_steps": 0, "train_seconds": 0.0, "wall_seconds": 0.0}
-    counters |= {"last_returns": [[] for _ in seeds], "curves": [[] for _ in seeds]}
-    counters |= load_checkpoint(run_dir, learner)
-    start_time -= counters["wall_seconds"]  # of the process or processes before
-    first_step = global_step = counters["global_step"]
-    logs = []
-    for (seed, seed_dir), rows in zip(seeds.items(), counters["curves"]):
-        logs.append(RunLog(seed_dir, replace(args, seed=seed, num_seeds=1), rows, global_step))  # rows: for checkpoints
-    progress = Progress(total_timesteps, "step")
-    stop_signals = collect_signals()
-    failed = np.zeros(N, bool)  # agents whose loss is not finite any more
-
+    generators = [torch.Generator().manual_seed(seed) for seed in args.seeds]  # an agent's own random numbers
+    agent = Agent(generators, envs.obs_dim, envs.action_dim, args.num_bins).to(args.device)
+    assert N == 1 or all(len(p) == N for p in agent.parameters()), "the first dimension of parameters is the agent's"
+    optimizer = torch.optim.RMSprop(agent.parameters(), args.learning_rate, alpha=0.99, eps=1e-5)
+    normalizer = Normalizer(N, E, envs.obs_dim, args.gamma)
     torch._dynamo.config.trace_autograd_ops = True  # forward and backward in one graph
-    compute_gradients = torch.compile(gradients, disable=not args.compile)
+    compiled_backward = torch.compile(backward, disable=not args.compile)
 
-    obs_buf = np.zeros((T, N, E, obs_dim), np.float32)
-    action_buf = np.zeros((T, N, E, action_dim), np.int64)
-    reward_buf, done_buf = np.zeros((T, N, E), np.float32), np.zeros((T, N, E), bool)
+    # A resumed run takes over the state_dict() of every part and all numbers, lists and tensors of progress.
+    parts = {"agent": agent, "optimizer": optimizer, "normalizer": normalizer}
+    progress = {"global_step": 0, "train_steps": 0, "train_seconds": 0.0, "wall_seconds": 0.0, "generators": []}
+    progress |= {"last_returns": [[] for _ in args.seeds], "eval_returns": None} | load_checkpoint(args, parts)
+    for generator, state in zip(generators, progress["generators"]):
+        generator.set_state(state)
+    start_time -= progress["wall_seconds"]  # of the process or processes before
+    first_step = global_step = last_log = progress["global_step"]
+    logs = [RunLog(own_args.run_dir, global_step) for own_args in args.split()]
+    failed, last_shown = np.zeros(N, bool), start_time
+
+    # One rollout of every agent; the agent is the first dimension everywhere.
+    obs_buf = np.zeros((N, T, E, envs.obs_dim), np.float32)
+    action_buf = np.zeros((N, T, E, envs.action_dim), np.int64)
+    reward_buf, done_buf = np.zeros((N, T, E), np.float32), np.zeros((N, T, E), bool)
     episode_return, episode_length = np.zeros((N, E)), np.zeros((N, E))
-    episodes, stats, last_log = [[] for _ in seeds], [], global_step  # since the last log
+    episodes, stats = [[] for _ in args.seeds], []  # since the last log
 
-    raw_obs, _ = envs.reset(seed=env_seeds(seeds, E, TRAINING, global_step))  # a resumed run has other episodes
-    obs = normalizer.obs(raw_obs.reshape(N, E, obs_dim), update=global_step < total_timesteps)
-    while global_step < total_timesteps and not stop_signals:
+    def tensor(x: np.ndarray) -> Tensor:
+        return torch.from_numpy(x).to(args.device)
+
+    raw_obs = envs.reset(args.seeds, TRAINING, global_step)  # a resumed run has other episodes
+    normalizer.count("obs", raw_obs)
+    obs = normalizer.obs(raw_obs)
+    while global_step < total_timesteps:
         iteration_start = time.perf_counter()
 
         # Rollout. argmax(logits + Gumbel noise) is a sample of the policy; the noise is drawn once per rollout.
-        gumbel = -learner.draw(T, E, action_dim, args.num_bins, kind="exponential_").log().to(device)
-        noise = args.reward_noise_std * learner.draw(T, E, kind="normal_").numpy()
+        shape = (T, E, envs.action_dim, args.num_bins)
+        gumbel = -torch.stack([torch.empty(shape).exponential_(generator=g) for g in generators]).log().to(args.device)
+        noise = args.reward_noise_std * torch.stack([torch.randn(T, E, generator=g) for g in generators]).numpy()
         for t in range(T):
-            actions = (agent.logits(torch.from_numpy(obs).to(device)) + gumbel[t]).argmax(-1).cpu().numpy()
-            obs_buf[t], action_buf[t] = obs, actions
-            action_values = bins[actions, np.arange(action_dim)].reshape(envs.action_space.shape)
-            raw_obs, raw_reward, terminated, truncated, infos = envs.step(action_values)
-            raw_obs, raw_reward = raw_obs.reshape(N, E, obs_dim), raw_reward.reshape(N, E)
-            done = (terminated | truncated).reshape(N, E)
+            actions = (agent.logits(tensor(obs)) + gumbel[:, t]).argmax(-1).cpu().numpy()
+            obs_buf[:, t], action_buf[:, t] = obs, actions
+            raw_obs, raw_reward, terminated, truncated, final_obs = envs.step(actions)
+            normalizer.count("obs", raw_obs)
             obs = normalizer.obs(raw_obs)
-            reward_buf[t] = normalizer.reward(raw_reward, done) + noise[t]
-            done_buf[t] = done
+            done_buf[:, t] = done = terminated | truncated
+            reward_buf[:, t] = normalizer.reward(raw_reward, done) + noise[:, t]
             episode_return += raw_reward
             episode_length += 1
             if done.any():
-                time_limit = (truncated & ~terminated).reshape(N, E)
-                if time_limit.any():  # truncated, not terminated: add gamma * V(final observation)
-                    final_obs = normalizer.obs(infos["final_obs"].reshape(N, E, obs_dim), update=False)
-                    final_value = agent.value(torch.from_numpy(final_obs).to(device)).cpu().numpy()
-                    reward_buf[t][time_limit] += args.gamma * final_value[time_limit]
+                time_limit = truncated & ~terminated  # no end for the value: add gamma * V(final observation)
+                if time_limit.any():
+                    final_value = agent.value(tensor(normalizer.obs(final_obs))).cpu().numpy()
+                    reward_buf[:, t][time_limit] += args.gamma * final_value[time_limit]
                 for i, e in np.argwhere(done):
-                    episodes[i].append((episode_return[i, e], episode_length[i, e]))
-                    counters["last_returns"][i].append(float(episode_return[i, e]))
+                    episodes[i].append((float(episode_return[i, e]), float(episode_length[i, e])))
                 episode_return[done], episode_length[done] = 0, 0
+        global_step += T * E
 
         # Advantages. The critic is still that of the rollout: one forward pass gives V for all of it.
-        b_obs, b_actions = (agent_first(x, device) for x in (obs_buf, action_buf))
-        values = agent.value(b_obs).unflatten(1, (T, E)).transpose(0, 1).cpu().numpy()
-        last_value = agent.value(torch.from_numpy(obs).to(device)).cpu().numpy()
+        b_obs, b_actions = (tensor(x).flatten(1, 2) for x in (obs_buf, action_buf))
+        values, last_value = agent.value(b_obs).view(N, T, E).cpu().numpy(), agent.value(tensor(obs)).cpu().numpy()
         advantages, returns = gae(reward_buf, values, done_buf, last_value, args.gamma, args.gae_lambda)
-        b_advantages, b_returns = (agent_first(x, device) for x in (advantages, returns))
+        batch = b_obs, b_actions, *(tensor(x).flatten(1, 2) for x in (advantages, returns))
 
         # Update
-        global_step += rollout_size
-        remaining = max(0.0, 1 - global_step / args.total_timesteps)
         if args.anneal_lr:
-            learner.optimizer.param_groups[0]["lr"] = args.learning_rate * remaining
-        grads, losses = compute_gradients(agent, [b_obs, b_actions, b_advantages, b_returns], args)
-        for p, g in zip(agent.parameters(), grads):
-            p.grad = g
-        learner.optimizer.step()
-        stats.append(losses)
-
-        check_finite(args, global_step, stats[-1]["losses/grad_norm"].tolist(), failed, learner)  # waits for the GPU
-        counters["global_step"] = global_step
-        counters["wall_seconds"] = time.monotonic() - start_time
-        if global_step > first_step + rollout_size or not args.compile:  # the first iteration compiles
-            counters["train_steps"] += rollout_size
-            counters["train_seconds"] += time.perf_counter() - iteration_start
+            optimizer.param_groups[0]["lr"] = args.learning_rate * max(0.0, 1 - global_step / args.total_timesteps)
+        stats.append(compiled_backward(agent, batch, args))
+        optimizer.step()
+        check_finite(args, global_step, stats[-1]["losses/grad_norm"].tolist(), normalizer, failed)  # waits for the GPU
+        if global_step > first_step + T * E or not args.compile:  # the first iteration compiles
+            progress["train_steps"] += T * E
+            progress["train_seconds"] += time.perf_counter() - iteration_start
 
         # Evaluate, log, save
-        sps = counters["train_steps"] / max(counters["train_seconds"], 1e-9)
-        eval_returns = None
-        if args.eval_every and global_step % args.eval_every < rollout_size and global_step < total_timesteps:
-            eval_returns = evaluate(learner, args, run_dir, global_step)
-        if global_step - last_log >= LOG_EVERY or global_step == total_timesteps or eval_returns is not None:
-            means = {tag: torch.stack([s[tag] for s in stats]).mean(0).tolist() for tag in stats[0]}
-            unexplained = (returns - values).var((0, 2)) / (returns.var((0, 2)) + 1e-8)
-            for i, log in enumerate(logs):
-                metrics = {tag: mean[i] for tag, mean in means.items()}
-                metrics["losses/explained_variance"] = 1 - unexplained[i]
-                metrics["charts/learning_rate"] = learner.optimizer.param_groups[0]["lr"]
-                metrics["charts/SPS"] = sps
-                if episodes[i]:
-                    metrics["charts/episodic_return"], metrics["charts/episodic_length"] = np.mean(episodes[i], axis=0)
-                if eval_returns is not None:
-                    metrics["eval/episodic_return"] = eval_returns[i].mean()
-                log.write(global_step, metrics)
-            episodes, stats, last_log = [[] for _ in seeds], [], global_step
-        counters["last_returns"] = [last[-EVAL_EPISODES:] for last in counters["last_returns"]]
-        mean_return = np.mean([r for last in counters["last_returns"] for r in last] or [np.nan])
-        progress.show(global_step, sps, f"return {mean_return:.1f}  {N * sps:,.0f} steps/s")
-        if global_step % args.checkpoint_every < rollout_size or global_step == total_timesteps or stop_signals:
-            save_checkpoint(run_dir, learner, counters)
+        finished = global_step == total_timesteps
+        evaluate_now = finished or (args.eval_every and global_step % args.eval_every < T * E)
+        if not evaluate_now and global_step - last_log < LOG_EVERY:
+            continue
+        last_log = global_step
+        sps = progress["train_steps"] / max(progress["train_seconds"], 1e-9)  # of each agent
+        if finished:  # before the evaluation, where an environment may fail
+            save_models(args, agent, normalizer)
+        if evaluate_now:
+            eval_returns = evaluate(args, agent, normalizer, None if finished else global_step)
+        means = {tag: torch.stack([s[tag] for s in stats]).mean(0).tolist() for tag in stats[0]}
+        unexplained = (returns - values).var((1, 2)) / (returns.var((1, 2)) + 1e-8)
+        for i, log in enumerate(logs):
+            metrics = {tag: mean[i] for tag, mean in means.items()}
+            metrics["losses/explained_variance"] = 1 - unexplained[i]
+            metrics["charts/learning_rate"] = optimizer.param_groups[0]["lr"]
+            metrics["charts/SPS"] = sps
+            if episodes[i]:
+                metrics["charts/episodic_return"], metrics["charts/episodic_length"] = np.mean(episodes[i], axis=0)
+            if evaluate_now:
+                metrics["eval/episodic_return"] = eval_returns[i].mean()
+            log.write(global_step, metrics)
+            progress["last_returns"][i] = [*progress["last_returns"][i], *(r for r, _ in episodes[i])][-EVAL_EPISODES:]
+        episodes, stats = [[] for _ in args.seeds], []
+        progress |= {"global_step": global_step, "wall_seconds": time.monotonic() - start_time}
+        progress["eval_returns"] = eval_returns.tolist() if finished else None
+        progress["generators"] = [g.get_state() for g in generators]
+        save_checkpoint(args, parts, progress)
+        if finished or time.monotonic() - last_shown > SHOW_EVERY:
+            last_shown = time.monotonic()
+            mean_return = np.mean([r for last in progress["last_returns"] for r in last] or [np.nan])
+            left = timedelta(seconds=int((total_timesteps - global_step) / sps)) if sps else "?"
+            line = f"{global_step / total_timesteps:4.0%}  step {global_step:,}  return {mean_return:.1f}"
+            say(f"{line}  {sps:,.0f} steps/s per agent  {left} left")
 
-    for number in (signal.SIGINT, signal.SIGTERM):  # from here on a stop loses nothing
-        signal.signal(number, signal.default_int_handler)
-    envs.close()
-    if stop_signals:
-        raise KeyboardInterrupt
-    eval_returns = evaluate(learner, args, run_dir)
-    counters["wall_seconds"] = time.monotonic() - start_time
-    save_results(learner, args, logs, eval_returns, counters, commit)
+    save_results(args, progress, commit)
 
 
 @torch.no_grad()
-def evaluate(learner: Learner, args: Args, run_dir: Path, step: int | None = None) -> np.ndarray:
+def evaluate(args: Args, agent: Agent, normalizer: Normalizer, step: int | None = None) -> np.ndarray:
     """Raw returns (num_agents, 10) of the first episode in each of 10 environments of its own per agent.
 
     The most likely bin of every action dimension is taken, and the normalization statistics are frozen. An evaluation
-    during training, at a step, has starts of its own. With args.capture_video each agent's first episode is recorded.
+    during training, at a step, has starts of its own. With args.capture_video the very first episode is recorded.
     """
-    name = "final" if step is None else f"step{step}"
-    stream = (EVALUATION,) if step is None else (EVALUATION, step)
-    seeds = seed_dirs(args, run_dir)
-    videos = [seed_dir / "videos" / name for seed_dir in seeds.values()] if args.capture_video else []
-    envs = make_envs(args.env_id, len(seeds) * EVAL_EPISODES, videos)
-    bins = action_bins(envs.single_action_space, args.num_bins)
-    raw_obs, _ = envs.reset(seed=env_seeds(seeds, EVAL_EPISODES, *stream))
-    returns = np.zeros(envs.num_envs)
-    running, steps = np.ones(envs.num_envs, dtype=bool), 0
-    while running.any() and steps < EVAL_MAX_STEPS:
-        obs = learner.normalizer.obs(raw_obs.reshape(len(seeds), EVAL_EPISODES, -1), update=False)
-        actions = learner.agent.logits(torch.from_numpy(obs).to(learner.device)).argmax(-1).cpu().numpy()
-        action_values = bins[actions, np.arange(bins.shape[1])].reshape(envs.action_space.shape)
-        raw_obs, reward, terminated, truncated, _ = envs.step(action_values)
-        returns += reward * running
-        running &= ~(terminated | truncated)
-        steps += 1
-    envs.close()
+    name, stream = ("final", (EVALUATION,)) if step is None else (f"step{step}", (EVALUATION, step))
+    say(f"evaluation, {name}: {EVAL_EPISODES} episodes of every agent")
+    with closing(Envs(args, EVAL_EPISODES, Path(args.run_dir, "videos", name) if args.capture_video else None)) as envs:
+        raw_obs = envs.reset(args.seeds, *stream)
+        returns, running, steps = np.zeros(envs.shape), np.ones(envs.shape, bool), 0
+        while running.any() and steps < EVAL_MAX_STEPS:
+            obs = torch.from_numpy(normalizer.obs(raw_obs)).to(args.device)
+            raw_obs, reward, terminated, truncated, _ = envs.step(agent.logits(obs).argmax(-1).cpu().numpy())
+            returns += reward * running
+            running &= ~(terminated | truncated)
+            steps += 1
     if running.any():
-        print(f"evaluation: {running.sum()} episodes of {args.env_id} were cut off after {steps:,} steps")
-    return returns.reshape(len(seeds), EVAL_EPISODES)
+        say(f"evaluation: {running.sum()} episodes of {args.env_id} were cut off after {steps:,} steps")
+    for seed, agent_returns in zip(args.seeds, returns):
+        say(f"seed {seed}: {agent_returns.mean():.1f} ({' '.join(f'{r:.1f}' for r in agent_returns)})")
+    return returns
 
 
-def load_model(path: Path) -> tuple[Args, Learner]:
-    """Arguments and agent of a saved model, a file or in a run directory. Raises Stop when it is none of ours."""
-    if runs := sorted(path.glob("seed*/model.safetensors")):
-        raise Stop(f"{path} holds the runs of several seeds: name one, such as {runs[0].parent}")
-    path = path / "model.safetensors" if path.is_dir() else path
+# Nothing below knows the algorithm.
+
+# What arguments must be, in the flags' spelling; a rule that does not hold is its own error message.
+RULES = """
+--num-seeds >= 1, --num-envs >= 1, --num-steps >= 1, --num-threads >= 1
+--num-bins >= 2, --eval-every >= 0, 0 <= --seed < 2**63, 0 <= --gamma <= 1, 0 <= --gae-lambda <= 1
+0 < --alpha < inf, 0 <= --beta < inf, -inf < --Z < 0, 0 <= --reward-noise-std < inf, 0 < --learning-rate < inf
+0 <= --ent-coef < inf, 0 <= --vf-coef < inf, 0 < --max-grad-norm < inf
+--total-timesteps >= --num-envs * --num-steps
+"""
+
+
+def fail(message: object, code: int = 2) -> NoReturn:
+    """End in one line: code 2 for a wrong argument, 1 for what a run can meet. A bug keeps Python's traceback."""
+    say(f"error: {' '.join(str(message).split())}", sys.stderr)
+    raise SystemExit(code)
+
+
+def say(text: str, file: IO | None = None) -> None:
+    """Print. A reader that has gone, as behind | head, does not stop a run."""
+    file = file or sys.stdout
     try:
-        with safetensors.safe_open(path, "pt") as file:
-            metadata, tensors = file.metadata() or {}, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        script, saved = metadata.get("script"), json.loads(metadata.get("args", "{}"))
-    except (safetensors.SafetensorError, OSError, ValueError) as error:
-        raise Stop(f"{path} cannot be read as a model, which a run leaves when it has finished ({error})") from None
-    args = saved_args(path, script, saved)
-    require(all(x.isfinite().all() for x in tensors.values()), f"{path} holds values that are not finite")
-    obs_dim, action_dim = check_env(args)
-    learner = Learner(args, [args.seed], obs_dim, action_dim)
-    statistics = [tensors.pop(name, torch.empty(0)).numpy() for name in ("obs_mean", "obs_var")]
-    fits = all(x.shape == (obs_dim,) for x in statistics)
-    require(fits, f"{path} holds no statistics of the {obs_dim} observations of {args.env_id}")
-    learner.normalizer.obs_rms.mean, learner.normalizer.obs_rms.var = (x[None] for x in statistics)
-    learner.load_networks(tensors, path)
-    return args, learner
+        print(text, file=file, flush=True)
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), file.fileno())
 
 
-def collect_signals() -> list[int]:
-    """Ctrl-C and SIGTERM go into the returned list, so that the rollout ends with a checkpoint; a second one kills."""
-    received = []
+def check_args(args: Args) -> None:
+    for rule in RULES.strip().replace("\n", ", ").split(", "):
+        python = re.sub(r"--([\w-]+)", lambda flag: flag[1].replace("-", "_"), rule)
+        if not eval(python, {"inf": np.inf}, vars(args)):
+            got = ", ".join(
+                f"{flag} {vars(args)[flag[2:].replace('-', '_')]}" for flag in re.findall(r"--[\w-]+", rule)
+            )
+            fail(f"{rule} must hold, got {got}")
+    if args.cuda and not torch.cuda.is_available():
+        fail("--cuda needs a CUDA device, and torch sees none")
+    for flag, package in (("track", "wandb"), ("capture_video", "moviepy")):
+        spec = util.find_spec(package)
+        if getattr(args, flag) and (spec is None or spec.origin is None):  # an empty folder has a spec, but no origin
+            fail(f"--{flag.replace('_', '-')} needs {package}: pip install {package}")
+    if args.capture_video:
+        try:
+            with gym.make(args.env_id, render_mode="rgb_array", disable_env_checker=True) as env:
+                frames = env.reset() and env.render()
+        except Exception as error:
+            frames = error
+        if not isinstance(frames, np.ndarray):
+            fail(f"--capture-video: {args.env_id} cannot be rendered: {frames}. Without a display try MUJOCO_GL=egl")
 
-    def handler(number: int, _) -> None:
-        received.append(number)
-        signal.signal(number, signal.SIG_DFL)
 
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, handler)
-    return received
-
-
-def check_finite(args: Args, step: int, grad_norms: list[float], failed: np.ndarray, learner: Learner) -> None:
-    """Mark in failed the agents whose loss is not finite, and name each once. Raises Stop when none is left."""
+def check_finite(args: Args, step: int, grad_norms: list[float], normalizer: Normalizer, failed: np.ndarray) -> None:
+    """Mark in failed the agents whose loss is not finite, name each once, and end when none is left."""
     for i in np.flatnonzero(~np.isfinite(grad_norms) & ~failed):
-        failed[i] = True
-        reason = "the loss is not finite. Try a lower --learning-rate or a lower --beta"
-        statistics = [learner.normalizer.return_rms.var[i], *learner.normalizer.obs_rms.var[i]]
-        if not np.isfinite(statistics).all():  # they have seen every observation and reward
+        failed[i], reason = True, "the loss is not finite. Try a lower --learning-rate or a lower --beta"
+        if not all(np.isfinite(x[i]).all() for x in normalizer.statistics.values() if x.ndim):  # they have seen it all
             reason = "the environment's observations or rewards are not finite"
-        message = f"seed {args.seed + i} of {args.env_id} failed at step {step:,}: {reason}"
-        require(not failed.all(), message, code=1)
-        print(f"{message}; it leaves no result", file=sys.stderr)
+        message = f"seed {args.seeds[i]} of {args.env_id} failed at step {step:,}: {reason}"
+        fail(message, code=1) if failed.all() else say(f"{message}; it leaves no result", sys.stderr)
 
 
 def write_atomic(path: Path, content: bytes | memoryview) -> None:
     """Write, then rename: a kill or a full disk leaves the old file or the new one."""
     temporary = path.with_name(path.name + ".tmp")
-    try:
-        temporary.write_bytes(content)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    temporary.write_bytes(content)
+    temporary.replace(path)
 
 
-def write_json(path: Path, content: dict) -> None:
-    write_atomic(path, (json.dumps(content, indent=2) + "\n").encode())
+class RunLog:
+    """TensorBoard and curves.csv of one agent. Rows after global_step, of a killed run, go."""
+
+    def __init__(self, run_dir: str, global_step: int):
+        self.writer = SummaryWriter(run_dir, purge_step=global_step + 1)
+        self.path, self.columns, self.rows = Path(run_dir, "curves.csv"), {}, []
+        if self.path.exists():
+            with self.path.open(newline="") as file:  # a row that a kill cut short lacks its last values
+                rows = [row for row in csv.DictReader(file) if None not in row.values()]
+            self.rows = [row for row in rows if int(row["global_step"]) <= global_step]
+
+    def write(self, global_step: int, metrics: dict[str, float]) -> None:
+        """Log {tag: value}, any tags. curves.csv gets one more row, and is written anew where a tag is new."""
+        row, text = {"global_step": global_step} | {tag: f"{x:.6g}" for tag, x in metrics.items()}, io.StringIO()
+        self.rows.append(row)
+        if row.keys() <= self.columns.keys():
+            with self.path.open("a", newline="") as file:
+                csv.DictWriter(file, self.columns, lineterminator="\n").writerow(row)
+        else:
+            self.columns = dict.fromkeys(tag for row in self.rows for tag in row)
+            writer = csv.DictWriter(text, self.columns, lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(self.rows)
+            write_atomic(self.path, text.getvalue().encode())
+        for tag, value in metrics.items():
+            self.writer.add_scalar(tag, value, global_step)
+        self.writer.flush()  # a kill loses nothing that a later checkpoint counts as written
 
 
-def seed_dirs(args: Args, run_dir: Path) -> dict[int, Path]:
-    """Every seed and the directory of its results."""
-    seeds = range(args.seed, args.seed + args.num_seeds)
-    return {seed: run_dir / f"seed{seed}" if args.num_seeds > 1 else run_dir for seed in seeds}
-
-
-def create_run_dir(args: Args, run_dir: Path) -> None:
-    """Make run_dir with args.json in it. Raises Stop when it is in use or cannot be made."""
-    try:
-        run_dir.mkdir(parents=True, exist_ok=True)
-        in_use = f"--run-dir {run_dir} is in use: continue it with --resume {run_dir}, or name another"
-        require(not any(run_dir.iterdir()), in_use)
-        write_json(run_dir / "args.json", {"script": SCRIPT, "args": asdict(args) | {"run_dir": str(run_dir)}})
-    except OSError as error:
-        raise Stop(f"--run-dir {run_dir} cannot be made: {error.strerror}") from None
-
-
-def open_run_dir(run_dir: Path) -> Args:
-    """Arguments of the run in run_dir. Raises Stop when there is none of this script."""
-    path = run_dir / "args.json"
-    version_1 = not path.exists() and any(run_dir.glob("seed*/args.json"))
-    require(not version_1, f"{run_dir} was begun by version 1 of {SCRIPT}.py: continue it with that one")
-    require(path.exists(), f"{run_dir} holds no run: there is no args.json in it")
-    try:
-        content = dict(json.loads(path.read_text()))
-    except (ValueError, TypeError):
-        raise Stop(f"{path} is damaged") from None
-    return saved_args(path, content.get("script"), content.get("args"))
-
-
-def saved_args(path: Path, script: str | None, saved: dict) -> Args:
-    """Arguments of a run or model; new ones get their defaults. Raises Stop where they do not fit this script."""
-    require(script == SCRIPT, f"{path} is of {script or 'something else'}, not of {SCRIPT}")
-    require(isinstance(saved, dict), f"{path} is damaged")
-    unknown = ", ".join(saved.keys() - {f.name for f in fields(Args)})
-    require(not unknown, f"{path} was written by a version of {SCRIPT}.py with other arguments: {unknown}")
-    return Args(**saved)
-
-
-def changed_args(saved: Args, *allowed: str) -> Args:
-    """Saved arguments with the command line's over them. Raises Stop when others than allowed change."""
-    args = tyro.cli(Args, description=__doc__, default=saved)
-    changed = [f.name for f in fields(Args) if getattr(args, f.name) != getattr(saved, f.name)]
-    extra = ", ".join("--" + name.replace("_", "-") for name in changed if name not in allowed)
-    require(not extra, f"--{allowed[0]} takes its arguments from the run: drop {extra}")
-    return args
-
-
-def save_checkpoint(run_dir: Path, learner: Learner, counters: dict) -> None:
+def save_checkpoint(args: Args, parts: dict, progress: dict) -> None:
     buffer = io.BytesIO()
-    torch.save({"version": VERSION, "learner": learner.state(), "counters": counters}, buffer)
-    write_atomic(run_dir / "checkpoint.pt", buffer.getbuffer())
+    torch.save(
+        {name: part.state_dict() for name, part in parts.items()} | {"version": VERSION, "progress": progress}, buffer
+    )
+    write_atomic(Path(args.run_dir, "checkpoint.pt"), buffer.getbuffer())
 
 
-def load_checkpoint(run_dir: Path, learner: Learner) -> dict:
-    """Load the run's last checkpoint into learner and return its counters, {} before the first. May raise Stop."""
-    path = run_dir / "checkpoint.pt"
-    try:
-        checkpoint = dict(torch.load(path, map_location="cpu", weights_only=True))
-    except FileNotFoundError:
+def load_checkpoint(args: Args, parts: dict) -> dict:
+    """Put the last checkpoint into parts and return its progress, {} before the first."""
+    path = Path(args.run_dir, "checkpoint.pt")
+    if not path.exists():
         return {}
-    except (RuntimeError, EOFError, OSError, ValueError, TypeError, LookupError, pickle.UnpicklingError) as error:
-        raise Stop(f"{path} cannot be read as a checkpoint ({type(error).__name__})") from None
-    version = checkpoint.get("version", 1)
-    require(version == VERSION, f"{path} was written by version {version} of {SCRIPT}.py: continue it with that one")
-    learner.load_state(checkpoint["learner"], path)
-    return checkpoint["counters"]
+    state = torch.load(path, map_location="cpu", weights_only=True)
+    if state.get("version") != VERSION:
+        fail(f"{path} was written by version {state.get('version', 1)} of {SCRIPT}.py: continue it with that one")
+    for name, part in parts.items():
+        part.load_state_dict(state[name])
+    return state["progress"]
 
 
-def save_results(
-    learner: Learner, args: Args, logs: list, eval_returns: np.ndarray, counters: dict, commit: str | None
-) -> None:
-    """What each finished agent leaves: model.safetensors, which loads without pickle, and result.json."""
-    failed, rms, step = [], learner.normalizer.obs_rms, counters["global_step"]
-    sps = counters["train_steps"] / counters["train_seconds"] if counters["train_steps"] else None
-    versions = {"python": sys.version.split()[0]} | {d.name: d.version for d in distributions() if d.name in PACKAGES}
-    for i, (log, last_returns) in enumerate(zip(logs, counters["last_returns"])):
-        seed, folder = args.seed + i, log.path.parent
-        own_args = asdict(args) | {"seed": seed, "num_seeds": 1, "run_dir": str(folder)}
-        tensors = {"obs_mean": torch.tensor(rms.mean[i]), "obs_var": torch.tensor(rms.var[i])}
-        for name, x in learner.agent.state_dict().items():
+def save_models(args: Args, agent: Agent, normalizer: Normalizer) -> None:
+    """model.safetensors of every agent whose numbers are finite: all that it needs to act, readable without pickle."""
+    for i, own_args in enumerate(args.split()):
+        tensors = {"obs_mean": normalizer.obs_mean[i, 0], "obs_var": normalizer.obs_var[i, 0]}
+        for name, x in agent.state_dict().items():
             tensors[name] = (x[i] if x.shape[:1] == (args.num_seeds,) else x).cpu().contiguous()
-        if not all(x.isfinite().all() for x in tensors.values()):
-            failed.append(str(seed))
-        elif not (folder / "result.json").exists():
-            content = safetensors.torch.save(tensors, {"script": SCRIPT, "args": json.dumps(own_args)})
-            write_atomic(folder / "model.safetensors", content)
-            result = {"script": SCRIPT, "env_id": args.env_id, "seed": seed, "args": own_args, "total_timesteps": step}
-            result |= {"eval_returns": eval_returns[i].tolist(), "eval_mean": eval_returns[i].mean()}
-            result |= {"train_last10_mean": np.mean(last_returns) if last_returns else None, "sps": sps}
-            result |= {"wall_seconds": counters["wall_seconds"], "versions": versions, "commit": commit}
-            result["device"] = torch.cuda.get_device_name() if learner.device.type == "cuda" else "cpu"
-            write_json(folder / "result.json", result)
-            log.write(step, {"eval/episodic_return": eval_returns[i].mean()})
-            print(f"seed {seed}: {step:,} steps, evaluation {scores_text(eval_returns[i])}")
-            print(f"  everything is in {folder}; evaluate again with --evaluate {folder}")
-        log.close()
-    require(not failed, f"no result of seed {', '.join(failed)}: the loss is not finite", code=1)
+        if all(x.isfinite().all() for x in tensors.values()):
+            content = safetensors.torch.save(tensors, {"script": SCRIPT, "args": json.dumps(asdict(own_args))})
+            write_atomic(Path(own_args.run_dir, "model.safetensors"), content)
 
 
-def scores_text(returns: np.ndarray) -> str:
-    return f"{returns.mean():.1f} ({' '.join(f'{r:.1f}' for r in returns)})"
+def save_results(args: Args, progress: dict, commit: str | None) -> None:
+    """result.json of every agent that has a model."""
+    versions = {"python": sys.version.split()[0]} | {
+        d.name: d.version for d in metadata.distributions() if d.name in PACKAGES
+    }
+    for own_args, returns, last in zip(args.split(), progress["eval_returns"], progress["last_returns"]):
+        folder, steps = Path(own_args.run_dir), progress["global_step"]
+        if not (folder / "model.safetensors").exists():
+            fail(f"no result of seed {own_args.seed}: its loss is not finite", code=1)
+        result = {"script": SCRIPT, "env_id": args.env_id, "seed": own_args.seed, "args": asdict(own_args)}
+        result |= {"total_timesteps": steps, "eval_returns": returns, "eval_mean": np.mean(returns)}
+        result["train_last10_mean"] = np.mean(last) if last else None
+        result["sps"] = progress["train_steps"] / progress["train_seconds"] if progress["train_steps"] else None
+        result |= {"wall_seconds": progress["wall_seconds"], "versions": versions, "commit": commit}
+        result["device"] = torch.cuda.get_device_name() if args.device == "cuda" else "cpu"
+        write_atomic(folder / "result.json", (json.dumps(result, indent=2) + "\n").encode())
+        say(f"everything is in {folder}")
 
 
 def git_commit() -> str | None:
     """Commit of the repository this file is in, with "-dirty" when this file differs; None outside a repository."""
-    git = ["git", "-C", str(Path(__file__).parent)]
-    commands = [*git, "rev-parse", "HEAD"], [*git, "status", "--porcelain", "--", __file__]
-    try:
-        commit, changes = (subprocess.run(c, capture_output=True, text=True).stdout.strip() for c in commands)
-    except FileNotFoundError:
-        return None
-    return (f"{commit}-dirty" if changes else commit) or None
+    git = f"git rev-parse HEAD && git status --porcelain -- {shlex.quote(__file__)}"
+    done = subprocess.run(git, shell=True, cwd=Path(__file__).parent, capture_output=True, text=True)
+    commit, _, changes = done.stdout.strip().partition("\n")
+    return f"{commit}-dirty" if changes else commit or None
 
 
-class RunLog:
-    """TensorBoard, curves.csv and Weights & Biases of one run. rows: those of curves.csv so far; new ones are added."""
-
-    def __init__(self, run_dir: Path, args: Args, rows: list[dict], global_step: int):
-        self.path, self.rows, self.wandb = run_dir / "curves.csv", rows, None
-        self.writer = SummaryWriter(run_dir, purge_step=global_step + 1)
-        if args.track:
-            import wandb
-
-            id_file = run_dir / "wandb_id.txt"
-            if not id_file.exists():
-                id_file.write_text(os.urandom(8).hex())
-            options = {"project": args.wandb_project_name, "entity": args.wandb_entity, "config": asdict(args)}
-            options |= {"name": run_dir.name, "id": id_file.read_text(), "resume": "allow", "reinit": "create_new"}
-            self.wandb = wandb.init(dir=run_dir, **options)
-
-    def write(self, global_step: int, metrics: dict[str, float]) -> None:
-        """Log {tag: value}, any tags. curves.csv is written anew, whole, with a column for every tag so far."""
-        self.rows.append({"global_step": global_step} | {tag: f"{value:.6g}" for tag, value in metrics.items()})
-        columns, text = dict.fromkeys(tag for row in self.rows for tag in row), io.StringIO()
-        lines = [columns, *([row.get(tag, "") for tag in columns] for row in self.rows)]
-        csv.writer(text, lineterminator="\n").writerows(lines)
-        write_atomic(self.path, text.getvalue().encode())
-        for tag, value in metrics.items():
-            self.writer.add_scalar(tag, value, global_step)
-        self.writer.flush()  # a kill loses nothing that a later checkpoint counts as written
-        if self.wandb:
-            self.wandb.log(metrics, step=global_step)
-
-    def close(self) -> None:
-        self.writer.close()
-        if self.wandb:
-            self.wandb.finish()
+def saved_args(path: Path, script: str | None, saved: dict) -> Args:
+    """Arguments of the run or model in path; new ones have their defaults."""
+    if script != SCRIPT:
+        fail(f"{path} is of {script or 'something else'}, not of {SCRIPT}")
+    saved = {name: value for name, value in saved.items() if name not in REMOVED}
+    if unknown := saved.keys() - {f.name for f in fields(Args)}:
+        fail(f"{path} was written by a version of {SCRIPT}.py with other arguments: {', '.join(sorted(unknown))}")
+    return Args(**saved)
 
 
-class Progress:
-    """One line: redrawn in place on a terminal, printed every 30 seconds when output is redirected."""
-
-    def __init__(self, total: int, unit: str):
-        self.total, self.unit, self.last = total, unit, time.monotonic()
-
-    def show(self, done: int, per_second: float, text: str) -> None:
-        terminal, finished = sys.stdout.isatty(), done >= self.total
-        if time.monotonic() - self.last < (0.2 if terminal else 30) and not finished:
-            return
-        self.last = time.monotonic()
-        left = timedelta(seconds=int((self.total - done) / per_second)) if per_second else "?"
-        line = f"{done / self.total:4.0%}  {self.unit} {done:,}  {text}  {left} left"
-        print(f"\r{line}\x1b[K" if terminal else line, end="" if terminal and not finished else "\n", flush=True)
-
-
-def validate(args: Args) -> None:
-    """Raise Stop with one line that says what is wrong and what is allowed."""
-    counts = "num_seeds num_envs num_steps checkpoint_every num_threads"
-    for allowed, is_allowed, names in (
-        ("at least 1", lambda x: x >= 1, counts),
-        ("at least 2", lambda x: x >= 2, "num_bins"),
-        ("above 0", lambda x: 0 < x < np.inf, "alpha learning_rate max_grad_norm"),
-        ("0 or above", lambda x: 0 <= x < np.inf, "beta reward_noise_std ent_coef vf_coef eval_every"),
-        ("0 or above, below 2**63", lambda x: 0 <= x < 2**63, "seed"),
-        ("between 0 and 1", lambda x: 0 <= x <= 1, "gamma gae_lambda"),
-        ("below 0", lambda x: -np.inf < x < 0, "Z"),
-    ):
-        for name in names.split():
-            value = getattr(args, name)
-            require(is_allowed(value), f"--{name.replace('_', '-')} must be {allowed}, got {value}")
-    rollout = args.num_envs * args.num_steps
-    message = f"--total-timesteps must be at least one rollout, {rollout} steps, got {args.total_timesteps}"
-    require(args.total_timesteps >= rollout, message)
-    require(not args.cuda or torch.cuda.is_available(), "--cuda needs a CUDA device, and torch sees none")
-    compiler = any(map(shutil.which, (os.environ.get("CXX", "c++"), "g++", "clang++")))
-    require(compiler or not args.compile, "--compile needs a C++ compiler (on Debian: apt install g++)")
-    require(not args.track or find_spec("wandb"), "--track needs Weights & Biases: pip install wandb")
-    obs_dim, action_dim = check_env(args)
-    bytes_per_step = 4 * obs_dim + 8 * action_dim + 8 * action_dim * args.num_bins  # buffers and Gumbel noise
-    rollout_bytes = args.num_seeds * args.num_envs * (args.num_steps * bytes_per_step + 2**17)
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    sizes = f"a rollout takes {rollout_bytes / 2**30:,.0f} GiB, this machine has {memory / 2**30:,.0f}"
-    require(rollout_bytes < memory, f"{sizes}: lower --num-seeds, --num-envs, --num-steps or --num-bins")
-
-
-def check_env(args: Args) -> tuple[int, int]:
-    """Observation and action dimensions. Raises Stop unless the environment can be trained on, and recorded."""
-    name = f"--env-id {args.env_id}"
-    module = args.env_id.rpartition(":")[0].split(".")[0]
-    require(not module or find_spec(module), f"{name}: there is no module {module}")
-    try:
-        env = make_env(args.env_id)
-    except gym.error.Error as error:
-        raise Stop(f"{name}: {error}") from None
-    env.close()
-    actions, obs = env.action_space, env.observation_space
-    is_box = isinstance(actions, gym.spaces.Box)
-    require(is_box, f"{name} has {type(actions).__name__} actions; this script needs a Box")
-    require(np.isfinite([actions.low, actions.high]).all(), f"{name} has infinite action bounds; bins need finite ones")
-    flat = isinstance(obs, gym.spaces.Box) and len(obs.shape) == 1
-    require(flat, f"{name} has observations that cannot be flattened")
-    if args.capture_video:
-        require(find_spec("moviepy"), "--capture-video needs moviepy: pip install moviepy")
-        env = gym.make(args.env_id, render_mode="rgb_array", disable_env_checker=True)
-        env.reset()
-        require(env.render() is not None, f"{name} cannot render: drop --capture-video")
-        env.close()
-    return obs.shape[0], actions.low.size
-
-
-def main() -> int:
-    args = tyro.cli(Args, description=__doc__)
-    name = f"{args.env_id.replace('/', '-')}__{SCRIPT}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
+def open_run(args: Args) -> Args:
+    """Arguments of the run to resume, or to begin in a new directory. No other process can write there."""
+    name = f"{args.env_id.replace('/', '-')}__{SCRIPT}__{args.seed}__{datetime.now():%Y%m%d-%H%M%S-%f}"
     run_dir = Path(args.resume or args.run_dir or f"runs/{name}")
+    if args.resume is None:
+        try:
+            run_dir.mkdir(parents=True, exist_ok=True)
+            in_use = any(run_dir.iterdir())
+        except OSError as error:
+            fail(f"--run-dir {run_dir} cannot be made: {error.strerror}")
+        if in_use:
+            fail(f"--run-dir {run_dir} is in use: name another, or see whether --resume {run_dir} continues it")
+    elif not (run_dir / "args.json").exists():
+        fail(f"--resume {run_dir}: there is no run, no args.json")
+    file = os.open(run_dir / "args.json", os.O_RDWR | os.O_CREAT)
     try:
-        require("" not in (args.run_dir, args.resume, args.evaluate), "--run-dir, --resume and --evaluate need a path")
-        if args.evaluate:
-            path = Path(args.evaluate)
-            saved, learner = load_model(path)
-            args = changed_args(saved, "evaluate", "capture_video")
-            check_env(args)
-            torch.set_num_threads(args.num_threads)
-            returns = evaluate(learner, args, path if path.is_dir() else path.parent)[0]
-            print(f"evaluation {scores_text(returns)}")
-            return 0
-        if args.resume:
-            args = replace(changed_args(open_run_dir(run_dir), "resume"), resume=None)
-            validate(args)
-        else:
-            validate(args)
-            create_run_dir(args, run_dir)
-        if all((seed_dir / "result.json").exists() for seed_dir in seed_dirs(args, run_dir).values()):
-            print(f"{run_dir} has finished; evaluate again with --evaluate")
-        else:
-            train(args, run_dir)
-        return 0
-    except (Exception, KeyboardInterrupt) as error:
-        code = 130 if isinstance(error, KeyboardInterrupt) else getattr(error, "code", 1)
-        if code != 2 and not args.evaluate and (run_dir / "checkpoint.pt").exists():
-            error.add_note(f"to go on: python {SCRIPT}.py --resume {run_dir}")
-        disk_full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-        if not disk_full and not isinstance(error, (Stop, KeyboardInterrupt, torch.OutOfMemoryError)):
-            raise  # a bug: Python's own traceback, and the note below it
-        print(end="\n" if code != 2 and sys.stdout.isatty() else "")  # end the progress line
-        message = "stopped" if code == 130 else f"error: {' '.join(str(error).split())}"
-        print(message, *getattr(error, "__notes__", ()), sep="\n", file=sys.stderr)
-        return code
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the system drops it with the process
+    except OSError as error:
+        if error.errno in (errno.EACCES, errno.EAGAIN):  # and is no file system without locks
+            fail(f"{run_dir} is being trained by another process")
+    if args.resume is not None:
+        saved = json.loads(os.read(file, 2**20))
+        return replace(saved_args(run_dir, saved["script"], saved["args"]), run_dir=str(run_dir))
+    args = replace(args, run_dir=str(run_dir))
+    os.write(file, json.dumps({"script": SCRIPT, "args": asdict(args)}, indent=2).encode())
+    return args
+
+
+def evaluate_model(args: Args) -> None:
+    """--evaluate: the final evaluation again, of model.safetensors alone."""
+    path = Path(args.evaluate, "model.safetensors") if Path(args.evaluate).is_dir() else Path(args.evaluate)
+    if not path.is_file():
+        fail(f"--evaluate {path}: no such file. A run leaves it at its end, a batch of seeds one in every seed<k>/")
+    with safetensors.safe_open(path, "pt") as file:
+        saved, tensors = file.metadata() or {}, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    saved = saved_args(path, saved.get("script"), json.loads(saved.get("args", "{}")))
+    args = replace(saved, run_dir=str(path.parent), capture_video=args.capture_video, cuda=args.cuda)
+    check_args(args)
+    torch.set_num_threads(args.num_threads)
+    with closing(Envs(args, 1)) as envs:
+        agent = Agent([torch.Generator()], envs.obs_dim, envs.action_dim, args.num_bins).to(args.device)
+        normalizer = Normalizer(1, 1, envs.obs_dim, args.gamma)
+    normalizer.load_state_dict({name: tensors.pop(name)[None, None] for name in ("obs_mean", "obs_var")}, strict=False)
+    shapes = {name: x.shape for name, x in agent.state_dict().items()}  # a saved agent has no agent dimension
+    agent.load_state_dict({name: x.reshape(shapes.get(name, x.shape)) for name, x in tensors.items()})
+    evaluate(args, agent, normalizer)
+
+
+def main() -> None:
+    sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115 (standard output was closed)
+    args = tyro.cli(Args, description=__doc__)
+    typed = {flag.partition("=")[0].replace("_", "-") for flag in sys.argv[1:] if flag.startswith("--")}
+    for flag, others in (("--resume", ()), ("--evaluate", ("--capture-video", "--cuda", "--no-cuda"))):
+        if flag in typed and (extra := typed - {flag, *others}):
+            fail(f"{flag} takes its arguments from the run: drop {', '.join(sorted(extra))}")
+    if args.evaluate is not None:
+        return evaluate_model(args)
+    if args.resume is not None:
+        args = open_run(args)
+        if all(Path(own.run_dir, "result.json").exists() for own in args.split()):
+            return say(f"{args.run_dir} has finished; --evaluate plays its final evaluation again")
+    check_args(args)
+    try:
+        with closing(Envs(args, args.num_envs)) as envs:
+            args = args if "--resume" in typed else open_run(args)
+            if args.track:
+                import wandb
+
+                wandb.init(dir=args.run_dir, config=asdict(args), sync_tensorboard=True, resume="auto")
+            resume = [*sys.orig_argv[: len(sys.orig_argv) - len(sys.argv) + 1], "--resume", args.run_dir]
+            say(f"run directory {args.run_dir}; should it stop, go on with: {shlex.join(resume)}")
+            train(args, envs)
+    except KeyboardInterrupt:
+        fail("stopped", code=130)
+    except (OSError, MemoryError, torch.OutOfMemoryError) as error:
+        if getattr(error, "errno", errno.ENOSPC) not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise  # neither the disk nor the memory is full
+        fail(error, code=1)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -1,14 +1,7 @@
 # /// script
 # requires-python = ">=3.11"
-# dependencies = [
-#     "torch==2.13.0",
-#     "gymnasium[atari]==1.4.0",
-#     "ale-py==0.12.1",
-#     "numpy==2.4.6",
-#     "safetensors==0.8.0",
-#     "tensorboard==2.21.0",
-#     "tyro==1.0.17",
-# ]
+# dependencies = ["torch==2.13.0", "gymnasium[atari]==1.4.0", "ale-py==0.12.1", "numpy==2.4.6", "safetensors==0.8.0",
+#     "tensorboard==2.21.0", "tyro==1.0.17"]
 # ///
 """Symmetric PPO (SPPO) for Atari games.
 
@@ -23,22 +16,21 @@ import csv
 import ctypes
 import difflib
 import errno
+import fcntl
 import io
 import json
 import os
-import pickle
 import re
-import shutil
-import signal
+import shlex
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import asdict, dataclass, fields, replace
-from datetime import timedelta
-from importlib.metadata import distributions
-from importlib.util import find_spec
+from datetime import datetime, timedelta
+from importlib import metadata, util
 from pathlib import Path
+from typing import IO, NoReturn
 
 import ale_py
 import numpy as np
@@ -51,16 +43,19 @@ from torch import Tensor, nn
 from torch.utils.tensorboard import SummaryWriter
 
 SCRIPT = Path(__file__).stem
-VERSION = 2  # of the format of checkpoint.pt
+VERSION = 3  # of the format of checkpoint.pt
 EVAL_EPISODES = 10
-LOG_EVERY = 2048  # steps
+LOG_EVERY = 2048  # steps between rows of curves.csv
+SAVE_EVERY = 60  # seconds between checkpoints, which take 20 MB
+SHOW_EVERY = 10  # seconds between lines of progress
+REMOVED = "checkpoint_every wandb_project_name wandb_entity".split()  # arguments of models of version 2
 TRAINING, EVALUATION = 0, 1  # streams of environment seeds
 PACKAGES = ("torch", "gymnasium", "ale-py", "numpy")  # their versions go into result.json
 
 
 @dataclass
 class Args:
-    env_id: str = "BreakoutNoFrameskip-v4"  # the game; ALE/Breakout-v5 and breakout are the same
+    env_id: str = "BreakoutNoFrameskip-v4"  # the game; Breakout and breakout are the same
     sticky_actions: bool = False  # repeat the previous action with probability 0.25
     total_timesteps: int = 5_000_000  # environment steps of 4 frames each, rounded up to whole rollouts
     seed: int = 1  # seed of everything random
@@ -88,41 +83,35 @@ class Args:
     resume: str | None = None  # run directory to continue; all other arguments come from the run
     evaluate: str | None = None  # run directory or model.safetensors to evaluate instead of training
     eval_every: int = 0  # steps between evaluations during training; 0: only the final one
-    checkpoint_every: int = 100_000  # steps between checkpoints
-    track: bool = False  # log to Weights & Biases as well (pip install wandb)
-    wandb_project_name: str = "symmetric-rl"  # Weights & Biases project
-    wandb_entity: str | None = None  # Weights & Biases team
-    capture_video: bool = False  # record the first game of every evaluation (pip install moviepy)
+    track: bool = False  # log to Weights & Biases as well; WANDB_PROJECT and WANDB_ENTITY say where (pip install wandb)
+    capture_video: bool = False  # record the first game of every evaluation (pip install imageio-ffmpeg)
     compile: bool = False  # compile the gradient computation with torch.compile (needs a C++ compiler)
     cuda: bool = True  # use a GPU where there is one
     num_threads: int = min(4, os.cpu_count() or 1)  # CPU threads of torch, and of the emulators
 
-
-class Stop(Exception):
-    """Ends the script in one line: exit code 2 for a wrong argument, 1 for what a run can meet, such as a full disk."""
-
-    def __init__(self, message: str, code: int = 2):
-        super().__init__(message)
-        self.code = code
+    @property
+    def device(self) -> str:
+        return "cuda" if self.cuda and torch.cuda.is_available() else "cpu"
 
 
-def require(condition: bool, message: str, code: int = 2) -> None:
-    if not condition:
-        raise Stop(message, code)
-
-
-def find_game(env_id: str) -> str:
-    """ale-py's name (ms_pacman) of MsPacmanNoFrameskip-v4, ALE/MsPacman-v5, MsPacman or ms_pacman."""
-    games = {game.replace("_", ""): game for game in ale_py.roms.get_all_rom_ids()}
-    name = re.sub(r"^ALE/|(NoFrameskip|Deterministic)?-v\d+$|_", "", env_id).lower()
-    near = ", ".join(games[match] for match in difflib.get_close_matches(name, games)) or "see ale_py.roms"
-    require(name in games, f"--env-id {env_id}: no such game. Near matches: {near}")
+def find_game(args: Args) -> str:
+    """ale-py's name (ms_pacman) of MsPacmanNoFrameskip-v4, MsPacman or ms_pacman."""
+    roms = ale_py.roms.get_all_rom_ids()  # four of them are in no emulator and would kill the process
+    supported = filter(lambda rom: ale_py.ALEInterface.isSupportedROM(ale_py.roms.get_rom_path(rom)), roms)
+    games = {rom.replace("_", ""): rom for rom in supported}
+    match = re.fullmatch(r"(?:ALE/)?(\w+?)(NoFrameskip-v4|NoFrameskip-v0|-v5)?", args.env_id)
+    name = match[1].replace("_", "").lower() if match else args.env_id
+    if name not in games:
+        near = ", ".join(games[near] for near in difflib.get_close_matches(name, games)) or "see ale_py.roms"
+        fail(f"--env-id {args.env_id}: no such game. Near matches: {near}")
+    if match[2] in ("NoFrameskip-v0", "-v5") and not args.sticky_actions:
+        fail(f"--env-id {args.env_id} has sticky actions: add --sticky-actions, or name {games[name]}")
     return games[name]
 
 
-def canonical_id(env_id: str) -> str:
+def canonical_id(args: Args) -> str:
     """MsPacmanNoFrameskip-v4 for every spelling of the game."""
-    return find_game(env_id).title().replace("_", "") + "NoFrameskip-v4"
+    return find_game(args).title().replace("_", "") + "NoFrameskip-v4"
 
 
 def env_seeds(seed: int, num_envs: int, *stream: int) -> list[int]:
@@ -130,7 +119,7 @@ def env_seeds(seed: int, num_envs: int, *stream: int) -> list[int]:
     return [int(s) >> 1 for s in np.random.SeedSequence([seed, *stream]).generate_state(num_envs)]  # ale-py: 31 bits
 
 
-class Games:
+class Envs:
     """Several copies of one game: no-ops, frame skip 4 with max-pooling, 84x84 gray frames in stacks of 4, minimal
     action set, 108,000 frames at most. Rewards are raw. docs/paper-notes.md says where the published results differ.
 
@@ -138,10 +127,10 @@ class Games:
     where must_fire is set, the caller has to take the action fire.
     """
 
-    def __init__(self, args: Args, num_games: int, **options):
+    def __init__(self, args: Args, num_envs: int, **options):
         self.envs = AtariVectorEnv(
-            find_game(args.env_id),
-            num_games,
+            find_game(args),
+            num_envs,
             num_threads=args.num_threads,
             repeat_action_probability=0.25 if args.sticky_actions else 0.0,
             autoreset_mode=AutoresetMode.SAME_STEP,
@@ -154,14 +143,14 @@ class Games:
         self.fire = actions.index(ale_py.Action.FIRE) if ale_py.Action.FIRE in actions else None
 
     def reset(self, seeds: list[int]) -> np.ndarray:
-        """Start every game; frames (num_games, 4, 84, 84), uint8."""
+        """Start every game; frames (num_envs, 4, 84, 84), uint8."""
         obs, info = self.envs.reset(seed=np.array(seeds))
         self.game_start = info["frame_number"] - info["episode_frame_number"]
         self.must_fire = np.zeros(len(seeds), dtype=bool)
         return obs
 
     def step(self, actions: np.ndarray):
-        """Frames, raw rewards, terminated (life lost or game over), truncated, game_over, infos: (num_games, ...).
+        """Frames, raw rewards, terminated (life lost or game over), truncated, game_over, infos: (num_envs, ...).
 
         infos["final_obs"] holds the last frames of games that ended; the frames returned are the next game's.
         """
@@ -172,6 +161,9 @@ class Games:
         self.game_start = game_start
         self.must_fire = terminated & ~game_over & (self.fire is not None)
         return obs, rewards, terminated, truncated, game_over, infos
+
+    def close(self) -> None:
+        self.envs.close()
 
 
 class Agent(nn.Module):
@@ -224,13 +216,7 @@ def flip_rewards(rewards: np.ndarray, uniform: np.ndarray, flip_prob: float) -> 
 
 
 def symmetric_ppo_loss(
-    logprob: Tensor,
-    old_logprob: Tensor,
-    advantages: Tensor,
-    clip_coef: float | Tensor,
-    alpha: float,
-    beta: float,
-    Z: float,
+    logprob: Tensor, old_logprob: Tensor, advantages: Tensor, clip_coef: float, alpha: float, beta: float, Z: float
 ) -> Tensor:
     """alpha * L_ppo + beta * L_rppo (Eq. 9), averaged over the last dimension: (..., batch) -> (...).
 
@@ -251,27 +237,25 @@ def symmetric_ppo_loss(
 def gae(
     rewards: np.ndarray, values: np.ndarray, dones: np.ndarray, last_value: np.ndarray, gamma: float, gae_lambda: float
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Generalized advantage estimation (Schulman et al. 2018): advantages and returns, (num_steps, ...) like rewards.
+    """Generalized advantage estimation (Schulman et al. 2018): advantages and returns, both shaped like rewards.
 
-    dones[t] is true where an episode ended in step t; a time limit's bootstrap value is already in rewards[t].
-    last_value: (...), value of the observation after the last step.
+    rewards, values, dones: (..., num_steps, num_envs). dones is true where an episode ended in that step; a time
+    limit's bootstrap value is already in its reward. last_value: (..., num_envs), of the observation after them.
     """
-    next_values = np.concatenate([values[1:], last_value[None]])
+    next_values = np.concatenate([values[..., 1:, :], last_value[..., None, :]], axis=-2)
     deltas = rewards + gamma * next_values * ~dones - values
     decay = gamma * gae_lambda * ~dones
     advantages = np.zeros_like(values)
     advantage = np.zeros_like(last_value)
-    for t in reversed(range(len(rewards))):
-        advantage = deltas[t] + decay[t] * advantage
-        advantages[t] = advantage
+    for t in reversed(range(rewards.shape[-2])):
+        advantage = deltas[..., t, :] + decay[..., t, :] * advantage
+        advantages[..., t, :] = advantage
     return advantages, advantages + values
 
 
 @torch.enable_grad()
-def gradients(
-    agent: Agent, batch: Sequence[Tensor], clip_coef: Tensor, args: Args
-) -> tuple[list[Tensor], dict[str, Tensor]]:
-    """Clipped gradients on a minibatch, and its losses as {tag: ()}.
+def backward(agent: Agent, batch: tuple[Tensor, ...], clip_coef: Tensor, args: Args) -> dict[str, Tensor]:
+    """Leave the clipped gradient on a minibatch in p.grad; returns {tag: ()} to log.
 
     batch: frames (batch, 4, 84, 84) and (batch,) of actions, whether the policy chose them (1 or 0), old
     log-probabilities, advantages and returns. Actions that it did not choose train the value alone.
@@ -290,12 +274,15 @@ def gradients(
     if args.ent_coef:
         loss = loss - args.ent_coef * entropy
 
-    grads = torch.autograd.grad(loss, list(agent.parameters()))
+    params = list(agent.parameters())
+    grads = torch.autograd.grad(loss, params)
     grad_norm = torch.stack([torch.linalg.vector_norm(g) for g in grads]).norm()
     scale = (args.max_grad_norm / (grad_norm + 1e-6)).clamp(max=1)
+    for p, g in zip(params, grads):
+        p.grad = g * scale
 
     logratio = logprob.detach() - old_logprob
-    return [g * scale for g in grads], {
+    return {
         "losses/policy_loss": policy_loss.detach(),
         "losses/value_loss": value_loss.detach(),
         "losses/entropy": entropy.detach(),
@@ -304,32 +291,6 @@ def gradients(
         "losses/sign_flips": ((advantages > 0) != (normalized > 0)).float().mean(-1),  # Figure 2
         "losses/grad_norm": grad_norm,
     }
-
-
-class Learner:
-    """The agent with what a checkpoint holds of it: network, optimizer, random numbers."""
-
-    def __init__(self, args: Args, num_actions: int):
-        self.device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
-        self.generator = torch.Generator().manual_seed(args.seed)
-        self.agent = Agent(num_actions, self.generator).to(self.device)
-        self.optimizer = torch.optim.Adam(self.agent.parameters(), args.learning_rate, eps=1e-5, fused=True)
-
-    def state(self) -> dict:
-        optimizer = self.optimizer.state_dict()
-        return {"agent": self.agent.state_dict(), "optimizer": optimizer, "generator": self.generator.get_state()}
-
-    def load_networks(self, tensors: dict[str, Tensor], path: Path) -> None:
-        """Take over tensors from path. Raises Stop if they do not fit."""
-        try:
-            self.agent.load_state_dict(tensors)
-        except RuntimeError as error:
-            raise Stop(f"{path} does not fit the networks of this {SCRIPT}.py: {error}") from None
-
-    def load_state(self, state: dict, path: Path) -> None:
-        self.load_networks(state["agent"], path)
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.generator.set_state(state["generator"])
 
 
 def keep_memory() -> None:
@@ -341,437 +302,391 @@ def keep_memory() -> None:
 
 
 @torch.no_grad()
-def train(args: Args, run_dir: Path) -> None:
+def train(args: Args, envs: Envs) -> None:
     """Train from the checkpoint in run_dir where there is one, and leave a result.json."""
     start_time, commit = time.monotonic(), git_commit()
     keep_memory()
     torch.set_num_threads(args.num_threads)
-    E, T = args.num_envs, args.num_steps
-    rollout_size = T * E
-    total_timesteps = -(-args.total_timesteps // rollout_size) * rollout_size
+    E, T = args.num_envs, args.num_steps  # environments, steps of a rollout
+    total_timesteps = -(-args.total_timesteps // (T * E)) * T * E
 
-    games = Games(args, E)
-    learner = Learner(args, games.num_actions)
-    agent, generator, device = learner.agent, learner.generator, learner.device
-    clip_coef = torch.tensor(args.clip_coef, device=device)
-    counters = {"global_step": 0, "train_steps": 0, "train_seconds": 0.0, "wall_seconds": 0.0}
-    counters |= {"last_returns": [], "curves": []}
-    counters |= load_checkpoint(run_dir, learner)
-    start_time -= counters["wall_seconds"]  # of the process or processes before
-    first_step = global_step = counters["global_step"]
-    log = RunLog(run_dir, args, counters["curves"], global_step)
-    progress = Progress(total_timesteps, "step")
-    stop_signals = collect_signals()
-
+    generator = torch.Generator().manual_seed(args.seed)
+    agent = Agent(envs.num_actions, generator).to(args.device)
+    optimizer = torch.optim.Adam(agent.parameters(), args.learning_rate, eps=1e-5, fused=True)
+    clip_coef = torch.tensor(args.clip_coef, device=args.device)  # a tensor: no constant of compiled code
     torch._dynamo.config.trace_autograd_ops = True  # forward and backward in one graph
-    compute_gradients = torch.compile(gradients, disable=not args.compile)
+    compiled_backward = torch.compile(backward, disable=not args.compile)
+
+    # A resumed run takes over the state_dict() of every part and all numbers, lists and tensors of progress.
+    parts = {"agent": agent, "optimizer": optimizer}
+    progress = {"global_step": 0, "train_steps": 0, "train_seconds": 0.0, "wall_seconds": 0.0}
+    progress |= {"last_returns": [], "eval_returns": None, "generator": generator.get_state()}
+    progress |= load_checkpoint(args, parts)
+    generator.set_state(progress["generator"])
+    start_time -= progress["wall_seconds"]  # of the process or processes before
+    first_step = global_step = last_log = progress["global_step"]
+    log = RunLog(args.run_dir, global_step)
+    last_saved = last_shown = time.monotonic()
 
     # Channels-last in memory, so that no minibatch has to be reordered.
-    obs_buf = torch.zeros((T, E, 84, 84, 4), dtype=torch.uint8, device=device).permute(0, 1, 4, 2, 3)
-    action_buf = torch.zeros((T, E), dtype=torch.int64, device=device)
-    chosen_buf = torch.ones((T, E), device=device)  # 0 where FIRE was forced, an action that the policy did not choose
-    logprob_buf, value_buf = torch.zeros((T, E), device=device), torch.zeros((T, E), device=device)
+    obs_buf = torch.zeros((T, E, 84, 84, 4), dtype=torch.uint8, device=args.device).permute(0, 1, 4, 2, 3)
+    action_buf = torch.zeros((T, E), dtype=torch.int64, device=args.device)
+    chosen_buf = torch.ones((T, E), device=args.device)  # 0 where FIRE was forced: the policy did not choose it
+    logprob_buf, value_buf = torch.zeros((T, E), device=args.device), torch.zeros((T, E), device=args.device)
     reward_buf, done_buf = np.zeros((T, E), np.float32), np.zeros((T, E), bool)
     episode_return, episode_length = np.zeros(E), np.zeros(E)
-    episodes, stats, last_log = [], [], global_step  # since the last log
+    episodes, stats = [], []  # since the last log
 
-    obs = games.reset(env_seeds(args.seed, E, TRAINING, global_step))
-    while global_step < total_timesteps and not stop_signals:
+    def tensor(x: np.ndarray) -> Tensor:
+        return torch.from_numpy(x).to(args.device)
+
+    obs = envs.reset(env_seeds(args.seed, E, TRAINING, global_step))  # a resumed run has other episodes
+    while global_step < total_timesteps:
         iteration_start = time.perf_counter()
 
         # Rollout. argmax(logits + Gumbel noise) is a sample of the policy; the noise is drawn once per rollout.
-        gumbel = -torch.empty(T, E, games.num_actions).exponential_(generator=generator).log().to(device)
+        gumbel = -torch.empty(T, E, envs.num_actions).exponential_(generator=generator).log().to(args.device)
         uniform = torch.empty(T, E).uniform_(generator=generator).numpy()
         for t in range(T):
-            obs_buf[t] = torch.from_numpy(obs).to(device, non_blocking=True)
+            obs_buf[t] = tensor(obs)
             logits, value_buf[t] = agent(obs_buf[t])
             action_buf[t] = (logits + gumbel[t]).argmax(-1)
-            chosen_buf[t] = torch.from_numpy(~games.must_fire)
-            if games.must_fire.any():
-                action_buf[t][torch.from_numpy(games.must_fire)] = games.fire
+            chosen_buf[t] = tensor(~envs.must_fire)
+            if envs.must_fire.any():
+                action_buf[t][tensor(envs.must_fire)] = envs.fire
             logprob_buf[t], _ = logprob_and_entropy(logits, action_buf[t])
-            obs, raw_reward, terminated, truncated, game_over, infos = games.step(action_buf[t].cpu().numpy())
+            obs, raw_reward, terminated, truncated, game_over, infos = envs.step(action_buf[t].cpu().numpy())
             reward_buf[t] = flip_rewards(np.sign(raw_reward), uniform[t], args.reward_flip_prob)
             done_buf[t] = terminated | truncated
             episode_return += raw_reward
             episode_length += 1
-            time_limit = truncated & ~terminated
-            if time_limit.any():  # truncated, not terminated: add gamma * V(final observation)
-                _, final_value = agent(torch.from_numpy(infos["final_obs"]).to(device))
+            time_limit = truncated & ~terminated  # no end for the value: add gamma * V(final observation)
+            if time_limit.any():
+                _, final_value = agent(tensor(infos["final_obs"]))
                 reward_buf[t] += args.gamma * final_value.cpu().numpy() * time_limit
             for e in np.flatnonzero(game_over):
-                episodes.append((episode_return[e], episode_length[e]))
-                counters["last_returns"].append(float(episode_return[e]))
+                episodes.append((float(episode_return[e]), float(episode_length[e])))
             episode_return[game_over], episode_length[game_over] = 0, 0
+        global_step += T * E
 
         # Advantages
-        values = value_buf.cpu().numpy()
-        last_value = agent(torch.from_numpy(obs).to(device))[1].cpu().numpy()
+        values, last_value = value_buf.cpu().numpy(), agent(tensor(obs))[1].cpu().numpy()
         advantages, returns = gae(reward_buf, values, done_buf, last_value, args.gamma, args.gae_lambda)
-        b_advantages, b_returns = (torch.from_numpy(x).to(device).flatten() for x in (advantages, returns))
-        stored = (x.flatten() for x in (action_buf, chosen_buf, logprob_buf))
-        batch = (obs_buf.flatten(0, 1), *stored, b_advantages, b_returns)
+        stored = obs_buf, action_buf, chosen_buf, logprob_buf, tensor(advantages), tensor(returns)
+        batch = [x.flatten(0, 1) for x in stored]
 
         # Update
-        global_step += rollout_size
         remaining = max(0.0, 1 - global_step / args.total_timesteps)
         if args.anneal_lr:
-            learner.optimizer.param_groups[0]["lr"] = args.learning_rate * remaining
+            optimizer.param_groups[0]["lr"] = args.learning_rate * remaining
         if args.anneal_clip:
             clip_coef.fill_(args.clip_coef * remaining)
         for _ in range(args.update_epochs):
-            order = torch.randperm(rollout_size, generator=generator).to(device)
+            order = torch.randperm(T * E, generator=generator).to(args.device)
             for rows in order.chunk(args.num_minibatches):
-                minibatch = [x[rows] for x in batch]
-                grads, losses = compute_gradients(agent, minibatch, clip_coef, args)
-                for p, g in zip(agent.parameters(), grads):
-                    p.grad = g
-                learner.optimizer.step()
-                stats.append(losses)
-
-        finite = bool(stats[-1]["losses/grad_norm"].isfinite())  # waits for the GPU
-        reason = "the loss is not finite. Try a lower --learning-rate or a lower --beta"
-        require(finite, f"seed {args.seed} of {args.env_id} failed at step {global_step:,}: {reason}", code=1)
-        counters["global_step"] = global_step
-        counters["wall_seconds"] = time.monotonic() - start_time
-        if global_step > first_step + rollout_size or not args.compile:  # the first iteration compiles
-            counters["train_steps"] += rollout_size
-            counters["train_seconds"] += time.perf_counter() - iteration_start
+                stats.append(compiled_backward(agent, [x[rows] for x in batch], clip_coef, args))
+                optimizer.step()
+        if not stats[-1]["losses/grad_norm"].isfinite():  # waits for the GPU
+            fail(
+                f"the loss is not finite at step {global_step:,}. Try a lower --learning-rate or a lower --beta", code=1
+            )
+        if global_step > first_step + T * E or not args.compile:  # the first iteration compiles
+            progress["train_steps"] += T * E
+            progress["train_seconds"] += time.perf_counter() - iteration_start
 
         # Evaluate, log, save
-        sps = counters["train_steps"] / max(counters["train_seconds"], 1e-9)
-        eval_returns = None
-        if args.eval_every and global_step % args.eval_every < rollout_size and global_step < total_timesteps:
-            eval_returns = evaluate(learner, args, run_dir, global_step)
-        if global_step - last_log >= LOG_EVERY or global_step == total_timesteps or eval_returns is not None:
-            metrics = {tag: torch.stack([s[tag] for s in stats]).mean().item() for tag in stats[0]}
-            metrics["losses/explained_variance"] = 1 - (returns - values).var() / (returns.var() + 1e-8)
-            metrics["charts/learning_rate"] = learner.optimizer.param_groups[0]["lr"]
-            metrics["charts/SPS"] = sps
-            if episodes:
-                metrics["charts/episodic_return"], metrics["charts/episodic_length"] = np.mean(episodes, axis=0)
-            if eval_returns is not None:
-                metrics["eval/episodic_return"] = eval_returns.mean()
-            log.write(global_step, metrics)
-            episodes, stats, last_log = [], [], global_step
-        counters["last_returns"] = counters["last_returns"][-EVAL_EPISODES:]
-        mean_return = np.mean(counters["last_returns"]) if counters["last_returns"] else np.nan
-        progress.show(global_step, sps, f"return {mean_return:.1f}  {sps:,.0f} steps/s")
-        if global_step % args.checkpoint_every < rollout_size or global_step == total_timesteps or stop_signals:
-            save_checkpoint(run_dir, learner, counters)
+        finished = global_step == total_timesteps
+        evaluate_now = finished or (args.eval_every and global_step % args.eval_every < T * E)
+        if not evaluate_now and global_step - last_log < LOG_EVERY:
+            continue
+        last_log = global_step
+        sps = progress["train_steps"] / max(progress["train_seconds"], 1e-9)
+        if finished:  # before the evaluation, where a game may fail
+            save_model(args, agent)
+        if evaluate_now:
+            eval_returns = evaluate(args, agent, None if finished else global_step)
+        metrics = {tag: torch.stack([s[tag] for s in stats]).mean().item() for tag in stats[0]}
+        metrics["losses/explained_variance"] = 1 - (returns - values).var() / (returns.var() + 1e-8)
+        metrics["charts/learning_rate"] = optimizer.param_groups[0]["lr"]
+        metrics["charts/SPS"] = sps
+        if episodes:
+            metrics["charts/episodic_return"], metrics["charts/episodic_length"] = np.mean(episodes, axis=0)
+        if evaluate_now:
+            metrics["eval/episodic_return"] = eval_returns.mean()
+        log.write(global_step, metrics)
+        progress["last_returns"] = [*progress["last_returns"], *(r for r, _ in episodes)][-EVAL_EPISODES:]
+        episodes, stats = [], []
+        if finished or time.monotonic() - last_saved >= SAVE_EVERY:
+            last_saved = time.monotonic()
+            progress |= {"global_step": global_step, "wall_seconds": last_saved - start_time}
+            progress |= {
+                "eval_returns": eval_returns.tolist() if finished else None,
+                "generator": generator.get_state(),
+            }
+            save_checkpoint(args, parts, progress)
+        if finished or time.monotonic() - last_shown > SHOW_EVERY:
+            last_shown = time.monotonic()
+            mean_return = np.mean(progress["last_returns"] or [np.nan])
+            left = timedelta(seconds=int((total_timesteps - global_step) / sps)) if sps else "?"
+            line = f"{global_step / total_timesteps:4.0%}  step {global_step:,}  return {mean_return:.1f}"
+            say(f"{line}  {sps:,.0f} steps/s  {left} left")
 
-    for number in (signal.SIGINT, signal.SIGTERM):  # from here on a stop loses nothing
-        signal.signal(number, signal.default_int_handler)
-    if stop_signals:
-        raise KeyboardInterrupt
-    eval_returns = evaluate(learner, args, run_dir)
-    counters["wall_seconds"] = time.monotonic() - start_time
-    save_results(learner, args, run_dir, eval_returns, counters, commit)
-    log.write(global_step, {"eval/episodic_return": eval_returns.mean()})
-    log.close()
+    save_result(args, progress, commit)
 
 
 @torch.no_grad()
-def evaluate(learner: Learner, args: Args, run_dir: Path, step: int | None = None) -> np.ndarray:
+def evaluate(args: Args, agent: Agent, step: int | None = None) -> np.ndarray:
     """Raw scores (10,) of the first whole game in each of 10 environments of its own; actions are sampled.
 
     An evaluation during training, at a step, has starts and draws of its own. With args.capture_video the first of the
     games is recorded.
     """
-    name = "final" if step is None else f"step{step}"
-    stream = (EVALUATION,) if step is None else (EVALUATION, step)
-    agent, device = learner.agent, learner.device
+    name, stream = ("final", (EVALUATION,)) if step is None else (f"step{step}", (EVALUATION, step))
+    say(f"evaluation, {name}: {EVAL_EPISODES} games")
     seeds = env_seeds(args.seed, EVAL_EPISODES, *stream)
     generator = torch.Generator().manual_seed(seeds[0])
-    games = Games(args, EVAL_EPISODES)
-    obs = games.reset(seeds)
-    if args.capture_video:  # the vector environment cannot render: a twin in color plays the same game
-        twin = Games(args, 1, img_height=210, img_width=160, grayscale=False, stack_num=1)
-        video = [twin.reset(seeds[:1])[0, -1]]
-    returns = np.zeros(EVAL_EPISODES)
-    running = np.ones(EVAL_EPISODES, dtype=bool)
-    while running.any():
-        gumbel = -torch.empty(EVAL_EPISODES, games.num_actions).exponential_(generator=generator).log().to(device)
-        actions = (agent(torch.from_numpy(obs).to(device))[0] + gumbel).argmax(-1).cpu().numpy()
-        if games.must_fire.any():
-            actions[games.must_fire] = games.fire
-        if args.capture_video and running[0]:
-            video.append(twin.step(actions[:1])[0][0, -1])
-        obs, reward, _, _, game_over, _ = games.step(actions)
-        returns += reward * running
-        running &= ~game_over
+    with closing(Envs(args, EVAL_EPISODES)) as envs:
+        obs = envs.reset(seeds)
+        if args.capture_video:  # the vector environment cannot render: a twin in color plays the same game
+            twin = Envs(args, 1, img_height=210, img_width=160, grayscale=False, stack_num=1)
+            video = [twin.reset(seeds[:1])[0, -1]]
+        returns, running = np.zeros(EVAL_EPISODES), np.ones(EVAL_EPISODES, bool)
+        while running.any():
+            gumbel = -torch.empty(EVAL_EPISODES, envs.num_actions).exponential_(generator=generator).log()
+            logits, _ = agent(torch.from_numpy(obs).to(args.device))
+            actions = (logits + gumbel.to(args.device)).argmax(-1).cpu().numpy()
+            if envs.must_fire.any():
+                actions[envs.must_fire] = envs.fire
+            if args.capture_video and running[0]:
+                video.append(twin.step(actions[:1])[0][0, -1])
+            obs, reward, _, _, game_over, _ = envs.step(actions)
+            returns += reward * running
+            running &= ~game_over
     if args.capture_video:
-        from gymnasium.utils.save_video import save_video  # needs moviepy
+        from gymnasium.utils.save_video import save_video
 
-        save_video(video, str(run_dir / "videos" / name), fps=15)
+        save_video(video, str(Path(args.run_dir, "videos", name)), fps=15)
+    say(f"seed {args.seed}: {returns.mean():.1f} ({' '.join(f'{r:.1f}' for r in returns)})")
     return returns
 
 
-def load_model(path: Path) -> tuple[Args, Learner]:
-    """Arguments and agent of a saved model, a file or in a run directory. Raises Stop when it is none of ours."""
-    path = path / "model.safetensors" if path.is_dir() else path
+# Nothing below knows the algorithm.
+
+# What arguments must be, in the flags' spelling; a rule that does not hold is its own error message.
+RULES = """
+--num-envs >= 1, --num-steps >= 1, --num-minibatches >= 1, --update-epochs >= 1, --num-threads >= 1
+--eval-every >= 0, 0 <= --seed < 2**63, 0 <= --gamma <= 1, 0 <= --gae-lambda <= 1
+0 < --alpha < inf, 0 <= --beta < inf, -inf < --Z < 0, 0 <= --reward-flip-prob <= 1, 0 < --learning-rate < inf
+0 < --clip-coef < inf, 0 <= --ent-coef < inf, 0 <= --vf-coef < inf, 0 < --max-grad-norm < inf
+--num-envs * --num-steps % --num-minibatches == 0
+--num-envs * --num-steps > --num-minibatches or not --norm-adv
+--total-timesteps >= --num-envs * --num-steps
+"""
+
+
+def fail(message: object, code: int = 2) -> NoReturn:
+    """End in one line: code 2 for a wrong argument, 1 for what a run can meet. A bug keeps Python's traceback."""
+    say(f"error: {' '.join(str(message).split())}", sys.stderr)
+    raise SystemExit(code)
+
+
+def say(text: str, file: IO | None = None) -> None:
+    """Print. A reader that has gone, as behind | head, does not stop a run."""
+    file = file or sys.stdout
     try:
-        with safetensors.safe_open(path, "pt") as file:
-            metadata, tensors = file.metadata() or {}, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        script, saved = metadata.get("script"), json.loads(metadata.get("args", "{}"))
-    except (safetensors.SafetensorError, OSError, ValueError) as error:
-        raise Stop(f"{path} cannot be read as a model, which a run leaves when it has finished ({error})") from None
-    args = saved_args(path, script, saved)
-    require(all(x.isfinite().all() for x in tensors.values()), f"{path} holds values that are not finite")
-    learner = Learner(args, Games(args, 1).num_actions)
-    learner.load_networks(tensors, path)
-    return args, learner
+        print(text, file=file, flush=True)
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), file.fileno())
 
 
-def collect_signals() -> list[int]:
-    """Ctrl-C and SIGTERM go into the returned list, so that the rollout ends with a checkpoint; a second one kills."""
-    received = []
-
-    def handler(number: int, _) -> None:
-        received.append(number)
-        signal.signal(number, signal.SIG_DFL)
-
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, handler)
-    return received
+def check_args(args: Args) -> None:
+    for rule in RULES.strip().replace("\n", ", ").split(", "):
+        python = re.sub(r"--([\w-]+)", lambda flag: flag[1].replace("-", "_"), rule)
+        if not eval(python, {"inf": np.inf}, vars(args)):
+            got = ", ".join(
+                f"{flag} {vars(args)[flag[2:].replace('-', '_')]}" for flag in re.findall(r"--[\w-]+", rule)
+            )
+            fail(f"{rule} must hold, got {got}")
+    for flag, package in (("track", "wandb"), ("capture_video", "moviepy")):
+        spec = util.find_spec(package)
+        if getattr(args, flag) and (spec is None or spec.origin is None):  # an empty folder has a spec, but no origin
+            fail(f"--{flag.replace('_', '-')} needs {package}: pip install {package}")
 
 
 def write_atomic(path: Path, content: bytes | memoryview) -> None:
     """Write, then rename: a kill or a full disk leaves the old file or the new one."""
     temporary = path.with_name(path.name + ".tmp")
-    try:
-        temporary.write_bytes(content)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    temporary.write_bytes(content)
+    temporary.replace(path)
 
 
-def write_json(path: Path, content: dict) -> None:
-    write_atomic(path, (json.dumps(content, indent=2) + "\n").encode())
+class RunLog:
+    """TensorBoard and curves.csv of one agent. Rows after global_step, of a killed run, go."""
+
+    def __init__(self, run_dir: str, global_step: int):
+        self.writer = SummaryWriter(run_dir, purge_step=global_step + 1)
+        self.path, self.columns, self.rows = Path(run_dir, "curves.csv"), {}, []
+        if self.path.exists():
+            with self.path.open(newline="") as file:  # a row that a kill cut short lacks its last values
+                rows = [row for row in csv.DictReader(file) if None not in row.values()]
+            self.rows = [row for row in rows if int(row["global_step"]) <= global_step]
+
+    def write(self, global_step: int, metrics: dict[str, float]) -> None:
+        """Log {tag: value}, any tags. curves.csv gets one more row, and is written anew where a tag is new."""
+        row, text = {"global_step": global_step} | {tag: f"{x:.6g}" for tag, x in metrics.items()}, io.StringIO()
+        self.rows.append(row)
+        if row.keys() <= self.columns.keys():
+            with self.path.open("a", newline="") as file:
+                csv.DictWriter(file, self.columns, lineterminator="\n").writerow(row)
+        else:
+            self.columns = dict.fromkeys(tag for row in self.rows for tag in row)
+            writer = csv.DictWriter(text, self.columns, lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(self.rows)
+            write_atomic(self.path, text.getvalue().encode())
+        for tag, value in metrics.items():
+            self.writer.add_scalar(tag, value, global_step)
+        self.writer.flush()  # a kill loses nothing that a later checkpoint counts as written
 
 
-def create_run_dir(args: Args, run_dir: Path) -> None:
-    """Make run_dir with args.json in it. Raises Stop when it is in use or cannot be made."""
-    try:
-        run_dir.mkdir(parents=True, exist_ok=True)
-        in_use = f"--run-dir {run_dir} is in use: continue it with --resume {run_dir}, or name another"
-        require(not any(run_dir.iterdir()), in_use)
-        write_json(run_dir / "args.json", {"script": SCRIPT, "args": asdict(args) | {"run_dir": str(run_dir)}})
-    except OSError as error:
-        raise Stop(f"--run-dir {run_dir} cannot be made: {error.strerror}") from None
-
-
-def open_run_dir(run_dir: Path) -> Args:
-    """Arguments of the run in run_dir. Raises Stop when there is none of this script."""
-    path = run_dir / "args.json"
-    require(path.exists(), f"{run_dir} holds no run: there is no args.json in it")
-    try:
-        content = dict(json.loads(path.read_text()))
-    except (ValueError, TypeError):
-        raise Stop(f"{path} is damaged") from None
-    return saved_args(path, content.get("script"), content.get("args"))
-
-
-def saved_args(path: Path, script: str | None, saved: dict) -> Args:
-    """Arguments of a run or model; new ones get their defaults. Raises Stop where they do not fit this script."""
-    require(script == SCRIPT, f"{path} is of {script or 'something else'}, not of {SCRIPT}")
-    require(isinstance(saved, dict), f"{path} is damaged")
-    unknown = ", ".join(saved.keys() - {f.name for f in fields(Args)})
-    require(not unknown, f"{path} was written by a version of {SCRIPT}.py with other arguments: {unknown}")
-    return Args(**saved)
-
-
-def changed_args(saved: Args, *allowed: str) -> Args:
-    """Saved arguments with the command line's over them. Raises Stop when others than allowed change."""
-    args = tyro.cli(Args, description=__doc__, default=saved)
-    changed = [f.name for f in fields(Args) if getattr(args, f.name) != getattr(saved, f.name)]
-    extra = ", ".join("--" + name.replace("_", "-") for name in changed if name not in allowed)
-    require(not extra, f"--{allowed[0]} takes its arguments from the run: drop {extra}")
-    return args
-
-
-def save_checkpoint(run_dir: Path, learner: Learner, counters: dict) -> None:
+def save_checkpoint(args: Args, parts: dict, progress: dict) -> None:
     buffer = io.BytesIO()
-    torch.save({"version": VERSION, "learner": learner.state(), "counters": counters}, buffer)
-    write_atomic(run_dir / "checkpoint.pt", buffer.getbuffer())
+    torch.save(
+        {name: part.state_dict() for name, part in parts.items()} | {"version": VERSION, "progress": progress}, buffer
+    )
+    write_atomic(Path(args.run_dir, "checkpoint.pt"), buffer.getbuffer())
 
 
-def load_checkpoint(run_dir: Path, learner: Learner) -> dict:
-    """Load the run's last checkpoint into learner and return its counters, {} before the first. May raise Stop."""
-    path = run_dir / "checkpoint.pt"
-    try:
-        checkpoint = dict(torch.load(path, map_location="cpu", weights_only=True))
-    except FileNotFoundError:
+def load_checkpoint(args: Args, parts: dict) -> dict:
+    """Put the last checkpoint into parts and return its progress, {} before the first."""
+    path = Path(args.run_dir, "checkpoint.pt")
+    if not path.exists():
         return {}
-    except (RuntimeError, EOFError, OSError, ValueError, TypeError, LookupError, pickle.UnpicklingError) as error:
-        raise Stop(f"{path} cannot be read as a checkpoint ({type(error).__name__})") from None
-    version = checkpoint.get("version", 1)
-    require(version == VERSION, f"{path} was written by version {version} of {SCRIPT}.py: continue it with that one")
-    learner.load_state(checkpoint["learner"], path)
-    return checkpoint["counters"]
+    state = torch.load(path, map_location="cpu", weights_only=True)
+    if state.get("version") != VERSION:
+        fail(f"{path} was written by version {state.get('version', 1)} of {SCRIPT}.py: continue it with that one")
+    for name, part in parts.items():
+        part.load_state_dict(state[name])
+    return state["progress"]
 
 
-def save_results(
-    learner: Learner, args: Args, run_dir: Path, eval_returns: np.ndarray, counters: dict, commit: str | None
-) -> None:
-    """What a finished run leaves: model.safetensors, which loads without pickle, and result.json."""
-    last_returns = counters["last_returns"]
-    tensors = {name: x.cpu().contiguous() for name, x in learner.agent.state_dict().items()}
+def save_model(args: Args, agent: Agent) -> None:
+    """model.safetensors: all that the agent needs to act, readable without pickle."""
+    tensors = {name: x.cpu().contiguous() for name, x in agent.state_dict().items()}
     content = safetensors.torch.save(tensors, {"script": SCRIPT, "args": json.dumps(asdict(args))})
-    write_atomic(run_dir / "model.safetensors", content)
-    versions = {"python": sys.version.split()[0]} | {d.name: d.version for d in distributions() if d.name in PACKAGES}
-    sps = counters["train_steps"] / counters["train_seconds"] if counters["train_steps"] else None
+    write_atomic(Path(args.run_dir, "model.safetensors"), content)
+
+
+def save_result(args: Args, progress: dict, commit: str | None) -> None:
+    versions = {"python": sys.version.split()[0]} | {
+        d.name: d.version for d in metadata.distributions() if d.name in PACKAGES
+    }
+    returns, last = progress["eval_returns"], progress["last_returns"]
     result = {"script": SCRIPT, "env_id": args.env_id, "seed": args.seed, "args": asdict(args)}
-    result |= {"total_timesteps": counters["global_step"], "eval_returns": eval_returns.tolist()}
-    result |= {"eval_mean": eval_returns.mean(), "train_last10_mean": np.mean(last_returns) if last_returns else None}
-    result |= {"sps": sps, "wall_seconds": counters["wall_seconds"], "versions": versions, "commit": commit}
-    result["device"] = torch.cuda.get_device_name() if learner.device.type == "cuda" else "cpu"
-    write_json(run_dir / "result.json", result)
-    print(f"seed {args.seed}: {counters['global_step']:,} steps, evaluation {scores_text(eval_returns)}")
-    print(f"  everything is in {run_dir}; evaluate again with --evaluate {run_dir}")
-
-
-def scores_text(returns: np.ndarray) -> str:
-    return f"{returns.mean():.1f} ({' '.join(f'{r:.1f}' for r in returns)})"
+    result |= {"total_timesteps": progress["global_step"], "eval_returns": returns, "eval_mean": np.mean(returns)}
+    result["train_last10_mean"] = np.mean(last) if last else None
+    result["sps"] = progress["train_steps"] / progress["train_seconds"] if progress["train_steps"] else None
+    result |= {"wall_seconds": progress["wall_seconds"], "versions": versions, "commit": commit}
+    result["device"] = torch.cuda.get_device_name() if args.device == "cuda" else "cpu"
+    write_atomic(Path(args.run_dir, "result.json"), (json.dumps(result, indent=2) + "\n").encode())
+    say(f"everything is in {args.run_dir}")
 
 
 def git_commit() -> str | None:
     """Commit of the repository this file is in, with "-dirty" when this file differs; None outside a repository."""
-    git = ["git", "-C", str(Path(__file__).parent)]
-    commands = [*git, "rev-parse", "HEAD"], [*git, "status", "--porcelain", "--", __file__]
-    try:
-        commit, changes = (subprocess.run(c, capture_output=True, text=True).stdout.strip() for c in commands)
-    except FileNotFoundError:
-        return None
-    return (f"{commit}-dirty" if changes else commit) or None
+    git = f"git rev-parse HEAD && git status --porcelain -- {shlex.quote(__file__)}"
+    done = subprocess.run(git, shell=True, cwd=Path(__file__).parent, capture_output=True, text=True)
+    commit, _, changes = done.stdout.strip().partition("\n")
+    return f"{commit}-dirty" if changes else commit or None
 
 
-class RunLog:
-    """TensorBoard, curves.csv and Weights & Biases of one run. rows: those of curves.csv so far; new ones are added."""
-
-    def __init__(self, run_dir: Path, args: Args, rows: list[dict], global_step: int):
-        self.path, self.rows, self.wandb = run_dir / "curves.csv", rows, None
-        self.writer = SummaryWriter(run_dir, purge_step=global_step + 1)
-        if args.track:
-            import wandb
-
-            id_file = run_dir / "wandb_id.txt"
-            if not id_file.exists():
-                id_file.write_text(os.urandom(8).hex())
-            options = {"project": args.wandb_project_name, "entity": args.wandb_entity, "config": asdict(args)}
-            options |= {"name": run_dir.name, "id": id_file.read_text(), "resume": "allow", "reinit": "create_new"}
-            self.wandb = wandb.init(dir=run_dir, **options)
-
-    def write(self, global_step: int, metrics: dict[str, float]) -> None:
-        """Log {tag: value}, any tags. curves.csv is written anew, whole, with a column for every tag so far."""
-        self.rows.append({"global_step": global_step} | {tag: f"{value:.6g}" for tag, value in metrics.items()})
-        columns, text = dict.fromkeys(tag for row in self.rows for tag in row), io.StringIO()
-        lines = [columns, *([row.get(tag, "") for tag in columns] for row in self.rows)]
-        csv.writer(text, lineterminator="\n").writerows(lines)
-        write_atomic(self.path, text.getvalue().encode())
-        for tag, value in metrics.items():
-            self.writer.add_scalar(tag, value, global_step)
-        self.writer.flush()  # a kill loses nothing that a later checkpoint counts as written
-        if self.wandb:
-            self.wandb.log(metrics, step=global_step)
-
-    def close(self) -> None:
-        self.writer.close()
-        if self.wandb:
-            self.wandb.finish()
+def saved_args(path: Path, script: str | None, saved: dict) -> Args:
+    """Arguments of the run or model in path; new ones have their defaults."""
+    if script != SCRIPT:
+        fail(f"{path} is of {script or 'something else'}, not of {SCRIPT}")
+    saved = {name: value for name, value in saved.items() if name not in REMOVED}
+    if unknown := saved.keys() - {f.name for f in fields(Args)}:
+        fail(f"{path} was written by a version of {SCRIPT}.py with other arguments: {', '.join(sorted(unknown))}")
+    return Args(**saved)
 
 
-class Progress:
-    """One line: redrawn in place on a terminal, printed every 30 seconds when output is redirected."""
-
-    def __init__(self, total: int, unit: str):
-        self.total, self.unit, self.last = total, unit, time.monotonic()
-
-    def show(self, done: int, per_second: float, text: str) -> None:
-        terminal, finished = sys.stdout.isatty(), done >= self.total
-        if time.monotonic() - self.last < (0.2 if terminal else 30) and not finished:
-            return
-        self.last = time.monotonic()
-        left = timedelta(seconds=int((self.total - done) / per_second)) if per_second else "?"
-        line = f"{done / self.total:4.0%}  {self.unit} {done:,}  {text}  {left} left"
-        print(f"\r{line}\x1b[K" if terminal else line, end="" if terminal and not finished else "\n", flush=True)
-
-
-def validate(args: Args) -> None:
-    """Raise Stop with one line that says what is wrong and what is allowed."""
-    counts = "num_envs num_steps num_minibatches update_epochs checkpoint_every num_threads"
-    for allowed, is_allowed, names in (
-        ("at least 1", lambda x: x >= 1, counts),
-        ("above 0", lambda x: 0 < x < np.inf, "alpha learning_rate clip_coef max_grad_norm"),
-        ("0 or above", lambda x: 0 <= x < np.inf, "beta ent_coef vf_coef eval_every"),
-        ("0 or above, below 2**63", lambda x: 0 <= x < 2**63, "seed"),
-        ("between 0 and 1", lambda x: 0 <= x <= 1, "reward_flip_prob gamma gae_lambda"),
-        ("below 0", lambda x: -np.inf < x < 0, "Z"),
-    ):
-        for name in names.split():
-            value = getattr(args, name)
-            require(is_allowed(value), f"--{name.replace('_', '-')} must be {allowed}, got {value}")
-    rollout, minibatches = args.num_envs * args.num_steps, args.num_minibatches
-    message = f"a rollout of {rollout} steps, --num-envs times --num-steps, must be "
-    require(rollout % minibatches == 0, message + f"a multiple of --num-minibatches, {minibatches}")
-    require(rollout > minibatches or not args.norm_adv, message + "more than --num-minibatches, or add --no-norm-adv")
-    message = f"--total-timesteps must be at least one rollout, {rollout} steps, got {args.total_timesteps}"
-    require(args.total_timesteps >= rollout, message)
-    compiler = any(map(shutil.which, (os.environ.get("CXX", "c++"), "g++", "clang++")))
-    require(compiler or not args.compile, "--compile needs a C++ compiler (on Debian: apt install g++)")
-    require(not args.track or find_spec("wandb"), "--track needs Weights & Biases: pip install wandb")
-    check_game(args)
-    rollout_bytes = args.num_envs * (args.num_steps * 84 * 84 * 4 + 2**22)
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    sizes = f"a rollout takes {rollout_bytes / 2**30:,.0f} GiB, this machine has {memory / 2**30:,.0f}"
-    require(rollout_bytes < memory, f"{sizes}: lower --num-envs or --num-steps")
-
-
-def check_game(args: Args) -> None:
-    """Raise Stop unless env_id is a game, and can be recorded if it has to be."""
-    find_game(args.env_id)
-    require(find_spec("moviepy") or not args.capture_video, "--capture-video needs moviepy: pip install moviepy")
-
-
-def main() -> int:
-    args = tyro.cli(Args, description=__doc__)
-    name = f"{args.env_id.replace('/', '-')}__{SCRIPT}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
+def open_run(args: Args) -> Args:
+    """Arguments of the run to resume, or to begin in a new directory. No other process can write there."""
+    name = f"{args.env_id.replace('/', '-')}__{SCRIPT}__{args.seed}__{datetime.now():%Y%m%d-%H%M%S-%f}"
     run_dir = Path(args.resume or args.run_dir or f"runs/{name}")
+    if args.resume is None:
+        try:
+            run_dir.mkdir(parents=True, exist_ok=True)
+            in_use = any(run_dir.iterdir())
+        except OSError as error:
+            fail(f"--run-dir {run_dir} cannot be made: {error.strerror}")
+        if in_use:
+            fail(f"--run-dir {run_dir} is in use: name another, or see whether --resume {run_dir} continues it")
+    elif not (run_dir / "args.json").exists():
+        fail(f"--resume {run_dir}: there is no run, no args.json")
+    file = os.open(run_dir / "args.json", os.O_RDWR | os.O_CREAT)
     try:
-        require("" not in (args.run_dir, args.resume, args.evaluate), "--run-dir, --resume and --evaluate need a path")
-        if args.evaluate:
-            path = Path(args.evaluate)
-            saved, learner = load_model(path)
-            args = changed_args(saved, "evaluate", "capture_video")
-            check_game(args)
-            torch.set_num_threads(args.num_threads)
-            returns = evaluate(learner, args, path if path.is_dir() else path.parent)
-            print(f"evaluation {scores_text(returns)}")
-            return 0
-        if args.resume:
-            args = replace(changed_args(open_run_dir(run_dir), "resume"), resume=None)
-            validate(args)
-        else:
-            validate(args)
-            args = replace(args, env_id=canonical_id(args.env_id), run_dir=str(run_dir))
-            create_run_dir(args, run_dir)
-        if (run_dir / "result.json").exists():
-            print(f"{run_dir} has finished; evaluate again with --evaluate")
-        else:
-            train(args, run_dir)
-        return 0
-    except (Exception, KeyboardInterrupt) as error:
-        code = 130 if isinstance(error, KeyboardInterrupt) else getattr(error, "code", 1)
-        if code != 2 and not args.evaluate and (run_dir / "checkpoint.pt").exists():
-            error.add_note(f"to go on: python {SCRIPT}.py --resume {run_dir}")
-        disk_full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-        if not disk_full and not isinstance(error, (Stop, KeyboardInterrupt, torch.OutOfMemoryError)):
-            raise  # a bug: Python's own traceback, and the note below it
-        print(end="\n" if code != 2 and sys.stdout.isatty() else "")  # end the progress line
-        message = "stopped" if code == 130 else f"error: {' '.join(str(error).split())}"
-        print(message, *getattr(error, "__notes__", ()), sep="\n", file=sys.stderr)
-        return code
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the system drops it with the process
+    except OSError as error:
+        if error.errno in (errno.EACCES, errno.EAGAIN):  # and is no file system without locks
+            fail(f"{run_dir} is being trained by another process")
+    if args.resume is not None:
+        saved = json.loads(os.read(file, 2**20))
+        return replace(saved_args(run_dir, saved["script"], saved["args"]), run_dir=str(run_dir))
+    args = replace(args, run_dir=str(run_dir))
+    os.write(file, json.dumps({"script": SCRIPT, "args": asdict(args)}, indent=2).encode())
+    return args
+
+
+def evaluate_model(args: Args) -> None:
+    """--evaluate: the final evaluation again, of model.safetensors alone."""
+    path = Path(args.evaluate, "model.safetensors") if Path(args.evaluate).is_dir() else Path(args.evaluate)
+    if not path.is_file():
+        fail(f"--evaluate {path}: no such file. A run leaves it at its end")
+    with safetensors.safe_open(path, "pt") as file:
+        saved, tensors = file.metadata() or {}, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    saved = saved_args(path, saved.get("script"), json.loads(saved.get("args", "{}")))
+    args = replace(saved, run_dir=str(path.parent), capture_video=args.capture_video, cuda=args.cuda)
+    check_args(args)
+    torch.set_num_threads(args.num_threads)
+    with closing(Envs(args, 1)) as envs:
+        agent = Agent(envs.num_actions, torch.Generator()).to(args.device)
+    agent.load_state_dict(tensors)
+    evaluate(args, agent)
+
+
+def main() -> None:
+    sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115 (standard output was closed)
+    args = tyro.cli(Args, description=__doc__)
+    typed = {flag.partition("=")[0].replace("_", "-") for flag in sys.argv[1:] if flag.startswith("--")}
+    for flag, others in (("--resume", ()), ("--evaluate", ("--capture-video", "--cuda", "--no-cuda"))):
+        if flag in typed and (extra := typed - {flag, *others}):
+            fail(f"{flag} takes its arguments from the run: drop {', '.join(sorted(extra))}")
+    if args.evaluate is not None:
+        return evaluate_model(args)
+    if args.resume is not None:
+        args = open_run(args)
+        if Path(args.run_dir, "result.json").exists():
+            return say(f"{args.run_dir} has finished; --evaluate plays its final evaluation again")
+    check_args(args)
+    args = replace(args, env_id=canonical_id(args))
+    try:
+        with closing(Envs(args, args.num_envs)) as envs:
+            args = args if "--resume" in typed else open_run(args)
+            if args.track:
+                import wandb
+
+                wandb.init(dir=args.run_dir, config=asdict(args), sync_tensorboard=True, resume="auto")
+            resume = [*sys.orig_argv[: len(sys.orig_argv) - len(sys.argv) + 1], "--resume", args.run_dir]
+            say(f"run directory {args.run_dir}; should it stop, go on with: {shlex.join(resume)}")
+            train(args, envs)
+    except KeyboardInterrupt:
+        fail("stopped", code=130)
+    except (OSError, MemoryError, torch.OutOfMemoryError) as error:
+        if getattr(error, "errno", errno.ENOSPC) not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise  # neither the disk nor the memory is full
+        fail(error, code=1)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()
