@@ -26,11 +26,11 @@ import subprocess
 import sys
 import time
 from contextlib import closing
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from datetime import datetime, timedelta
 from importlib import metadata, util
 from pathlib import Path
-from typing import IO, NoReturn
+from typing import NoReturn
 
 import ale_py
 import numpy as np
@@ -48,7 +48,6 @@ EVAL_EPISODES = 10
 LOG_EVERY = 2048  # steps between rows of curves.csv
 SAVE_EVERY = 60  # seconds between checkpoints, which take 20 MB
 SHOW_EVERY = 10  # seconds between lines of progress
-REMOVED = "checkpoint_every wandb_project_name wandb_entity".split()  # arguments of models of version 2
 TRAINING, EVALUATION = 0, 1  # streams of environment seeds
 PACKAGES = ("torch", "gymnasium", "ale-py", "numpy")  # their versions go into result.json
 
@@ -104,11 +103,6 @@ def find_game(args: Args) -> str:
     return games[name]
 
 
-def canonical_id(args: Args) -> str:
-    """MsPacmanNoFrameskip-v4 for every spelling of the game."""
-    return find_game(args).title().replace("_", "") + "NoFrameskip-v4"
-
-
 def env_seeds(seed: int, num_envs: int, *stream: int) -> list[int]:
     """Seeds of num_envs environments; another stream (evaluation, a resumed run) gives other seeds."""
     return [int(s) >> 1 for s in np.random.SeedSequence([seed, *stream]).generate_state(num_envs)]  # ale-py: 31 bits
@@ -136,6 +130,7 @@ class Envs:
         actions = self.envs.ale.get_action_set()
         self.num_actions = len(actions)
         self.fire = actions.index(ale_py.Action.FIRE) if ale_py.Action.FIRE in actions else None
+        self.close = self.envs.close
 
     def reset(self, seeds: list[int]) -> np.ndarray:
         """Start every game; frames (num_envs, 4, 84, 84), uint8."""
@@ -156,9 +151,6 @@ class Envs:
         self.game_start = game_start
         self.must_fire = terminated & ~game_over & (self.fire is not None)
         return obs, rewards, terminated, truncated, game_over, infos
-
-    def close(self) -> None:
-        self.envs.close()
 
 
 class Agent(nn.Module):
@@ -316,14 +308,14 @@ def train(args: Args, envs: Envs) -> None:
 
     # A resumed run takes over the state_dict() of every part and all numbers, lists and tensors of progress.
     parts = {"agent": agent, "optimizer": optimizer}
-    progress = {"global_step": 0, "train_steps": 0, "train_seconds": 0.0, "wall_seconds": 0.0}
+    progress = {"global_step": 0, "sps": None, "wall_seconds": 0.0}
     progress |= {"last_returns": [], "eval_returns": None, "generator": generator.get_state()}
     progress |= load_checkpoint(args, parts)
     generator.set_state(progress["generator"])
     start_time -= progress["wall_seconds"]  # of the process or processes before
     first_step = global_step = last_log = progress["global_step"]
     log = RunLog(args.run_dir, global_step)
-    last_saved = last_shown = time.monotonic()
+    train_seconds, last_saved, last_shown = 0.0, time.monotonic(), 0.0
 
     # Channels-last in memory, so that no minibatch has to be reordered.
     obs_buf = torch.zeros((T, E, 84, 84, 4), dtype=torch.uint8, device=args.device).permute(0, 1, 4, 2, 3)
@@ -377,12 +369,9 @@ def train(args: Args, envs: Envs) -> None:
         stats.append(compiled_backward(agent, batch, args))
         optimizer.step()
         if not stats[-1]["losses/grad_norm"].isfinite():  # waits for the GPU
-            fail(
-                f"the loss is not finite at step {global_step:,}. Try a lower --learning-rate or a lower --beta", code=1
-            )
-        if global_step > first_step + T * E or not args.compile:  # the first iteration compiles
-            progress["train_steps"] += T * E
-            progress["train_seconds"] += time.perf_counter() - iteration_start
+            fail(f"the loss is not finite at step {global_step:,}: try a lower --learning-rate or --beta", code=1)
+        if global_step > first_step + T * E:  # the first iteration compiles
+            train_seconds += time.perf_counter() - iteration_start
 
         # Evaluate, log, save
         finished = global_step == total_timesteps
@@ -390,29 +379,25 @@ def train(args: Args, envs: Envs) -> None:
         if not evaluate_now and global_step - last_log < LOG_EVERY:
             continue
         last_log = global_step
-        sps = progress["train_steps"] / max(progress["train_seconds"], 1e-9)
+        sps = (global_step - first_step - T * E) / max(train_seconds, 1e-9)
         if finished:  # before the evaluation, where a game may fail
             save_model(args, agent)
         if evaluate_now:
-            eval_returns = evaluate(args, agent, None if finished else global_step)
+            progress["eval_returns"] = evaluate(args, agent, None if finished else global_step).tolist()
         metrics = {tag: torch.stack([s[tag] for s in stats]).mean().item() for tag in stats[0]}
         metrics["losses/explained_variance"] = 1 - (returns - values).var() / (returns.var() + 1e-8)
-        metrics["charts/learning_rate"] = optimizer.param_groups[0]["lr"]
-        metrics["charts/SPS"] = sps
+        metrics |= {"charts/learning_rate": optimizer.param_groups[0]["lr"], "charts/SPS": sps}
         if episodes:
             metrics["charts/episodic_return"], metrics["charts/episodic_length"] = np.mean(episodes, axis=0)
         if evaluate_now:
-            metrics["eval/episodic_return"] = eval_returns.mean()
+            metrics["eval/episodic_return"] = np.mean(progress["eval_returns"])
         log.write(global_step, metrics)
         progress["last_returns"] = [*progress["last_returns"], *(r for r, _ in episodes)][-EVAL_EPISODES:]
         episodes, stats = [], []
         if finished or time.monotonic() - last_saved >= SAVE_EVERY:
             last_saved = time.monotonic()
-            progress |= {"global_step": global_step, "wall_seconds": last_saved - start_time}
-            progress |= {
-                "eval_returns": eval_returns.tolist() if finished else None,
-                "generator": generator.get_state(),
-            }
+            progress |= {"global_step": global_step, "sps": sps, "wall_seconds": last_saved - start_time}
+            progress["generator"] = generator.get_state()
             save_checkpoint(args, parts, progress)
         if finished or time.monotonic() - last_shown > SHOW_EVERY:
             last_shown = time.monotonic()
@@ -462,14 +447,13 @@ def evaluate(args: Args, agent: Agent, step: int | None = None) -> np.ndarray:
 
 # Nothing below knows the algorithm.
 
-# What arguments must be, in the flags' spelling; a rule that does not hold is its own error message.
 RULES = """
 --num-envs >= 1, --num-steps >= 1, --num-threads >= 1
 --eval-every >= 0, 0 <= --seed < 2**63, 0 <= --gamma <= 1, 0 <= --gae-lambda <= 1
 0 < --alpha < inf, 0 <= --beta < inf, -inf < --Z < 0, 0 <= --reward-flip-prob <= 1, 0 < --learning-rate < inf
 0 <= --ent-coef < inf, 0 <= --vf-coef < inf, 0 < --max-grad-norm < inf
 --total-timesteps >= --num-envs * --num-steps
-"""
+"""  # of arguments, in the flags' spelling: the one that does not hold is the error message
 
 
 def fail(message: object, code: int = 2) -> NoReturn:
@@ -478,7 +462,7 @@ def fail(message: object, code: int = 2) -> NoReturn:
     raise SystemExit(code)
 
 
-def say(text: str, file: IO | None = None) -> None:
+def say(text: str, file=None) -> None:
     """Print. A reader that has gone, as behind | head, does not stop a run."""
     file = file or sys.stdout
     try:
@@ -489,12 +473,9 @@ def say(text: str, file: IO | None = None) -> None:
 
 def check_args(args: Args) -> None:
     for rule in RULES.strip().replace("\n", ", ").split(", "):
-        python = re.sub(r"--([\w-]+)", lambda flag: flag[1].replace("-", "_"), rule)
-        if not eval(python, {"inf": np.inf}, vars(args)):
-            got = ", ".join(
-                f"{flag} {vars(args)[flag[2:].replace('-', '_')]}" for flag in re.findall(r"--[\w-]+", rule)
-            )
-            fail(f"{rule} must hold, got {got}")
+        values = re.sub(r"--([\w-]+)", lambda flag: str(getattr(args, flag[1].replace("-", "_"))), rule)
+        if not eval(values, {"inf": np.inf, "nan": np.nan}):
+            fail(f"{rule} must hold, and {values} does not")
     for flag, package in (("track", "wandb"), ("capture_video", "moviepy")):
         spec = util.find_spec(package)
         if getattr(args, flag) and (spec is None or spec.origin is None):  # an empty folder has a spec, but no origin
@@ -515,9 +496,8 @@ class RunLog:
         self.writer = SummaryWriter(run_dir, purge_step=global_step + 1)
         self.path, self.columns, self.rows = Path(run_dir, "curves.csv"), {}, []
         if self.path.exists():
-            with self.path.open(newline="") as file:  # a row that a kill cut short lacks its last values
-                rows = [row for row in csv.DictReader(file) if None not in row.values()]
-            self.rows = [row for row in rows if int(row["global_step"]) <= global_step]
+            rows = csv.DictReader(self.path.read_text().splitlines())  # one that a kill cut short lacks its last values
+            self.rows = [row for row in rows if None not in row.values() and int(row["global_step"]) <= global_step]
 
     def write(self, global_step: int, metrics: dict[str, float]) -> None:
         """Log {tag: value}, any tags. curves.csv gets one more row, and is written anew where a tag is new."""
@@ -572,8 +552,7 @@ def save_result(args: Args, progress: dict, commit: str | None) -> None:
     returns, last = progress["eval_returns"], progress["last_returns"]
     result = {"script": SCRIPT, "env_id": args.env_id, "seed": args.seed, "args": asdict(args)}
     result |= {"total_timesteps": progress["global_step"], "eval_returns": returns, "eval_mean": np.mean(returns)}
-    result["train_last10_mean"] = np.mean(last) if last else None
-    result["sps"] = progress["train_steps"] / progress["train_seconds"] if progress["train_steps"] else None
+    result |= {"train_last10_mean": np.mean(last) if last else None, "sps": progress["sps"] or None}
     result |= {"wall_seconds": progress["wall_seconds"], "versions": versions, "commit": commit}
     result["device"] = torch.cuda.get_device_name() if args.device == "cuda" else "cpu"
     write_atomic(Path(args.run_dir, "result.json"), (json.dumps(result, indent=2) + "\n").encode())
@@ -589,30 +568,24 @@ def git_commit() -> str | None:
 
 
 def saved_args(path: Path, script: str | None, saved: dict) -> Args:
-    """Arguments of the run or model in path; new ones have their defaults."""
+    """Arguments of the run or model in path: new ones have their defaults, those that are no more are ignored."""
     if script != SCRIPT:
         fail(f"{path} is of {script or 'something else'}, not of {SCRIPT}")
-    saved = {name: value for name, value in saved.items() if name not in REMOVED}
-    if unknown := saved.keys() - {f.name for f in fields(Args)}:
-        fail(f"{path} was written by a version of {SCRIPT}.py with other arguments: {', '.join(sorted(unknown))}")
-    return Args(**saved)
+    return Args(**{name: value for name, value in saved.items() if name in vars(Args())})
 
 
 def open_run(args: Args) -> Args:
     """Arguments of the run to resume, or to begin in a new directory. No other process can write there."""
     name = f"{args.env_id.replace('/', '-')}__{SCRIPT}__{args.seed}__{datetime.now():%Y%m%d-%H%M%S-%f}"
     run_dir = Path(args.resume or args.run_dir or f"runs/{name}")
-    if args.resume is None:
-        try:
+    try:
+        if args.resume is None:
             run_dir.mkdir(parents=True, exist_ok=True)
-            in_use = any(run_dir.iterdir())
-        except OSError as error:
-            fail(f"--run-dir {run_dir} cannot be made: {error.strerror}")
-        if in_use:
-            fail(f"--run-dir {run_dir} is in use: name another, or see whether --resume {run_dir} continues it")
-    elif not (run_dir / "args.json").exists():
-        fail(f"--resume {run_dir}: there is no run, no args.json")
-    file = os.open(run_dir / "args.json", os.O_RDWR | os.O_CREAT)
+            if any(run_dir.iterdir()):
+                fail(f"--run-dir {run_dir} is in use: name another, or see whether --resume {run_dir} continues it")
+        file = os.open(run_dir / "args.json", os.O_RDWR | (os.O_CREAT if args.resume is None else 0))
+    except OSError as error:
+        fail(f"{run_dir} cannot be opened as a run directory: {error.strerror}")
     try:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the system drops it with the process
     except OSError as error:
@@ -657,7 +630,7 @@ def main() -> None:
         if Path(args.run_dir, "result.json").exists():
             return say(f"{args.run_dir} has finished; --evaluate plays its final evaluation again")
     check_args(args)
-    args = replace(args, env_id=canonical_id(args))
+    args = replace(args, env_id=find_game(args).title().replace("_", "") + "NoFrameskip-v4")
     try:
         with closing(Envs(args, args.num_envs)) as envs:
             args = args if "--resume" in typed else open_run(args)

@@ -26,11 +26,11 @@ import sys
 import time
 import warnings
 from contextlib import ExitStack, closing
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from datetime import datetime, timedelta
 from importlib import metadata, util
 from pathlib import Path
-from typing import IO, NoReturn
+from typing import NoReturn
 
 import gymnasium as gym
 import mujoco
@@ -47,7 +47,6 @@ EVAL_EPISODES = 10
 EVAL_MAX_STEPS = 20_000  # of an episode in an environment without a time limit
 LOG_EVERY = 2048  # steps between rows of curves.csv, and checkpoints
 SHOW_EVERY = 10  # seconds between lines of progress
-REMOVED = "checkpoint_every wandb_project_name wandb_entity".split()  # arguments of models of version 2
 TRAINING, EVALUATION = 0, 1  # streams of environment seeds
 PACKAGES = ("torch", "gymnasium", "mujoco", "Box2D", "numpy")  # their versions go into result.json
 
@@ -333,14 +332,14 @@ def train(args: Args, envs: Envs) -> None:
 
     # A resumed run takes over the state_dict() of every part and all numbers, lists and tensors of progress.
     parts = {"agent": agent, "optimizer": optimizer, "normalizer": normalizer}
-    progress = {"global_step": 0, "train_steps": 0, "train_seconds": 0.0, "wall_seconds": 0.0, "generators": []}
+    progress = {"global_step": 0, "sps": None, "wall_seconds": 0.0, "generators": []}
     progress |= {"last_returns": [[] for _ in args.seeds], "eval_returns": None} | load_checkpoint(args, parts)
     for generator, state in zip(generators, progress["generators"]):
         generator.set_state(state)
     start_time -= progress["wall_seconds"]  # of the process or processes before
     first_step = global_step = last_log = progress["global_step"]
     logs = [RunLog(own_args.run_dir, global_step) for own_args in args.split()]
-    failed, last_shown = np.zeros(N, bool), start_time
+    failed, last_shown, train_seconds = np.zeros(N, bool), start_time, 0.0
 
     # One rollout of every agent; the agent is the first dimension everywhere.
     obs_buf = np.zeros((N, T, E, envs.obs_dim), np.float32)
@@ -394,9 +393,8 @@ def train(args: Args, envs: Envs) -> None:
         stats.append(compiled_backward(agent, batch, args))
         optimizer.step()
         check_finite(args, global_step, stats[-1]["losses/grad_norm"].tolist(), normalizer, failed)  # waits for the GPU
-        if global_step > first_step + T * E or not args.compile:  # the first iteration compiles
-            progress["train_steps"] += T * E
-            progress["train_seconds"] += time.perf_counter() - iteration_start
+        if global_step > first_step + T * E:  # the first iteration compiles
+            train_seconds += time.perf_counter() - iteration_start
 
         # Evaluate, log, save
         finished = global_step == total_timesteps
@@ -404,27 +402,25 @@ def train(args: Args, envs: Envs) -> None:
         if not evaluate_now and global_step - last_log < LOG_EVERY:
             continue
         last_log = global_step
-        sps = progress["train_steps"] / max(progress["train_seconds"], 1e-9)  # of each agent
+        sps = (global_step - first_step - T * E) / max(train_seconds, 1e-9)  # of each agent
         if finished:  # before the evaluation, where an environment may fail
             save_models(args, agent, normalizer)
         if evaluate_now:
-            eval_returns = evaluate(args, agent, normalizer, None if finished else global_step)
+            progress["eval_returns"] = evaluate(args, agent, normalizer, None if finished else global_step).tolist()
         means = {tag: torch.stack([s[tag] for s in stats]).mean(0).tolist() for tag in stats[0]}
         unexplained = (returns - values).var((1, 2)) / (returns.var((1, 2)) + 1e-8)
         for i, log in enumerate(logs):
             metrics = {tag: mean[i] for tag, mean in means.items()}
             metrics["losses/explained_variance"] = 1 - unexplained[i]
-            metrics["charts/learning_rate"] = optimizer.param_groups[0]["lr"]
-            metrics["charts/SPS"] = sps
+            metrics |= {"charts/learning_rate": optimizer.param_groups[0]["lr"], "charts/SPS": sps}
             if episodes[i]:
                 metrics["charts/episodic_return"], metrics["charts/episodic_length"] = np.mean(episodes[i], axis=0)
             if evaluate_now:
-                metrics["eval/episodic_return"] = eval_returns[i].mean()
+                metrics["eval/episodic_return"] = np.mean(progress["eval_returns"][i])
             log.write(global_step, metrics)
             progress["last_returns"][i] = [*progress["last_returns"][i], *(r for r, _ in episodes[i])][-EVAL_EPISODES:]
         episodes, stats = [[] for _ in args.seeds], []
-        progress |= {"global_step": global_step, "wall_seconds": time.monotonic() - start_time}
-        progress["eval_returns"] = eval_returns.tolist() if finished else None
+        progress |= {"global_step": global_step, "sps": sps, "wall_seconds": time.monotonic() - start_time}
         progress["generators"] = [g.get_state() for g in generators]
         save_checkpoint(args, parts, progress)
         if finished or time.monotonic() - last_shown > SHOW_EVERY:
@@ -464,14 +460,13 @@ def evaluate(args: Args, agent: Agent, normalizer: Normalizer, step: int | None 
 
 # Nothing below knows the algorithm.
 
-# What arguments must be, in the flags' spelling; a rule that does not hold is its own error message.
 RULES = """
 --num-seeds >= 1, --num-envs >= 1, --num-steps >= 1, --num-threads >= 1
 --num-bins >= 2, --eval-every >= 0, 0 <= --seed < 2**63, 0 <= --gamma <= 1, 0 <= --gae-lambda <= 1
 0 < --alpha < inf, 0 <= --beta < inf, -inf < --Z < 0, 0 <= --reward-noise-std < inf, 0 < --learning-rate < inf
 0 <= --ent-coef < inf, 0 <= --vf-coef < inf, 0 < --max-grad-norm < inf
 --total-timesteps >= --num-envs * --num-steps
-"""
+"""  # of arguments, in the flags' spelling: the one that does not hold is the error message
 
 
 def fail(message: object, code: int = 2) -> NoReturn:
@@ -480,7 +475,7 @@ def fail(message: object, code: int = 2) -> NoReturn:
     raise SystemExit(code)
 
 
-def say(text: str, file: IO | None = None) -> None:
+def say(text: str, file=None) -> None:
     """Print. A reader that has gone, as behind | head, does not stop a run."""
     file = file or sys.stdout
     try:
@@ -491,12 +486,9 @@ def say(text: str, file: IO | None = None) -> None:
 
 def check_args(args: Args) -> None:
     for rule in RULES.strip().replace("\n", ", ").split(", "):
-        python = re.sub(r"--([\w-]+)", lambda flag: flag[1].replace("-", "_"), rule)
-        if not eval(python, {"inf": np.inf}, vars(args)):
-            got = ", ".join(
-                f"{flag} {vars(args)[flag[2:].replace('-', '_')]}" for flag in re.findall(r"--[\w-]+", rule)
-            )
-            fail(f"{rule} must hold, got {got}")
+        values = re.sub(r"--([\w-]+)", lambda flag: str(getattr(args, flag[1].replace("-", "_"))), rule)
+        if not eval(values, {"inf": np.inf, "nan": np.nan}):
+            fail(f"{rule} must hold, and {values} does not")
     if args.cuda and not torch.cuda.is_available():
         fail("--cuda needs a CUDA device, and torch sees none")
     for flag, package in (("track", "wandb"), ("capture_video", "moviepy")):
@@ -537,9 +529,8 @@ class RunLog:
         self.writer = SummaryWriter(run_dir, purge_step=global_step + 1)
         self.path, self.columns, self.rows = Path(run_dir, "curves.csv"), {}, []
         if self.path.exists():
-            with self.path.open(newline="") as file:  # a row that a kill cut short lacks its last values
-                rows = [row for row in csv.DictReader(file) if None not in row.values()]
-            self.rows = [row for row in rows if int(row["global_step"]) <= global_step]
+            rows = csv.DictReader(self.path.read_text().splitlines())  # one that a kill cut short lacks its last values
+            self.rows = [row for row in rows if None not in row.values() and int(row["global_step"]) <= global_step]
 
     def write(self, global_step: int, metrics: dict[str, float]) -> None:
         """Log {tag: value}, any tags. curves.csv gets one more row, and is written anew where a tag is new."""
@@ -602,8 +593,7 @@ def save_results(args: Args, progress: dict, commit: str | None) -> None:
             fail(f"no result of seed {own_args.seed}: its loss is not finite", code=1)
         result = {"script": SCRIPT, "env_id": args.env_id, "seed": own_args.seed, "args": asdict(own_args)}
         result |= {"total_timesteps": steps, "eval_returns": returns, "eval_mean": np.mean(returns)}
-        result["train_last10_mean"] = np.mean(last) if last else None
-        result["sps"] = progress["train_steps"] / progress["train_seconds"] if progress["train_steps"] else None
+        result |= {"train_last10_mean": np.mean(last) if last else None, "sps": progress["sps"] or None}
         result |= {"wall_seconds": progress["wall_seconds"], "versions": versions, "commit": commit}
         result["device"] = torch.cuda.get_device_name() if args.device == "cuda" else "cpu"
         write_atomic(folder / "result.json", (json.dumps(result, indent=2) + "\n").encode())
@@ -619,30 +609,24 @@ def git_commit() -> str | None:
 
 
 def saved_args(path: Path, script: str | None, saved: dict) -> Args:
-    """Arguments of the run or model in path; new ones have their defaults."""
+    """Arguments of the run or model in path: new ones have their defaults, those that are no more are ignored."""
     if script != SCRIPT:
         fail(f"{path} is of {script or 'something else'}, not of {SCRIPT}")
-    saved = {name: value for name, value in saved.items() if name not in REMOVED}
-    if unknown := saved.keys() - {f.name for f in fields(Args)}:
-        fail(f"{path} was written by a version of {SCRIPT}.py with other arguments: {', '.join(sorted(unknown))}")
-    return Args(**saved)
+    return Args(**{name: value for name, value in saved.items() if name in vars(Args())})
 
 
 def open_run(args: Args) -> Args:
     """Arguments of the run to resume, or to begin in a new directory. No other process can write there."""
     name = f"{args.env_id.replace('/', '-')}__{SCRIPT}__{args.seed}__{datetime.now():%Y%m%d-%H%M%S-%f}"
     run_dir = Path(args.resume or args.run_dir or f"runs/{name}")
-    if args.resume is None:
-        try:
+    try:
+        if args.resume is None:
             run_dir.mkdir(parents=True, exist_ok=True)
-            in_use = any(run_dir.iterdir())
-        except OSError as error:
-            fail(f"--run-dir {run_dir} cannot be made: {error.strerror}")
-        if in_use:
-            fail(f"--run-dir {run_dir} is in use: name another, or see whether --resume {run_dir} continues it")
-    elif not (run_dir / "args.json").exists():
-        fail(f"--resume {run_dir}: there is no run, no args.json")
-    file = os.open(run_dir / "args.json", os.O_RDWR | os.O_CREAT)
+            if any(run_dir.iterdir()):
+                fail(f"--run-dir {run_dir} is in use: name another, or see whether --resume {run_dir} continues it")
+        file = os.open(run_dir / "args.json", os.O_RDWR | (os.O_CREAT if args.resume is None else 0))
+    except OSError as error:
+        fail(f"{run_dir} cannot be opened as a run directory: {error.strerror}")
     try:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the system drops it with the process
     except OSError as error:
