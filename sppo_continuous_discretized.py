@@ -187,11 +187,12 @@ class Normalizer(nn.Module):
     def count(self, name: str, x: np.ndarray) -> None:
         """Take x: (num_agents, batch, ...) into the statistics, by Chan et al.'s formula as in Stable-Baselines3."""
         mean, var, count = (self.statistics[f"{name}_{key}"] for key in ("mean", "var", "count"))
-        batch_mean = x.sum(1, keepdims=True) / x.shape[1]
-        batch_var = np.square(x - batch_mean).sum(1, keepdims=True) / x.shape[1]
+        n = x.shape[1]
+        batch_mean = x.sum(1, keepdims=True) / n
+        batch_var = np.square(x - batch_mean).sum(1, keepdims=True) / n if n > 1 else 0.0
         delta = batch_mean - mean
-        count += x.shape[1]
-        weight = x.shape[1] / count
+        count += n
+        weight = n / count
         mean += weight * delta
         var += weight * (batch_var - var + (1 - weight) * np.square(delta))
 
@@ -200,12 +201,15 @@ class Normalizer(nn.Module):
         mean, std = self.statistics["obs_mean"], np.sqrt(self.statistics["obs_var"] + 1e-8)
         return ((obs - mean) / std).clip(-10, 10).astype(np.float32)
 
-    def reward(self, reward: np.ndarray, done: np.ndarray) -> np.ndarray:
-        """Divide reward: (num_agents, num_envs) by the running std of the discounted return; no mean is subtracted."""
-        self.returns = self.returns * self.gamma + reward
-        self.count("return", self.returns)
-        self.returns[done] = 0
-        return (reward / np.sqrt(self.statistics["return_var"] + 1e-8)).clip(-10, 10)
+    def rewards(self, rewards: np.ndarray, dones: np.ndarray) -> np.ndarray:
+        """Divide a rollout's rewards, (num_agents, num_steps, num_envs), by the std of the discounted return so far."""
+        var = np.empty((*rewards.shape[:2], 1))
+        for t in range(rewards.shape[1]):
+            self.returns = self.returns * self.gamma + rewards[:, t]
+            self.count("return", self.returns)
+            var[:, t] = self.statistics["return_var"]
+            self.returns[dones[:, t]] = 0
+        return (rewards / np.sqrt(var + 1e-8)).clip(-10, 10)  # no mean is subtracted
 
 
 class BatchedLinear(nn.Module):
@@ -362,7 +366,7 @@ def train(args: Args, envs: Envs) -> None:
     # One rollout of every agent; the agent is the first dimension everywhere.
     obs_buf = np.zeros((N, T, E, envs.obs_dim), np.float32)
     action_buf = np.zeros((N, T, E, envs.action_dim), np.int64)
-    reward_buf, done_buf = np.zeros((N, T, E), np.float32), np.zeros((N, T, E), bool)
+    reward_buf, done_buf = np.zeros((N, T, E)), np.zeros((N, T, E), bool)
     episode_return, episode_length = np.zeros((N, E)), np.zeros((N, E))
     episodes, stats = [[] for _ in args.seeds], []  # since the last log
 
@@ -379,21 +383,21 @@ def train(args: Args, envs: Envs) -> None:
         shape = (T, E, envs.action_dim, args.num_bins)
         gumbel = -torch.stack([torch.empty(shape).exponential_(generator=g) for g in generators]).log().to(args.device)
         noise = args.reward_noise_std * torch.stack([torch.randn(T, E, generator=g) for g in generators]).numpy()
+        bootstrap = np.zeros((N, T, E), np.float32)
         for t in range(T):
             actions = (agent.logits(tensor(obs)) + gumbel[:, t]).argmax(-1).cpu().numpy()
             obs_buf[:, t], action_buf[:, t] = obs, actions
-            raw_obs, raw_reward, terminated, truncated, final_obs = envs.step(actions)
+            raw_obs, reward_buf[:, t], terminated, truncated, final_obs = envs.step(actions)
             normalizer.count("obs", raw_obs)
             obs = normalizer.obs(raw_obs)
             done_buf[:, t] = done = terminated | truncated
-            reward_buf[:, t] = normalizer.reward(raw_reward, done) + noise[:, t]
-            episode_return += raw_reward
+            episode_return += reward_buf[:, t]
             episode_length += 1
             if done.any():
                 time_limit = truncated & ~terminated  # no end for the value: add gamma * V(final observation)
                 if time_limit.any():
                     final_value = agent.value(tensor(normalizer.obs(final_obs))).cpu().numpy()
-                    reward_buf[:, t][time_limit] += args.gamma * final_value[time_limit]
+                    bootstrap[:, t][time_limit] = args.gamma * final_value[time_limit]
                 for i, e in np.argwhere(done):
                     episodes[i].append((float(episode_return[i, e]), float(episode_length[i, e])))
                 episode_return[done], episode_length[done] = 0, 0
@@ -403,7 +407,8 @@ def train(args: Args, envs: Envs) -> None:
         b_obs, b_actions = (tensor(x).flatten(1, 2) for x in (obs_buf, action_buf))
         b_logprob, _ = logprob_and_entropy(agent.logits(b_obs), b_actions)
         values, last_value = agent.value(b_obs).view(N, T, E).cpu().numpy(), agent.value(tensor(obs)).cpu().numpy()
-        advantages, returns = gae(reward_buf, values, done_buf, last_value, args.gamma, args.gae_lambda)
+        rewards = (normalizer.rewards(reward_buf, done_buf) + noise).astype(np.float32) + bootstrap
+        advantages, returns = gae(rewards, values, done_buf, last_value, args.gamma, args.gae_lambda)
         batch = b_obs, b_actions, b_logprob, *(tensor(x).flatten(1, 2) for x in (advantages, returns))
 
         # Update
