@@ -11,6 +11,7 @@ only what is missing. The result is RUN_DIR/judge.json, against another run RUN_
 """
 
 import hashlib
+import html
 import json
 import math
 import os
@@ -20,8 +21,11 @@ import ssl
 import statistics
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
-from http.client import HTTPException
+from email.utils import parsedate_to_datetime
+from http.client import HTTPException, HTTPMessage, InvalidURL
 from pathlib import Path
 from urllib.error import HTTPError
 from urllib.request import Request, urlopen
@@ -43,7 +47,9 @@ TASKS = {  # what is asked, and the names of the prompt and of what is compared
     ),
 }
 REMINDER = "Answer with one letter only: A or B."
+THOUGHT = r"</think(?:ing)?>|\[/THINK\]"  # where what a judge thinks ends, if its server does not take it out
 LONGEST_WAIT = 60  # seconds between two attempts, unless the endpoint asks for more
+LONGEST_ASKED = 600  # an endpoint that asks for more ends the command
 
 
 @dataclass
@@ -79,6 +85,15 @@ class RunError(RuntimeError):
 def require(condition: bool, message: str) -> None:
     if not condition:
         raise InputError(message)
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Names the file that a full disk or a lack of rights keeps from being written."""
+    try:
+        yield
+    except OSError as error:
+        raise RunError(f"{path} cannot be written: {error.strerror}") from None
 
 
 def read_samples(run_dir: Path) -> tuple[str, list[dict]]:
@@ -124,18 +139,75 @@ def question(script: str, pair: dict, ours_first: bool) -> str:
     return "\n\n".join(parts)
 
 
-def parse(text: str) -> str | None:
+def parse(text: str, cut: bool = False) -> str | None:
     """The letter, where the text is A or B, begins with it ("A. Because") or ends so ("the answer is A"); else None.
 
     An ending counts only where the other letter and words of denial do not occur: not in "B is better than summary A".
+    Nor does that of a text that was cut off.
     """
-    text = text.rpartition("</think>")[2]
+    text = re.split(THOUGHT, text)[-1]
+    if re.search(r"<think|\[THINK\]", text):  # a thought that has no end
+        return None
     clear = r"(?!.*\b(?i:not|neither|nor|never|cannot|than|over)\b|.*n't\b)(?!.*\bA\b.*\bB\b)(?!.*\bB\b.*\bA\b)"
     last_words = rf"(?s:{clear})(?is:.*\b(?:answer|summary|continuation)\W+(?:is\W+)?)([AB])\W*$"
-    for pattern in (r"(?i:\W*([AB])\W*$)", r"\W*([AB])[.:)*\n]", last_words):
+    patterns = [r"(?i:\W*([AB])\W*$)", r"\W*([AB])[.:)*\n]"] + ([] if cut else [last_words])
+    for pattern in patterns:
         if match := re.match(pattern, text):
             return match[1].upper()
     return None
+
+
+def read_answer(body: str) -> tuple[str, bool] | None:
+    """What the judge said in the body of a reply, and whether it was cut off; None where the body is no answer.
+
+    Of a content in parts, those of thinking are left out. A judge that declined may have said why.
+    """
+    try:
+        choice = json.loads(body)["choices"][0]
+        message, content = choice["message"], choice["message"].get("content")
+        texts = []
+        for part in content if isinstance(content, list) else [content]:
+            if isinstance(part, dict):
+                said = part.get("type", "text") in ("text", "output_text", "refusal")
+                part = (part.get("text") or part.get("refusal")) if said else None
+            texts.append(part or "")
+        text = "".join(texts) or message.get("refusal") or ""
+        return None if choice.get("error") else (text, choice.get("finish_reason") == "length")
+    except (ValueError, LookupError, TypeError, AttributeError):
+        return None
+
+
+def read_error(body: str) -> tuple[int | None, str]:
+    """The code, where there is one, and the server's own words in the body of a reply that is no answer."""
+    try:
+        content = json.loads(body)
+    except ValueError:
+        is_html = body.lstrip().startswith("<")
+        return None, html.unescape(re.sub(r"(?is)<(script|style)\b.*?</\1>|<[^>]*>", " ", body)) if is_html else body
+    try:
+        content = content[0] if isinstance(content, list) else content  # Google's
+        in_choice = content["choices"][0].get("error") if content.get("choices") else None  # OpenRouter's
+        error = content.get("error") or in_choice or content
+        if isinstance(error, str):
+            return None, error
+        code, words, more = str(error.get("code")), error["message"], error.get("metadata")  # more: of whom it asked
+        words += f" {json.dumps(more)}" if more else ""
+        return int(code) if re.fullmatch(r"[45]\d\d", code) else None, words
+    except (LookupError, TypeError, AttributeError):
+        return None, body
+
+
+def asked_wait(headers: HTTPMessage) -> float:
+    """Seconds that an endpoint asks to wait, given as such or as a date; 0 without a request."""
+    text = headers.get("Retry-After", "")
+    try:
+        return float(text)
+    except ValueError:
+        pass
+    try:
+        return parsedate_to_datetime(text).timestamp() - time.time()
+    except ValueError:
+        return 0
 
 
 class Judge:
@@ -152,62 +224,80 @@ class Judge:
         """text without the key, which some servers repeat in what they say."""
         return text.replace(self.key, "***") if self.key else text
 
-    def server_message(self, error: HTTPError) -> str:
-        try:
-            body = error.read(10_000).decode(errors="replace")
-        except (OSError, HTTPException):
-            body = ""
-        try:
-            content = json.loads(body)
-            content = content.get("error", content)
-            body = content if isinstance(content, str) else content["message"]
-        except (ValueError, AttributeError, KeyError, TypeError):
-            pass
-        return f"HTTP {error.code} {error.reason}: {' '.join(str(body).split())[:300]}"
+    def one_line(self, text: str) -> str:
+        """The beginning of what a server says, without the key."""
+        text = "".join(letter if letter.isprintable() else " " for letter in self.hide_key(text))
+        return " ".join(text.split())[:300]
 
-    def complete(self, messages: list[dict]) -> str:
-        """The model's answer; after a failure that may pass, another attempt."""
+    def post(self, body: dict) -> tuple[int, str, HTTPMessage, str]:
+        """Status, its name, headers and body of the endpoint's reply, which may be an error."""
+        request = Request(self.url, json.dumps(body).encode(), {"Content-Type": "application/json"})
+        if self.key:
+            request.add_unredirected_header("Authorization", f"Bearer {self.key}")  # for this server alone
+        try:
+            with urlopen(request, timeout=self.args.timeout) as response:
+                return response.status, response.reason, response.headers, response.read().decode(errors="replace")
+        except HTTPError as error:
+            try:
+                text = error.read(100_000).decode(errors="replace")
+            except (OSError, HTTPException):
+                text = ""
+            return error.code, error.reason, error.headers, text
+
+    def complete(self, messages: list[dict]) -> tuple[str, bool]:
+        """The model's answer, and whether it was cut off; after a failure that may pass, another attempt."""
         body = {"model": self.args.judge_model, "messages": messages}
         if self.args.max_tokens:  # judges that think take neither
             body |= {"max_tokens": self.args.max_tokens, "temperature": 0}
         for attempt in range(self.args.retries + 1):
-            request = Request(self.url, json.dumps(body).encode(), {"Content-Type": "application/json"})
-            if self.key:
-                request.add_unredirected_header("Authorization", f"Bearer {self.key}")  # for this server alone
             wait = min(2**attempt, LONGEST_WAIT)
             try:
-                with urlopen(request, timeout=self.args.timeout) as response:
-                    content = json.load(response)["choices"][0]["message"]["content"]
-                self.reached = self.answered = True
-                return content or ""  # null: the judge declined
-            except HTTPError as error:
-                self.reached = True
-                problem = self.hide_key(self.server_message(error))
-                given = "is set and was refused" if self.key else "is not set"
-                require(error.code not in (401, 403), f"{self.url}: {problem} (OPENAI_API_KEY {given})")
-                require(error.code in (408, 409, 429) or error.code >= 500, f"{self.url}: {problem}")
-                asked = error.headers.get("Retry-After", "")
-                wait = max(wait, int(asked)) if asked.isdigit() else wait
-            except (OSError, HTTPException) as error:
+                status, reason, headers, text = self.post(body)
+            except (OSError, HTTPException, ValueError) as error:  # the last: of an address
                 reason = getattr(error, "reason", error)
-                problem = f"{type(reason).__name__}: {reason}"
-                lasts = isinstance(reason, (ConnectionRefusedError, socket.gaierror, ssl.SSLError))
+                problem = f"{type(reason).__name__}: {self.one_line(str(reason))}"
+                lasting = ConnectionRefusedError, socket.gaierror, ssl.SSLError, InvalidURL, ValueError
+                lasts = isinstance(reason, lasting)
                 require(self.reached or not lasts, f"{self.url} cannot be reached ({problem}): is the server running?")
-            except (ValueError, LookupError, TypeError):  # no JSON, or an error in place of an answer
-                require(self.answered, f"{self.url} does not answer as a chat-completions endpoint does")
-                problem = "something that is no answer"
+            else:
+                self.reached = True
+                if status < 300 and (answer := read_answer(text)):
+                    self.answered = True
+                    return answer
+                code, words = read_error(text)  # some servers send an error, and its code, under status 200
+                problem = self.one_line(f"HTTP {status} {reason}: {words.strip() or 'nothing'}")
+                code = code if status < 300 else status
+                key = f"OPENAI_API_KEY is {'' if self.key else 'not '}set"
+                require(code not in (401, 403), f"{self.url}: {problem} ({key})")
+                unknown = f"{self.url} does not answer as a chat-completions endpoint does: {problem}"
+                require(code is not None or self.answered, unknown)
+                sent = re.search(r"\bmax_tokens\b|\btemperature\b", words)
+                hint = " (--max-tokens 0 sends neither max_tokens nor temperature)" if sent else ""
+                require(code in (None, 408, 409, 429) or code >= 500, f"{self.url}: {problem}{hint}")
+                wait = max(wait, asked_wait(headers))
+                if wait > LONGEST_ASKED:
+                    raise RunError(f"{self.url} asks to wait {wait:.0f} seconds: {problem}")
             if attempt < self.args.retries:
                 time.sleep(wait)
         raise RunError(f"{self.url} failed {self.args.retries + 1} times, at last with {problem}")
 
     def judge(self, text: str) -> tuple[str | None, str]:
-        """The letter, None if a second answer has none either, and the answer."""
+        """The letter, None if a second answer has none either, and the answer.
+
+        Raises InputError where that one was cut off at --max-tokens: a judge that was still thinking has not judged.
+        """
         messages = [{"role": "user", "content": text}]
-        answer = self.complete(messages)
-        if parse(answer) is None:
-            messages += [{"role": "assistant", "content": answer}, {"role": "user", "content": REMINDER}]
-            answer = self.complete(messages)
-        return parse(answer), self.hide_key(answer)
+        answer, cut = self.complete(messages)
+        if parse(answer, cut) is None:
+            said = re.split(THOUGHT, answer)[-1].strip()
+            if said:  # some servers refuse an empty message, and two of one side
+                messages += [{"role": "assistant", "content": said}, {"role": "user", "content": REMINDER}]
+            answer, cut = self.complete(messages)
+        letter, longest = parse(answer, cut), self.args.max_tokens
+        thinking = f"an answer was cut off at --max-tokens {longest} before it had come to A or B"
+        thinking += f" ({self.one_line(answer) or 'nothing but thoughts'}): 0 leaves its length to the endpoint"
+        require(letter or not cut or not longest, thinking)
+        return letter, self.hide_key(answer)
 
 
 def read_judgments(path: Path) -> dict[str, dict]:
@@ -255,7 +345,7 @@ def result(args: Args, judgments: list[dict]) -> dict:
         "against": args.against,
         "samples": len(means),
         "unparsed": len(judgments) - len(answers),
-        "chose_a": answers.count("A") / len(answers) if answers else None,  # 0.5 without position bias
+        "chose_a": answers.count("A") / len(answers),  # 0.5 without position bias
     }
 
 
@@ -288,7 +378,7 @@ def run(args: Args) -> int:
     if args.dry_run:
         return 0
     progress = Progress(len(missing))
-    with path.open("a") as file:
+    with writing(path), path.open("a") as file:
         for done, name in enumerate(missing, 1):
             index, ours_first, text = wanted[name]
             letter, answer = judge.judge(text)
@@ -298,11 +388,15 @@ def run(args: Args) -> int:
             file.write(json.dumps(kept[name]) + "\n")
             file.flush()
             progress.show(done)
-    summary = result(args, [kept[name] for name in wanted])
+    judged = [kept[name] for name in wanted]
+    none = f"none of {len(judged)} answers was A or B, the last one: {judge.one_line(judged[-1]['text']) or 'nothing'}"
+    require(any(judgment["answer"] for judgment in judged), f"{none}; to ask again, move {path} away")
+    summary = result(args, judged)
     out = args.run_dir / ("judge.json" if args.against == "reference" else f"judge-{against}.json")
     temporary = out.with_name(out.name + ".tmp")
-    temporary.write_text(json.dumps(summary, indent=2) + "\n")
-    os.replace(temporary, out)
+    with writing(out):
+        temporary.write_text(json.dumps(summary, indent=2) + "\n")
+        os.replace(temporary, out)
     se = f" ± {100 * summary['win_rate_se']:.1f}" if summary["win_rate_se"] is not None else ""
     unparsed = f"; {summary['unparsed']} answers were neither A nor B and count as ties" if summary["unparsed"] else ""
     print(f"win rate against {args.against}: {100 * summary['win_rate']:.1f}{se} % of {len(pairs)} samples{unparsed}")
@@ -317,7 +411,7 @@ def main(argv: list[str] | None = None) -> int:
     except InputError as error:
         message, code = f"error: {error}", 2
     except RunError as error:
-        message, code = f"error: {error}; no judgment is lost, the same command goes on", 1
+        message, code = f"error: {error}; the judgments before it are kept, the same command goes on", 1
     except KeyboardInterrupt:
         message, code = "\nstopped; the same command goes on", 130
     print(message, file=sys.stderr)

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+from email.utils import formatdate
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -18,6 +19,17 @@ from benchmark import judge
 
 ROOT = Path(__file__).resolve().parent.parent
 KEY = "sk-a-very-secret-key"
+
+
+def says(content, finish_reason="stop", **more):
+    """The reply of a server whose model says content; more: of the message."""
+    choice = {"index": 0, "message": {"role": "assistant", "content": content} | more, "finish_reason": finish_reason}
+    return 200, {}, json.dumps({"object": "chat.completion", "choices": [choice]})
+
+
+def refuses(error, status=200, **headers):
+    """The reply of a server with an error in its body."""
+    return status, {name.replace("_", "-"): value for name, value in headers.items()}, json.dumps({"error": error})
 
 
 class Server:
@@ -32,11 +44,7 @@ class Server:
                 body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
                 outer.requests.append((dict(self.headers), body))
                 reply = answer(body["messages"][0]["content"], len(outer.requests))
-                if isinstance(reply, str) or reply is None:
-                    message = {"role": "assistant", "content": reply}
-                    choices = [{"index": 0, "message": message, "finish_reason": "stop"}]
-                    reply = 200, {}, json.dumps({"object": "chat.completion", "choices": choices})
-                status, headers, text = reply
+                status, headers, text = reply if isinstance(reply, tuple) else says(reply)
                 self.send_response(status)
                 for name, value in headers.items():
                     self.send_header(name, value)
@@ -228,6 +236,9 @@ def test_both_orders_cancel_position_bias(tmp_path, serve):
         ("Neither summary A", None),
         ("I wouldn't say summary A", None),
         ("I think the answer is B.", "B"),
+        ("[THINK]Summary A\nis long.[/THINK]B", "B"),
+        ("<thinking>Summary A</thinking>\nB.", "B"),
+        ("<think>\nLet me look at Summary A", None),
         ("", None),
     ],
 )
@@ -236,21 +247,101 @@ def test_answers(text, letter):
 
 
 def test_answers_without_a_letter_are_asked_for_again_and_then_ties(tmp_path, serve, capsys):
-    garbage = serve(lambda *_: None)
+    wordy = serve(lambda prompt, number: "Both are fine" if number <= 6 else "A")
     run_dir = write_run(tmp_path / "run", num=2)
-    assert run(run_dir, garbage) == 0
-    assert (result(run_dir)["win_rate"], result(run_dir)["unparsed"], result(run_dir)["chose_a"]) == (0.5, 4, None)
-    assert len(garbage.requests) == 8
-    assert garbage.requests[1][1]["messages"][-1]["content"] == judge.REMINDER
-    assert "4 answers were neither A nor B and count as ties" in capsys.readouterr().out
+    assert run(run_dir, wordy) == 0
+    assert (result(run_dir)["win_rate"], result(run_dir)["unparsed"], result(run_dir)["chose_a"]) == (0.375, 3, 1)
+    assert len(wordy.requests) == 7
+    messages = wordy.requests[1][1]["messages"]
+    assert [m["content"] for m in messages[1:]] == ["Both are fine", judge.REMINDER]
+    assert "3 answers were neither A nor B and count as ties" in capsys.readouterr().out
     second = serve(lambda prompt, number: "Hmm" if number % 2 else prefer("good", "mediocre")(prompt, 0))
     run_dir = write_run(tmp_path / "second", num=2)
     assert run(run_dir, second) == 0 and (result(run_dir)["win_rate"], result(run_dir)["unparsed"]) == (1, 0)
 
 
+def test_an_empty_message_is_not_sent_back(tmp_path, serve):
+    """Some servers refuse one, others two messages of one side in a row."""
+    server = serve(lambda prompt, number: says(None, refusal="I cannot judge.") if number < 4 else "A")
+    run_dir = write_run(tmp_path / "run", num=1)
+    assert run(run_dir, server) == 0 and len(server.requests) == 4
+    server = serve(lambda prompt, number: "<think>Hm.</think>" if number < 3 else "A")
+    assert run(run_dir, server, model="thinks") == 0 and len(server.requests) == 3
+    lengths = [len(body["messages"]) for _, body in server.requests]
+    assert lengths == [1, 1, 1]
+
+
+def test_no_win_rate_where_no_answer_is_usable(tmp_path, serve, capsys):
+    run_dir = write_run(tmp_path / "run", num=2)
+    assert run(run_dir, serve(lambda *_: says(None, "content_filter", refusal="I cannot\njudge."))) == 2
+    error = capsys.readouterr().err
+    assert "none of 4 answers was A or B, the last one: I cannot judge.; to ask again, move" in error
+    assert not (run_dir / "judge.json").exists() and len(judgments(run_dir)) == 4
+
+
+THINKING = {"type": "thinking", "thinking": [{"type": "text", "text": "Summary A is long."}]}
+
+
+@pytest.mark.parametrize(
+    "reply",
+    [
+        says([{"type": "text", "text": "B"}]),
+        says([THINKING, {"type": "text", "text": "B"}]),
+        says([{"type": "reasoning", "text": "Summary A"}, {"type": "output_text", "text": "B."}]),
+        says([{"type": "text", "text": "The better one is "}, {"type": "text", "text": "summary B."}]),
+        says(["B"]),
+        says("B", "length", reasoning_content="Summary A is long."),
+        says("B", refusal=None, tool_calls=[]),
+    ],
+)
+def test_forms_of_an_answer(tmp_path, serve, reply):
+    server = serve(lambda *_: reply)
+    run_dir = write_run(tmp_path / "run", num=1)
+    assert run(run_dir, server) == 0 and len(server.requests) == 2
+    assert [judgment["answer"] for judgment in judgments(run_dir)] == ["B", "B"]
+
+
+@pytest.mark.parametrize(
+    "reply",
+    [
+        (200, {}, '{"choices": [{"message": {"role": "assistant"}, "finish_reason": "tool_calls"}]}'),
+        says(None, refusal="I'm sorry, but I cannot."),
+        says([]),
+        says([{"type": "refusal", "refusal": "I'm sorry, but I cannot."}]),
+        says([THINKING]),
+    ],
+)
+def test_a_judge_that_declines_makes_a_tie(tmp_path, serve, reply):
+    server = serve(lambda prompt, number: reply if number < 3 else "A")
+    run_dir = write_run(tmp_path / "run", num=1)
+    assert run(run_dir, server) == 0 and len(server.requests) == 3
+    assert [judgment["answer"] for judgment in judgments(run_dir)] == [None, "A"]
+    assert judgments(run_dir)[0]["text"] == ("I'm sorry, but I cannot." if "sorry" in reply[2] else "")
+
+
+@pytest.mark.parametrize(
+    ("reply", "words"),
+    [
+        (says(None, "length", reasoning_content="Okay, let me"), "nothing but thoughts"),
+        (says("<think>\nOkay, let me look at Summary A", "length"), "<think> Okay, let me look at Summary A"),
+        (says("Okay, let me look at Summary A", "length"), "Okay, let me look at Summary A"),
+    ],
+)
+def test_an_answer_that_was_cut_off_is_none(tmp_path, serve, capsys, reply, words):
+    server = serve(lambda *_: reply)
+    run_dir = write_run(tmp_path / "run", num=1)
+    assert run(run_dir, server) == 2
+    error = capsys.readouterr().err
+    assert f"cut off at --max-tokens 16 before it had come to A or B ({words}): 0 leaves" in error
+    assert error.count("\n") == 1 and not judgments(run_dir)
+    server = serve(lambda prompt, number: reply if number < 3 else "A")  # of the endpoint's own length
+    assert run(run_dir, server, "--max-tokens", "0") == 0 and result(run_dir)["unparsed"] == 1
+
+
 def test_failures_that_pass_are_waited_out(tmp_path, serve):
     failures = [(429, {}, "slow down"), (503, {}, ""), (500, {}, "{}"), (429, {"Retry-After": "20"}, "[]")]
     failures += [None, (200, {}, '{"error": "busy"}'), (200, {}, "<html>")]  # no answers, but there was one before
+    failures += [None, refuses({"message": "Provider returned error", "code": 502}), (200, {}, '{"choices": []}')]
 
     def answer(prompt, number):
         failure = failures[number - 1] if number <= len(failures) else None
@@ -259,7 +350,82 @@ def test_failures_that_pass_are_waited_out(tmp_path, serve):
     server = serve(answer)
     run_dir = write_run(tmp_path / "run")
     assert run(run_dir, server) == 0 and result(run_dir)["win_rate"] == 1
-    assert len(server.requests) == 16 and server.waits == [1, 2, 4, 20, 1, 2]
+    assert len(server.requests) == 18 and server.waits == [1, 2, 4, 20, 1, 2, 1, 2]
+
+
+def test_a_wait_may_be_given_as_a_date_or_a_fraction(tmp_path, serve, capsys):
+    soon = formatdate(time.time() + 100, usegmt=True)
+    waits = ["1.5", soon, "Wed, 21 Oct 2015 07:28:00 GMT", "soon"]
+    server = serve(lambda prompt, n: (503, {"Retry-After": waits[n - 1]}, "") if n <= len(waits) else "A")
+    run_dir = write_run(tmp_path / "run", num=1)
+    assert run(run_dir, server) == 0
+    assert server.waits == [1.5, pytest.approx(100, abs=30), 4, 8]
+
+
+def test_who_asks_for_a_day_is_not_waited_for(tmp_path, serve, capsys):
+    error = {"message": "Daily limit reached", "code": "rate_limit_exceeded"}
+    server = serve(lambda prompt, number: refuses(error, 429, Retry_After="86400") if number > 1 else "A")
+    run_dir = write_run(tmp_path / "run")
+    assert run(run_dir, server) == 1 and server.waits == [] and len(judgments(run_dir)) == 1
+    error = capsys.readouterr().err
+    assert "asks to wait 86400 seconds: HTTP 429 Too Many Requests: Daily limit reached; the judg" in error
+    assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("reply", "words"),
+    [
+        (
+            refuses({"message": "Rate limit exceeded: free-models-per-day", "code": 429}),
+            "Rate limit exceeded: free-mod",
+        ),
+        (
+            refuses({"message": "Provider\nreturned", "code": "502", "metadata": {"raw": "GPU lost"}}),
+            '{"raw": "GPU lost"}',
+        ),
+        ((200, {}, '{"choices": [{"error": {"code": 502, "message": "GPU lost"}, "message": {}}]}'), "GPU lost"),
+        (
+            (502, {}, "<html><style>p {}</style><title>Bad gateway</title>\n<h1>nginx &amp; co</h1>"),
+            "Bad gateway nginx & co",
+        ),
+        ((503, {}, '{"error": {"message": "Loading model", "type": "unavailable_error"}}'), "Loading model"),
+        ((500, {}, '[{"error": {"code": 500, "message": "Internal", "status": "INTERNAL"}}]'), "Error: Internal;"),
+    ],
+)
+def test_the_servers_own_words_after_failures_that_may_pass(tmp_path, serve, capsys, reply, words):
+    server = serve(lambda *_: reply)
+    assert run(write_run(tmp_path / "run"), server, "--retries", "2") == 1
+    error = capsys.readouterr().err
+    assert "failed 3 times, at last with HTTP" in error and words in error and error.count("\n") == 1, error
+    assert "<" not in error and len(server.requests) == 3
+
+
+def test_the_servers_own_words_where_no_answer_comes_any_more(tmp_path, serve, capsys):
+    for model, body, words in (
+        ("one", '{"error": "Model unloaded."}', "HTTP 200 OK: Model unloaded.;"),
+        ("two", '{"choices": []}', 'HTTP 200 OK: {"choices": []};'),
+        ("three", "", "HTTP 200 OK: nothing;"),
+    ):
+        server = serve(lambda prompt, number, body=body: "A" if number == 1 else (200, {}, body))
+        assert run(write_run(tmp_path / model), server, "--retries", "1", model=model) == 1
+        error = capsys.readouterr().err
+        assert f"failed 2 times, at last with {words}" in error, error
+
+
+def test_a_disk_that_takes_nothing_is_one_line_with_the_file(tmp_path, serve, capsys):
+    run_dir = write_run(tmp_path / "run", num=1)
+    path = run_dir / "judgments-judge-reference.jsonl"
+    path.symlink_to("/dev/full")  # reads as a file of zeros without an end
+    server = serve(lambda *_: "A")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(judge, "read_judgments", lambda _: {})
+        assert run(run_dir, server) == 1
+    error = capsys.readouterr().err
+    assert error.startswith(f"error: {path} cannot be written: No space left on device") and error.count("\n") == 1
+    path.unlink()
+    (run_dir / "judge.json.tmp").symlink_to("/dev/full")
+    assert run(run_dir, server) == 1
+    assert f"{run_dir / 'judge.json'} cannot be written: No space left on device" in capsys.readouterr().err
 
 
 def test_a_server_that_keeps_failing_loses_nothing(tmp_path, serve, capsys):
@@ -294,8 +460,22 @@ def test_a_slow_answer_is_asked_for_again(tmp_path, serve):
         ((401, {}, json.dumps({"error": {"message": f"Incorrect API key: {KEY}"}})), "Incorrect API key: ***"),
         ((404, {}, json.dumps({"error": {"message": "The model judge does not exist"}})), "judge does not exist"),
         ((400, {}, "not\nJSON"), "HTTP 400 Bad Request: not JSON"),
-        ((200, {}, "<html>Welcome</html>"), "does not answer as a chat-completions endpoint does"),
-        ((200, {}, '{"choices": []}'), "does not answer as a chat-completions endpoint does"),
+        ((200, {}, "<html>Welcome</html>"), "answer as a chat-completions endpoint does: HTTP 200 OK: Welcome\n"),
+        ((200, {}, '{"choices": []}'), 'answer as a chat-completions endpoint does: HTTP 200 OK: {"choices": []}\n'),
+        ((200, {}, '{"choices": null, "detail": "Not here"}'), "Not here"),
+        ((200, {}, '["A"]'), 'chat-completions endpoint does: HTTP 200 OK: ["A"]'),
+        ((200, {}, ""), "chat-completions endpoint does: HTTP 200 OK: nothing"),
+        ((200, {}, 'data: {"choices": []}\n\ndata: [DONE]\n'), 'HTTP 200 OK: data: {"choices": []} data: [DONE]\n'),
+        (says(5), "does not answer as a chat-completions endpoint does: HTTP 200 OK: {"),
+        (refuses("Unexpected endpoint (POST /chat)"), "endpoint does: HTTP 200 OK: Unexpected endpoint (POST /chat)\n"),
+        (refuses({"message": "No such model", "code": 404}), "completions: HTTP 200 OK: No such model\n"),
+        (refuses({"message": "No credits", "code": 402}), "completions: HTTP 200 OK: No credits\n"),
+        (refuses({"message": f"No key {KEY}", "code": 401}), "OK: No key *** (OPENAI_API_KEY is set)"),
+        (refuses({"message": None}, 400), 'HTTP 400 Bad Request: {"error": {"message": null}}'),
+        ((400, {}, '{"detail": [{"loc": ["body"], "msg": "no\\u001b field"}]}'), '"msg": "no\\u001b field"}'),
+        (refuses("beep \x1b[31m\x07", 400), "HTTP 400 Bad Request: beep [31m\n"),
+        (refuses("x" * 290 + KEY, 400), "x" * 278 + "\n"),  # a key that is cut
+        (refuses({"message": "Unsupported parameter: 'max_tokens'"}, 400), "(--max-tokens 0 sends neither max_tokens"),
         ((307, {"Location": "http://127.0.0.1:9/"}, ""), "HTTP 307"),
     ],
 )
@@ -304,8 +484,8 @@ def test_errors_of_the_endpoint_are_one_line(tmp_path, serve, capsys, monkeypatc
     server = serve(lambda *_: reply)
     assert run(write_run(tmp_path / "run"), server) == 2
     error = capsys.readouterr().err
-    assert error.startswith("error: ") and message in error and error.count("\n") == 1 and KEY not in error
-    assert len(server.requests) == 1
+    assert error.startswith("error: ") and message in error and error.count("\n") == 1
+    assert len(server.requests) == 1 and KEY[:6] not in error
 
 
 def test_errors_of_the_input_are_one_line(tmp_path, serve, capsys, monkeypatch):
@@ -321,6 +501,8 @@ def test_errors_of_the_input_are_one_line(tmp_path, serve, capsys, monkeypatch):
         ([run_dir, "--judge-url", server.url, "--against", tmp_path / "nowhere"], "there is no"),
         ([run_dir, "--judge-url", "localhost:8000"], "is no http or https address"),
         ([run_dir, "--judge-url", "http://127.0.0.1:9/v1"], "cannot be reached (ConnectionRefusedError"),
+        ([run_dir, "--judge-url", "http://127.0.0.1:port/v1"], "cannot be reached (InvalidURL: nonnumeric port"),
+        ([run_dir, "--judge-url", "http://[::1/v1"], "cannot be reached (ValueError: Invalid IPv6 URL)"),
         ([run_dir, "--judge-url", server.url, "--judge-samples", "0"], "--judge-samples must be above 0"),
     ):
         assert judge.main([*map(str, args), "--judge-model", "judge"]) == 2

@@ -1,0 +1,145 @@
+"""Which families of language models give a response in a padded batch the log-probabilities that it has alone?
+
+    python benchmark/model_families.py              # all of them: a Markdown table (docs/language-models.md)
+    python benchmark/model_families.py gpt2 rwkv    # these
+
+A tiny model with random weights is made from the configuration of each family alone: nothing is downloaded, nothing
+written. Policy and value model of sppo_rlhf_imdb.py read a batch that is padded as in training. Compared are its
+log-probabilities and values with those that the bare model gives for one text at a time, each token from a text that
+ends before it: so padding, positions and later tokens must not matter. Exit code 1 if a family that is listed as
+running differs, or one that is listed as refused does not.
+"""
+
+import math
+import sys
+from copy import deepcopy
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+import torch
+import transformers
+import tyro
+from transformers import (
+    CONFIG_MAPPING,
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoModelForCausalLM,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from sppo_rlhf_imdb import ActorCritic, pad
+
+TOLERANCE = 1e-5  # of log-probabilities and values in float32, that of rounding: differences of families seen are 1e-6
+SMALL = {  # under the names that families have for them; windows are shorter than the texts
+    "vocab_size": 96,
+    **dict.fromkeys(("hidden_size", "n_embd", "d_model", "attention_hidden_size", "word_embed_proj_dim"), 32),
+    **dict.fromkeys(("intermediate_size", "n_inner", "ffn_dim", "decoder_ffn_dim", "dff"), 48),
+    **dict.fromkeys(("num_hidden_layers", "n_layer", "n_layers", "num_layers", "decoder_layers"), 2),
+    **dict.fromkeys(("num_attention_heads", "n_head", "n_heads", "attention_heads", "decoder_attention_heads"), 4),
+    **dict.fromkeys(("max_position_embeddings", "n_positions", "max_seq_len"), 64),
+    **dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts"), 4),
+    **dict.fromkeys(("moe_intermediate_size", "shared_expert_intermediate_size"), 16),
+    **dict.fromkeys(("sliding_window", "window_size", "attention_window_size"), 8),
+    **{"num_key_value_heads": 2, "head_dim": 8, "rotary_dim": 4, "state_size": 8, "num_experts_per_tok": 2},
+    **{"use_sliding_window": True, "max_window_layers": 0, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0},
+}
+WINDOWS = {"layer_types": ["sliding_attention", "full_attention"]}
+STATES = {"layer_types": ["linear_attention", "full_attention"]}
+LATENT = {"q_lora_rank": 8, "kv_lora_rank": 8, "qk_rope_head_dim": 4, "qk_nope_head_dim": 4, "v_head_dim": 8}
+LATENT |= {"head_dim": 4, "num_key_value_heads": 4, "n_group": 1, "topk_group": 1, "first_k_dense_replace": 1}
+CHANGES = {  # what a configuration has besides SMALL
+    **dict.fromkeys(("gemma2", "gemma3_text", "cohere2", "gpt_oss", "olmo3"), WINDOWS),
+    **dict.fromkeys(("qwen3_next", "qwen3_5_text"), STATES),
+    "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
+    "falcon with ALiBi": {"alibi": True},
+    "deepseek_v3": LATENT,
+    "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
+    "mamba2": {"num_heads": 8, "head_dim": 8, "n_groups": 2},
+    "recurrent_gemma": {"num_hidden_layers": 3},
+}
+NUMBERED = "it numbers positions from the first column, padding or not"
+NO_CLASS = "transformers has no causal language model of it"
+REFUSED = {  # and why
+    "recurrent_gemma": "padding goes into the convolutions of its recurrent layers",
+    "rwkv": "padding goes into its recurrent state: it takes no attention mask",
+    **dict.fromkeys(("bart", "marian", "pegasus"), NUMBERED),
+    **dict.fromkeys(("t5", "llava"), NO_CLASS),
+}
+FAMILIES = """
+gpt2 openai-gpt gpt_neo gptj gpt_neox gpt_bigcode opt bloom mpt falcon codegen xglm biogpt ctrl llama mistral ministral3
+mixtral qwen2 qwen2_moe qwen3 qwen3_moe gemma gemma2 gemma3_text phi phi3 stablelm starcoder2 olmo olmo2 olmo3 granite
+cohere cohere2 persimmon smollm3 nemotron glm4 gpt_oss deepseek_v3 mamba mamba2 falcon_mamba jamba qwen3_next
+qwen3_5_text
+""".split()
+FAMILIES = (*FAMILIES, "falcon with ALiBi", *REFUSED)  # types of models, perhaps with a variant
+PROMPT_LENGTHS, RESPONSE_LENGTHS = (3, 17, 9), (7, 5, 2)
+
+
+def tiny_config(family: str) -> PreTrainedConfig:
+    config_class = CONFIG_MAPPING[family.split()[0]]
+    known = {field.name for field in fields(config_class)} | config_class.attribute_map.keys()
+    return config_class(**{name: size for name, size in SMALL.items() if name in known} | CHANGES.get(family, {}))
+
+
+def tiny_model(config: PreTrainedConfig) -> PreTrainedModel:
+    """In float32, with noise on every weight: also on those that begin as 0 or 1, biases and norms."""
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config).float().eval()
+    with torch.no_grad():
+        for p in model.parameters():
+            p += 0.2 * torch.randn_like(p)
+    return model
+
+
+@torch.no_grad()
+def difference(policy: PreTrainedModel) -> float:
+    """Largest difference of a log-probability or a value in a padded batch from that after its own text alone."""
+    network = ActorCritic(policy, deepcopy(policy.base_model)).eval()
+    generator = torch.Generator().manual_seed(1)
+    prompts, responses = (
+        [torch.randint(3, SMALL["vocab_size"], (length,), generator=generator).tolist() for length in lengths]
+        for lengths in (PROMPT_LENGTHS, RESPONSE_LENGTHS)
+    )
+    tokens, attention_mask, mask = pad(prompts, responses, torch.device("cpu"))
+    padded = torch.stack(network(tokens, attention_mask, mask.shape[1]), -1)[mask]  # (tokens of responses, 2)
+    alone = []
+    for prompt, response in zip(prompts, responses):
+        for t, token in enumerate(response):
+            before = torch.tensor([prompt + response[:t]])
+            logits = policy(before, use_cache=False).logits[0, -1]
+            hidden = network.value_model(before, use_cache=False).last_hidden_state[0, -1]
+            alone.append(torch.stack([logits.log_softmax(-1)[token], network.value_head(hidden)[0]]))
+    return (padded - torch.stack(alone)).abs().max().item()
+
+
+@dataclass
+class Args:
+    families: tyro.conf.Positional[tuple[str, ...]] = FAMILIES
+    """families to compare; default all"""
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = tyro.cli(Args, args=argv, description=__doc__)
+    unknown = [family for family in args.families if family not in FAMILIES]
+    if unknown:
+        print(f"error: no family {', '.join(unknown)}, only {', '.join(FAMILIES)}", file=sys.stderr)
+        return 2
+    transformers.utils.logging.set_verbosity_error()
+    print("| Family | Largest difference | Verdict |\n|---|---:|---|")
+    surprises = []
+    for family in args.families:
+        config, reason = tiny_config(family), REFUSED.get(family)
+        exists = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING
+        largest = difference(tiny_model(config)) if exists else math.inf
+        number = f"{largest:.1g}" if exists else ""
+        print(f"| {family} | {number} | {f'refused: {reason}' if reason else 'runs'} |", flush=True)
+        if (largest <= TOLERANCE) != (reason is None):
+            surprises.append(family)
+    if surprises:
+        print(f"error: not as listed: {', '.join(surprises)}", file=sys.stderr)
+    return 1 if surprises else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
