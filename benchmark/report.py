@@ -19,11 +19,11 @@ from pathlib import Path
 
 try:
     import tyro
-    from cells import LANGUAGE_TABLES, TABLES, read_paper
-    from documents import filled
-    from figures import figures_section
-    from runs import Results, language_cells, load, unfinished
-    from tables import (
+    from tables_and_plots.cells import LANGUAGE_TABLES, TABLES, read_paper
+    from tables_and_plots.documents import filled
+    from tables_and_plots.figures import figures_section
+    from tables_and_plots.runs import Results, language_cells, load, unfinished
+    from tables_and_plots.tables import (
         gains_section,
         language_section,
         language_table_section,

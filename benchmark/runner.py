@@ -68,7 +68,7 @@ class Args:
     dry_run: bool = False
     """print the commands, or the job array, and run nothing"""
     root: Path = Path(os.path.relpath(Path(__file__).resolve().parent.parent))
-    """folder of the scripts, which may also be in its subfolder benchmark/"""
+    """folder of the scripts, which may also be in its benchmark/ or benchmark/peers/"""
 
     slurm: bool = False
     """submit one job array instead of running here"""

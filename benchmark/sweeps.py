@@ -36,9 +36,10 @@ class Script:
     """A script and the defaults of its Args, read without importing it (torch takes seconds)."""
 
     def __init__(self, name: str, root: Path):
-        path = next((p for p in (root / f"{name}.py", root / "benchmark" / f"{name}.py") if p.exists()), None)
+        folders = root, root / "benchmark", root / "benchmark/peers"
+        path = next((folder / f"{name}.py" for folder in folders if (folder / f"{name}.py").exists()), None)
         if path is None:
-            raise CellError(f"there is no {name}.py in {root} or {root / 'benchmark'}")
+            raise CellError(f"there is no {name}.py in {', '.join(map(str, folders))}")
         self.name, self.path, self.defaults, self.types = name, path, {}, {}
         tree = ast.parse(path.read_text())
         args = next((node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == "Args"), None)

@@ -16,14 +16,24 @@ from pathlib import Path
 import numpy as np
 import pytest
 import report
-import same_as_sb3
-import scores
-from cells import PAPER_NUMBERS, PARTS, TABLES, UNNORMALIZED, Cell, identify, parse, read_paper, read_public
 from conftest import ROOT, import_scripts
-from figures import bin_means
-from runs import JUDGE, read_curve
+from peers import same_as_sb3
 from sweeps import SWEEPS
 from sweeps import cells as sweep_cells
+from tables_and_plots import scores
+from tables_and_plots.cells import (
+    PAPER_NUMBERS,
+    PARTS,
+    TABLES,
+    UNNORMALIZED,
+    Cell,
+    identify,
+    parse,
+    read_paper,
+    read_public,
+)
+from tables_and_plots.figures import bin_means
+from tables_and_plots.runs import JUDGE, read_curve
 
 PENDULUM, CHEETAH, LANDER = "InvertedDoublePendulum-v4", "HalfCheetah-v4", "LunarLanderContinuous-v3"
 PPO_SCRIPT = "sppo_continuous_discretized"

@@ -14,9 +14,9 @@ from pathlib import Path
 import gymnasium as gym
 import numpy as np
 import pytest
-import sb3_baseline
+from peers import sb3_baseline
+from peers.sb3_baseline import Discretized, NoisyReward
 from runner import batches
-from sb3_baseline import Discretized, NoisyReward
 from stable_baselines3 import A2C, PPO
 from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
 from sweeps import SWEEPS, Script, cells, take_seeds
@@ -332,7 +332,7 @@ def test_another_run_in_the_directory_is_an_error(fake):
     errors = [line for line in output.splitlines() if line.startswith("failed:")]
     assert errors == [
         "failed: succeed --gamma 1: succeed.py has no flag --gamma, or the flag has no value",
-        "failed: none: there is no none.py in . or benchmark",
+        "failed: none: there is no none.py in ., benchmark, benchmark/peers",
         "failed: succeed ': No closing quotation",
         "failed: runs/Toy-v0__succeed/seed1 holds a run with total_timesteps 10, not 20",
         "failed: runs/Toy-v0__succeed__beta2/seed1 is in use, but there is no args.json in it",
@@ -650,8 +650,8 @@ def test_noise_reaches_the_baselines_learning(baseline):
 
 @pytest.mark.parametrize("flags", [("--policy-coef", "20.5"), ("--algo", "a2c")])
 def test_stable_baselines3_trains_with_discretized_actions(tmp_path, flags):
-    command = [sys.executable, "benchmark/sb3_baseline.py", "--run-dir", tmp_path / "run", "--num-bins", "3", *flags]
-    command += ["--env-id", "LunarLanderContinuous-v3", "--total-timesteps", "2048"]
+    command = [sys.executable, "benchmark/peers/sb3_baseline.py", "--run-dir", tmp_path / "run", *flags]
+    command += ["--num-bins", "3", "--env-id", "LunarLanderContinuous-v3", "--total-timesteps", "2048"]
     process = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert process.returncode == 0, process.stderr
     result = json.loads((tmp_path / "run/result.json").read_text())
@@ -679,7 +679,7 @@ def test_flags_have_the_types_that_result_files_have():
     ],
 )
 def test_stable_baselines3_refuses_what_it_cannot_do(tmp_path, flags, words):
-    command = [sys.executable, "benchmark/sb3_baseline.py", "--run-dir", tmp_path / "run"]
+    command = [sys.executable, "benchmark/peers/sb3_baseline.py", "--run-dir", tmp_path / "run"]
     command += ["--total-timesteps", "2048", *flags]
     process = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert process.returncode == 2 and process.stderr.startswith(f"error: {words}")
@@ -688,7 +688,7 @@ def test_stable_baselines3_refuses_what_it_cannot_do(tmp_path, flags, words):
 
 def test_the_baseline_without_its_package_names_the_requirements_file(tmp_path):
     (tmp_path / "stable_baselines3.py").write_text("raise ModuleNotFoundError(name='stable_baselines3')")
-    command = [sys.executable, "benchmark/sb3_baseline.py", "--run-dir", tmp_path / "run"]
+    command = [sys.executable, "benchmark/peers/sb3_baseline.py", "--run-dir", tmp_path / "run"]
     environment = os.environ | {"PYTHONPATH": str(tmp_path)}
     process = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     message = "error: there is no stable_baselines3: pip install -r requirements-benchmark.txt\n"
@@ -762,7 +762,7 @@ def slurm_runs():
         return False
 
 
-@pytest.mark.skipif(not slurm_runs(), reason="no Slurm here; benchmark/slurm_local.sh starts one")
+@pytest.mark.skipif(not slurm_runs(), reason="no Slurm here; tests/slurm_local.sh starts one")
 def test_a_job_array_survives_being_requeued(fake):
     run_dir = fake / "runs/Toy-v0__wait/seed1"
     code, output = run(["succeed --seeds 2", "wait"], "--slurm", "--batch", "1")

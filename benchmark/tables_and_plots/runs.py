@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
-from cells import Group, LanguageGroup, identify
+
+from .cells import Group, LanguageGroup, identify
 
 SFT_UPDATES = 10  # the SFT row of TL;DR is the policy after these (Section 5.3)
 JUDGE = ("gpt-4-turbo-2024-04-09", 100)  # the paper's, and the samples that it is taken to have judged

@@ -3,9 +3,10 @@
 from collections import defaultdict
 from pathlib import Path
 
-from cells import Group, Planned, identify, parse, short_name
 from sweeps import SWEEPS, cells, seconds, speeds
-from tables import markdown_table
+
+from .cells import Group, Planned, identify, parse, short_name
+from .tables import markdown_table
 
 
 def group_of(plan: Planned) -> Group:
