@@ -19,6 +19,7 @@ from pathlib import Path
 
 try:
     import tyro
+    from sweeps import find
     from tables_and_plots.cells import LANGUAGE_TABLES, TABLES, read_paper
     from tables_and_plots.documents import filled
     from tables_and_plots.figures import figures_section
@@ -101,7 +102,7 @@ def main(argv: list[str] | None = None) -> int:
     args = tyro.cli(Args, args=argv, description=__doc__)
     paper = read_paper()
     for folder in args.folders:
-        if not any(folder.rglob("result.json")):
+        if not find([folder], "result.json"):
             begun = len(unfinished([folder]))
             hint = f", {begun} unfinished runs" if begun else "" if folder.is_dir() else ", no such folder"
             print(f"{folder}: no result.json{hint}", file=sys.stderr)

@@ -24,6 +24,7 @@ import tyro
 from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from sweeps import find
 from tables_and_plots.documents import replace_section
 from tables_and_plots.runs import read_curve
 from tables_and_plots.scores import format_mean, standard_error
@@ -52,7 +53,7 @@ class Run:
 def load(folder: Path) -> dict[str, list[Run]]:
     """Finished runs of either side, by seed. Raises ValueError where they are not of one sweep."""
     found, tasks = defaultdict(dict), set()
-    for path in sorted(folder.rglob("result.json")):
+    for path in find([folder], "result.json"):
         result = json.loads(path.read_text())
         if side := SIDES.get(result["script"]):
             args = result["args"]

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
+from sweeps import find
 
 from .cells import Group, LanguageGroup, identify
 
@@ -52,8 +53,7 @@ class Results:
 
 def load(folders: list[Path]) -> Results:
     results = Results()
-    paths = sorted({path for folder in folders for path in folder.rglob("result.json")})
-    for path in paths:
+    for path in find(folders, "result.json"):
         try:
             result = json.loads(path.read_text())
             group = identify(result)
@@ -89,7 +89,7 @@ def load(folders: list[Path]) -> Results:
 def unfinished(folders: list[Path]) -> list[Path]:
     """Run directories without a result; of runs with several seeds, whose args.json is the parent's, the seeds'."""
     found = set()
-    for path in (path for folder in folders for path in folder.rglob("args.json")):
+    for path in find(folders, "args.json"):
         try:
             args = json.loads(path.read_text())["args"]
             seeds = range(args["seed"], args["seed"] + args["num_seeds"]) if args["num_seeds"] > 1 else ()
