@@ -11,7 +11,7 @@ if [ -z "$TASKS" ] && [ -n "$DATASET$POLICY$REWARD_MODEL" ]; then
 fi
 
 for task in ${TASKS:-imdb tldr}; do
-    "benchmark/rlhf_$task.sh" --cells | grep -e "--alpha 1 --beta 0" | while read -r cell; do
+    ENVS= "benchmark/rlhf_$task.sh" --cells | grep -e "--alpha 1 --beta 0" | while read -r cell; do
         echo "$cell"
         echo "$cell --no-norm-adv"
     done

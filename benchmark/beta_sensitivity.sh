@@ -4,7 +4,7 @@
 # SEEDS, ENVS, STEPS and WORKERS narrow the sweep; runner.py --help has the flags.
 cd "$(dirname "$0")/.." || exit
 
-benchmark/atari_ppo.sh --cells | grep -e "--alpha 1 --beta 0" | grep -v norm-adv | while read -r cell; do
+ENVS= benchmark/atari_ppo.sh --cells | grep -e "--alpha 1 --beta 0" | grep -v norm-adv | while read -r cell; do
     echo "$cell"
     for beta in 0.5 1 5 10 25; do
         echo "${cell/--alpha 1 --beta 0/--alpha 0.5 --beta $beta}"

@@ -19,11 +19,12 @@ from pathlib import Path
 
 try:
     import tyro
-    from cells import LANGUAGE_TABLES, TABLES, read_paper
-    from documents import filled
-    from figures import figures_section
-    from runs import Results, language_cells, load, unfinished
-    from tables import (
+    from sweeps import find
+    from tables_and_plots.cells import LANGUAGE_TABLES, TABLES, read_paper
+    from tables_and_plots.documents import filled
+    from tables_and_plots.figures import figures_section
+    from tables_and_plots.runs import Results, language_cells, load, unfinished
+    from tables_and_plots.tables import (
         gains_section,
         language_section,
         language_table_section,
@@ -101,7 +102,7 @@ def main(argv: list[str] | None = None) -> int:
     args = tyro.cli(Args, args=argv, description=__doc__)
     paper = read_paper()
     for folder in args.folders:
-        if not any(folder.rglob("result.json")):
+        if not find([folder], "result.json"):
             begun = len(unfinished([folder]))
             hint = f", {begun} unfinished runs" if begun else "" if folder.is_dir() else ", no such folder"
             print(f"{folder}: no result.json{hint}", file=sys.stderr)

@@ -68,7 +68,7 @@ class Args:
     dry_run: bool = False
     """print the commands, or the job array, and run nothing"""
     root: Path = Path(os.path.relpath(Path(__file__).resolve().parent.parent))
-    """folder of the scripts, which may also be in its subfolder benchmark/"""
+    """folder of the scripts, which may also be in its benchmark/ or benchmark/peers/"""
 
     slurm: bool = False
     """submit one job array instead of running here"""
@@ -189,10 +189,10 @@ class Job:
         se = f" ± {statistics.stdev(scores) / len(scores) ** 0.5:.4g} (n {len(scores)})" if len(scores) > 1 else ""
         return f"finished: {self.run_dir}: score {mean}{se}; log: {self.log}"
 
-    def seconds(self, speed: dict[tuple[str, str], float]) -> float | None:
+    def seconds(self, speed: dict, compile: bool) -> tuple[float | None, bool]:
         """How long the whole of it takes, by the speeds of finished runs."""
-        args = self.script.defaults | self.given
-        return seconds(speed, self.script.name, args.get("env_id") or args.get("policy"), self.steps)
+        compiled = {"compile": True} if compile and "compile" in self.script.defaults else {}
+        return seconds(speed, self.script.name, self.script.defaults | self.given | compiled, self.steps)
 
 
 def batches(cell: Path, num_seeds: int, most: int) -> list[tuple[int, int]]:
@@ -371,22 +371,26 @@ def job_array(jobs: list[Job], args: Args) -> str:
 def totals(jobs: list[Job], todo: list[Job], args: Args) -> str:
     """Runs, steps, what is finished, and hours on this machine, as a comment of the shell."""
     here, kept = speeds([args.out]), speeds([Path(__file__).with_name("results")])
-    measured, borrowed = ([job.seconds(speed) for job in todo] for speed in (here, kept))
-    elsewhere, unknown = set(), set()  # scripts
-    for job, own, other in zip(todo, measured, borrowed):
+    times, elsewhere, unlike, unknown = [], set(), set(), set()  # the sets are of scripts
+    for job in todo:
+        (own, alike), (other, other_alike) = (job.seconds(speed, args.compile) for speed in (here, kept))
         if own is None:
             (unknown if other is None else elsewhere).add(job.script.name)
-    time = sum(own or other or 0 for own, other in zip(measured, borrowed))
-    at_once = min(len(todo), (args.array_limit or len(todo)) if args.slurm else args.workers)
+        if not (alike if own else other_alike):
+            unlike.add(job.script.name)
+        times.append(own or other or 0)
+    at_once = min(len(todo), (args.array_limit or MAX_ARRAY) if args.slurm else args.workers)
     runs, left = (sum(len(job.seed_dirs) for job in some) for some in (jobs, todo))
     units = dict.fromkeys("updates" if job.script.length == "num_updates" else "steps" for job in jobs)
     text = f"# {runs} runs, {runs - left} of them finished; {left} to do in {len(todo)} processes, "
     text += f"{sum(job.steps for job in todo):,} {' and '.join(units)}"
     if todo:
-        hours = "hours unknown" if unknown and not time else f"{time / 3600 / at_once:,.1f} hours"
+        time = max(sum(times) / at_once, *times)
+        hours = "hours unknown" if unknown and not time else f"{time / 3600:,.1f} hours"
         text += f", {hours} with {at_once} at once"
     for scripts, why in (
         (elsewhere, "at the speed of the finished runs in benchmark/results, not of this machine"),
+        (unlike, f"known only {'without' if args.compile else 'with'} --compile"),
         (unknown, "not in the hours, no finished run tells its speed"),
     ):
         if scripts:

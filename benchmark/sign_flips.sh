@@ -5,6 +5,6 @@
 cd "$(dirname "$0")/.." || exit
 
 {
-    benchmark/atari_ppo.sh --cells | grep -E -- "--env-id (CrazyClimber|WizardOfWor)"
-    benchmark/continuous_ppo.sh --cells | grep -E -- "--env-id (Ant|Walker2d)"
+    ENVS= benchmark/atari_ppo.sh --cells | grep -E -- "--env-id (CrazyClimber|WizardOfWor)"
+    ENVS= TABLE= benchmark/continuous_ppo.sh --cells | grep -E -- "--env-id (Ant|Walker2d)"
 } | grep -E -- "--alpha 1 --beta 0$" | benchmark/run_cells.sh "$@"

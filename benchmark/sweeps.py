@@ -36,9 +36,10 @@ class Script:
     """A script and the defaults of its Args, read without importing it (torch takes seconds)."""
 
     def __init__(self, name: str, root: Path):
-        path = next((p for p in (root / f"{name}.py", root / "benchmark" / f"{name}.py") if p.exists()), None)
+        folders = root, root / "benchmark", root / "benchmark/peers"
+        path = next((folder / f"{name}.py" for folder in folders if (folder / f"{name}.py").exists()), None)
         if path is None:
-            raise CellError(f"there is no {name}.py in {root} or {root / 'benchmark'}")
+            raise CellError(f"there is no {name}.py in {', '.join(map(str, folders))}")
         self.name, self.path, self.defaults, self.types = name, path, {}, {}
         tree = ast.parse(path.read_text())
         args = next((node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == "Args"), None)
@@ -90,30 +91,54 @@ def cells(sweep: str, control: bool = False) -> tuple[str, ...]:
     return tuple(done.stdout.splitlines())
 
 
-def speeds(folders: list[Path]) -> dict[tuple[str, str], float]:
-    """Steps, or updates, per second of a process that ran (script, environment or policy): the median of those found.
+def find(folders: list[Path], name: str) -> list[Path]:
+    """Files of that name below the folders, also behind symbolic links, which Path.rglob does not enter; each once."""
+    found, seen = [], set()
+    for top in folders:
+        for folder, subfolders, files in os.walk(top, followlinks=True):
+            if (real := os.path.realpath(folder)) in seen:
+                subfolders.clear()
+                continue
+            seen.add(real)
+            found += [Path(folder, name)] * (name in files)
+    return sorted(found)
+
+
+def process_kind(script: str, args: dict) -> tuple[str, str, bool]:
+    """What decides on the speed of a process, besides the environment: a baseline's algorithm, and --compile."""
+    return script, args.get("algo") or "", bool(args.get("compile"))
+
+
+def speeds(folders: list[Path]) -> dict[tuple[str, str, bool, str], float]:
+    """Steps, or updates, per second of a process of a kind in an environment or of a policy: the median of those found.
 
     Environment "" stands for any, which a policy does not: its size decides.
     """
     processes = defaultdict(float)
-    for path in (path for folder in folders for path in folder.rglob("result.json")):
+    for path in find(folders, "result.json"):
         try:
             result = json.loads(path.read_text())
-            speed = result["sps"] if "env_id" in result else result["num_updates"] / result["wall_seconds"]
-            where = result["env_id"] if "env_id" in result else result["policy"]
-            # Seeds side by side in one process share its time to the last digit.
-            processes[result["script"], where, "env_id" in result, path.parent.parent, result["wall_seconds"]] += speed
-        except (OSError, ValueError, KeyError, TypeError):
+            kind = process_kind(result["script"], result["args"])
+            if "env_id" in result:
+                # Agents of one process share its sps to the last digit. Their wall_seconds differ, by writing files.
+                processes[kind, result["env_id"], path.parent.parent, result["sps"]] += result["sps"]
+            else:
+                processes[kind, result["policy"], path.parent, ""] = result["num_updates"] / result["wall_seconds"]
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, ZeroDivisionError):
             continue  # not a finished run, or one that was finished in no time
     found = defaultdict(list)
-    for (script, where, any_environment, *_), speed in processes.items():
-        found[script, where].append(speed)
-        if any_environment:
-            found[script, ""].append(speed)
+    for (kind, where, _, sps), speed in processes.items():
+        found[*kind, where].append(speed)
+        if sps != "":
+            found[*kind, ""].append(speed)
     return {key: statistics.median(values) for key, values in found.items() if min(values) > 0}
 
 
-def seconds(speed: dict[tuple[str, str], float], script: str, where: str, steps: int) -> float | None:
-    """How long steps take in one process; None where no run has told."""
-    rate = speed.get((script, where), speed.get((script, "")))
-    return steps / rate if rate else None
+def seconds(speed: dict, script: str, args: dict, steps: int) -> tuple[float | None, bool]:
+    """How long steps take in one process, None where no run has told; False: told by runs unlike these in --compile."""
+    name, algorithm, compiled = process_kind(script, args)
+    for alike in (True, False):
+        for where in (args.get("env_id") or args.get("policy"), ""):
+            if rate := speed.get((name, algorithm, compiled == alike, where)):
+                return steps / rate, alike
+    return None, True

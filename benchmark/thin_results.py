@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import tyro
+from sweeps import find
 
 
 @dataclass
@@ -42,7 +43,7 @@ def thin(path: Path, copy: Path, rows: int) -> None:
 
 def main() -> int:
     args = tyro.cli(Args, description=__doc__)
-    results = sorted(args.runs.rglob("result.json"))
+    results = find([args.runs], "result.json")
     if not results:
         print(f"error: no result.json below {args.runs}", file=sys.stderr)
         return 2

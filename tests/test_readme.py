@@ -44,7 +44,8 @@ def test_flags_exist(page):
     text = page.read_text()
     words = re.findall(r"(?<![\w-])--[a-z][a-z0-9-]+", text)
     known = {flag for name in SCRIPTS for flag in flags_of(name)}
-    sources = "".join(path.read_text() for path in (ROOT / "benchmark").glob("*.*") if path.suffix in (".py", ".sh"))
+    programs = [path for pattern in ("*.py", "*.sh") for path in (ROOT / "benchmark").rglob(pattern)]
+    sources = "".join(path.read_text() for path in programs)
     helpers = {f"--{name.replace('_', '-')}" for name in re.findall(r"^    (\w+): ", sources, re.MULTILINE)}
     helpers |= set(re.findall(r"--[a-z][a-z0-9-]+", sources))
     others = {"--extra-index-url", "--logdir", "--flag", "--help", "--nproc-per-node", "--array"}

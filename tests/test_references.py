@@ -19,7 +19,7 @@ from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
 from torch import nn
 from torch.distributions import Categorical
 
-from benchmark.sb3_baseline import weighted
+from benchmark.peers.sb3_baseline import weighted
 
 for_each_script = pytest.mark.parametrize("script", import_scripts("*_continuous_discretized.py"))
 ppo_scripts = pytest.mark.parametrize("script", import_scripts("sppo_continuous_discretized.py"))

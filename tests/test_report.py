@@ -16,14 +16,24 @@ from pathlib import Path
 import numpy as np
 import pytest
 import report
-import same_as_sb3
-import scores
-from cells import PAPER_NUMBERS, PARTS, TABLES, UNNORMALIZED, Cell, identify, parse, read_paper, read_public
 from conftest import ROOT, import_scripts
-from figures import bin_means
-from runs import JUDGE, read_curve
+from peers import same_as_sb3
 from sweeps import SWEEPS
 from sweeps import cells as sweep_cells
+from tables_and_plots import scores
+from tables_and_plots.cells import (
+    PAPER_NUMBERS,
+    PARTS,
+    TABLES,
+    UNNORMALIZED,
+    Cell,
+    identify,
+    parse,
+    read_paper,
+    read_public,
+)
+from tables_and_plots.figures import bin_means
+from tables_and_plots.runs import JUDGE, read_curve
 
 PENDULUM, CHEETAH, LANDER = "InvertedDoublePendulum-v4", "HalfCheetah-v4", "LunarLanderContinuous-v3"
 PPO_SCRIPT = "sppo_continuous_discretized"
@@ -550,11 +560,27 @@ def test_a_changed_copy_of_a_language_script(tmp_path):
     assert [row[0] for row in rows(section(text, "Language runs"))[:3]] == ["PPO", "PPO control", "my_rlhf"]
 
 
+def test_runs_behind_symbolic_links_are_found_once(tmp_path):
+    write_run(tmp_path / "elsewhere" / "dppo", [8900.0, 9100.0], **DPPO)
+    (tmp_path / "elsewhere" / "begun").mkdir()
+    (tmp_path / "elsewhere" / "begun" / "args.json").write_text("{}")
+    runs = tmp_path / "runs"
+    runs.mkdir()
+    for name in ("dppo", "again"):
+        (runs / name).symlink_to(tmp_path / "elsewhere" / "dppo")
+    (runs / "begun").symlink_to(tmp_path / "elsewhere" / "begun")
+    (runs / "round").symlink_to(runs)  # a link in a circle ends
+    text = make_report(runs)
+    assert rows(section(text, "Table 12"))[0][:4] == [PENDULUM, "DPPO", "9000 ± 100", "2"]
+    assert "1 left out" in text and "begun: not finished" in text
+
+
 def test_missing_cells_are_written_between_the_marker_lines(tmp_path, capsys):
     runs, document = tmp_path / "runs", tmp_path / "results.md"
     timing = {"sps": 100.0, "wall_seconds": 9000.0}
     write_run(runs / "dsppo", [9000.0, 9200.0], **DSPPO)
-    for path in runs.rglob("result.json"):  # two seeds side by side: 200 steps per second
+    for i, path in enumerate(runs.rglob("result.json")):  # two seeds side by side: 200 steps per second
+        timing["wall_seconds"] += i / 1000
         path.write_text(json.dumps(json.loads(path.read_text()) | timing))
     command = [str(runs), "--out", str(tmp_path / "report"), "--document", str(document)]
     document.write_text("# Results\n")

@@ -14,19 +14,19 @@ from pathlib import Path
 import gymnasium as gym
 import numpy as np
 import pytest
-import sb3_baseline
+from peers import sb3_baseline
+from peers.sb3_baseline import Discretized, NoisyReward
 from runner import batches
-from sb3_baseline import Discretized, NoisyReward
 from stable_baselines3 import A2C, PPO
 from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
-from sweeps import SWEEPS, Script, cells, take_seeds
+from sweeps import SWEEPS, Script, cells, seconds, speeds, take_seeds
 
 from sppo_continuous_discretized import EVALUATION, action_bins, env_seeds, make_env
 
 ROOT = Path(__file__).resolve().parent.parent
 RUNNER = ROOT / "benchmark" / "runner.py"
 NARROWING = ("SEEDS", "ENVS", "STEPS", "WORKERS", "BATCH", "TASKS", "DATASET", "POLICY", "REWARD_MODEL", "FLAGS")
-NARROWING += ("BASE_PRECISION", "CONTROL")
+NARROWING += ("BASE_PRECISION", "CONTROL", "TABLE")
 
 FAKE = """
 import argparse, json, os, signal, sys, threading, time
@@ -41,14 +41,16 @@ class Args:
     norm_adv: bool = True
     run_dir: str = None
     resume: str = None
+    compile: bool = False
     num_threads: int = os.cpu_count()
 
 parser = argparse.ArgumentParser()
 for name in Args.__annotations__:
-    if name != "norm_adv":
+    if name not in ("norm_adv", "compile"):
         default = getattr(Args, name)
         parser.add_argument("--" + name.replace("_", "-"), default=default, type=type(default) if default else str)
 parser.add_argument("--no-norm-adv", dest="norm_adv", action="store_false")
+parser.add_argument("--compile", action="store_true")
 args = parser.parse_args()
 run_dir = Path(args.resume or args.run_dir)
 if not args.resume:
@@ -68,7 +70,7 @@ def finish(but=None):
         folder.mkdir(exist_ok=True)
         result = saved | {"seed": seed, "eval_mean": 10.0 * seed, "env_id": saved["args"].get("env_id"), "sps": 2.0}
         if seed != but:
-            (folder / "result.json").write_text(json.dumps(result | {"wall_seconds": first + 0.5}))
+            (folder / "result.json").write_text(json.dumps(result | {"wall_seconds": first + 0.5 + seed / 10_000}))
 """
 FAKES = {
     "succeed": "finish()",
@@ -332,7 +334,7 @@ def test_another_run_in_the_directory_is_an_error(fake):
     errors = [line for line in output.splitlines() if line.startswith("failed:")]
     assert errors == [
         "failed: succeed --gamma 1: succeed.py has no flag --gamma, or the flag has no value",
-        "failed: none: there is no none.py in . or benchmark",
+        "failed: none: there is no none.py in ., benchmark, benchmark/peers",
         "failed: succeed ': No closing quotation",
         "failed: runs/Toy-v0__succeed/seed1 holds a run with total_timesteps 10, not 20",
         "failed: runs/Toy-v0__succeed__beta2/seed1 is in use, but there is no args.json in it",
@@ -404,6 +406,76 @@ def test_a_dry_run_ends_with_totals(fake):
     assert run(cells[1:])[0] == 0
     totals = run(cells, "--dry-run", "--workers", "1")[1].splitlines()[-1]
     assert totals == "# 5 runs, 2 of them finished; 3 to do in 1 processes, 1,080,000 steps, 50.0 hours with 1 at once"
+    # two processes of 50 and 75 hours: two at once end with the longer one
+    totals = run([cells[0], f"{cells[0]} --beta 2 --seeds 2".replace("--seeds 3 ", "")], "--dry-run", "--workers", "2")[
+        1
+    ]
+    assert "5 to do in 2 processes, 1,800,000 steps, 50.0 hours with 2 at once" in totals
+    totals = run(cells, "--dry-run", "--compile", "--workers", "1")[1].splitlines()[-1]
+    assert "50.0 hours with 1 at once (succeed: known only without --compile;" in totals
+
+
+def test_a_speed_is_that_of_all_agents_of_a_process_and_knows_compile_and_the_baselines_algorithm(tmp_path):
+    def write(name: str, sps: float, script="sppo_continuous_discretized", seeds=(1, 2, 3), **args) -> None:
+        for seed in seeds:  # whose files are written one after the other
+            folder = tmp_path / name / f"seed{seed}"
+            folder.mkdir(parents=True)
+            times = {"sps": sps, "wall_seconds": 100 + seed / 1000}
+            result = {"script": script, "env_id": "Hopper-v4", "seed": seed, "args": args} | times
+            (folder / "result.json").write_text(json.dumps(result))
+
+    write("compiled", 700.123, compile=True)
+    write("eager", 500.0, compile=False)
+    write("eager", 250.0, compile=False, seeds=(4, 5))  # a second process, in the same folder
+    write("ppo", 600.0, "sb3_baseline", algo="ppo", seeds=(1,))
+    write("a2c", 2000.0, "sb3_baseline", algo="a2c", seeds=(1,))
+    speed = speeds([tmp_path])
+    for script, args, rate in (
+        ("sppo_continuous_discretized", {"compile": True}, 3 * 700.123),
+        ("sppo_continuous_discretized", {}, (3 * 500 + 2 * 250) / 2),  # the median of two
+        ("sb3_baseline", {"algo": "ppo"}, 600),
+        ("sb3_baseline", {"algo": "a2c"}, 2000),
+    ):
+        assert seconds(speed, script, args | {"env_id": "Hopper-v4"}, 10**6) == (pytest.approx(10**6 / rate), True)
+    del speed["sppo_continuous_discretized", "", True, "Hopper-v4"], speed["sppo_continuous_discretized", "", True, ""]
+    asked = {"env_id": "Hopper-v4", "compile": True}
+    assert seconds(speed, "sppo_continuous_discretized", asked, 1000) == (1.0, False)
+    assert seconds(speed, "sa2c_continuous_discretized", asked, 1000) == (None, True)
+
+
+@pytest.mark.parametrize(
+    ("name", "narrowing", "expected"),
+    [
+        ("continuous_ppo", {"TABLE": "13", "ENVS": "Ant Hopper-v4"}, 6),
+        ("continuous_ppo", {"TABLE": "12", "CONTROL": "1"}, 36),
+        ("continuous_a2c", {"TABLE": "10"}, 27),
+        ("atari_ppo", {"ENVS": "Alien"}, 6),
+        ("beta_sensitivity", {"ENVS": "AlienNoFrameskip-v4"}, 12),
+        ("sign_flips", {"ENVS": "Ant", "TABLE": ""}, 1),
+        ("rlhf_tldr", {"ENVS": "openai_summarize_tldr"}, 2),
+        ("advantage_norm", {"ENVS": "imdb"}, 2),
+    ],
+)
+def test_cells_are_narrowed_as_the_runs_are(tmp_path, name, narrowing, expected):
+    listed = sweep(name, tmp_path, "--cells", **narrowing).stdout.splitlines()
+    assert len(listed) == expected
+    noise = {"12": 0, "10": 27, "13": 6}.get(narrowing.get("TABLE"))
+    assert noise is None or sum("--reward-noise-std" in line for line in listed) == noise
+    planned = sweep(name, tmp_path, "--dry-run", "--seeds", "1", **narrowing).stdout.splitlines()
+    assert len(planned) == expected + 1  # and the totals
+
+
+@pytest.mark.parametrize(
+    ("name", "flag", "narrowing", "message"),
+    [
+        ("atari_ppo", "--cells", {"ENVS": "Alien Nope"}, "error: ENVS: this sweep has no Nope"),
+        ("continuous_ppo", "--dry-run", {"TABLE": "9"}, "error: TABLE is 12 (without noise) or 13 (with noise), not 9"),
+        ("continuous_a2c", "--cells", {"TABLE": "13"}, "error: TABLE is 9 (without noise) or 10 (with noise), not 13"),
+    ],
+)
+def test_what_a_sweep_has_not_is_refused(tmp_path, name, flag, narrowing, message):
+    done = sweep(name, tmp_path, flag, **narrowing)
+    assert (done.returncode, done.stdout, done.stderr) == (2, "", f"{message}\n")
 
 
 def test_hours_without_a_run_here_are_those_of_the_kept_results(tmp_path):
@@ -443,7 +515,7 @@ for table in TABLE_7.values():
 
 def sweep(name, out, *flags, **environment):
     environment = {k: v for k, v in os.environ.items() if k not in NARROWING} | {"PYTHON": sys.executable} | environment
-    command = [str(ROOT / "benchmark" / f"{name}.sh"), "--out", str(out), *flags]
+    command = [str(ROOT / "benchmark" / f"{name}.sh"), *flags, "--out", str(out)]
     return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=900)
 
 
@@ -650,8 +722,8 @@ def test_noise_reaches_the_baselines_learning(baseline):
 
 @pytest.mark.parametrize("flags", [("--policy-coef", "20.5"), ("--algo", "a2c")])
 def test_stable_baselines3_trains_with_discretized_actions(tmp_path, flags):
-    command = [sys.executable, "benchmark/sb3_baseline.py", "--run-dir", tmp_path / "run", "--num-bins", "3", *flags]
-    command += ["--env-id", "LunarLanderContinuous-v3", "--total-timesteps", "2048"]
+    command = [sys.executable, "benchmark/peers/sb3_baseline.py", "--run-dir", tmp_path / "run", *flags]
+    command += ["--num-bins", "3", "--env-id", "LunarLanderContinuous-v3", "--total-timesteps", "2048"]
     process = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert process.returncode == 0, process.stderr
     result = json.loads((tmp_path / "run/result.json").read_text())
@@ -679,7 +751,7 @@ def test_flags_have_the_types_that_result_files_have():
     ],
 )
 def test_stable_baselines3_refuses_what_it_cannot_do(tmp_path, flags, words):
-    command = [sys.executable, "benchmark/sb3_baseline.py", "--run-dir", tmp_path / "run"]
+    command = [sys.executable, "benchmark/peers/sb3_baseline.py", "--run-dir", tmp_path / "run"]
     command += ["--total-timesteps", "2048", *flags]
     process = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert process.returncode == 2 and process.stderr.startswith(f"error: {words}")
@@ -688,7 +760,7 @@ def test_stable_baselines3_refuses_what_it_cannot_do(tmp_path, flags, words):
 
 def test_the_baseline_without_its_package_names_the_requirements_file(tmp_path):
     (tmp_path / "stable_baselines3.py").write_text("raise ModuleNotFoundError(name='stable_baselines3')")
-    command = [sys.executable, "benchmark/sb3_baseline.py", "--run-dir", tmp_path / "run"]
+    command = [sys.executable, "benchmark/peers/sb3_baseline.py", "--run-dir", tmp_path / "run"]
     environment = os.environ | {"PYTHONPATH": str(tmp_path)}
     process = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     message = "error: there is no stable_baselines3: pip install -r requirements-benchmark.txt\n"
@@ -762,7 +834,7 @@ def slurm_runs():
         return False
 
 
-@pytest.mark.skipif(not slurm_runs(), reason="no Slurm here; benchmark/slurm_local.sh starts one")
+@pytest.mark.skipif(not slurm_runs(), reason="no Slurm here; tests/slurm_local.sh starts one")
 def test_a_job_array_survives_being_requeued(fake):
     run_dir = fake / "runs/Toy-v0__wait/seed1"
     code, output = run(["succeed --seeds 2", "wait"], "--slurm", "--batch", "1")

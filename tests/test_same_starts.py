@@ -1,4 +1,4 @@
-"""benchmark/evaluate_same_starts.py plays saved agents as their scripts do."""
+"""benchmark/questions/evaluate_same_starts.py plays saved agents as their scripts do."""
 
 import csv
 import subprocess
@@ -24,7 +24,7 @@ def lunar_runs(tmp_path_factory):
 
 
 def same_starts(*arguments) -> subprocess.CompletedProcess:
-    command = [sys.executable, str(ROOT / "benchmark" / "evaluate_same_starts.py"), *map(str, arguments)]
+    command = [sys.executable, str(ROOT / "benchmark/questions/evaluate_same_starts.py"), *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True)
 
 

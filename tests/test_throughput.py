@@ -1,14 +1,14 @@
-"""benchmark/throughput.py: what is measured, in which order, and how it is summed up; not how fast anything is."""
+"""benchmark/peers/throughput.py: what is measured, in which order, how it is summed up; not how fast anything is."""
 
 import os
 import subprocess
 import sys
 
-import atari_parts
 import pytest
 from conftest import ROOT
-from other_envs import is_same
-from throughput import Speed, in_fresh_process, in_turn, iterations, ours, processor, ratio, stable_baselines3
+from peers.throughput import Speed, in_fresh_process, in_turn, iterations, ours, processor, ratio, stable_baselines3
+from questions import atari_parts
+from questions.other_envs import is_same
 
 
 def test_rounds_go_back_and_forth_and_the_first_is_dropped(capsys):
@@ -82,7 +82,7 @@ def test_profile_of_an_update_finds_convolutions_and_products():
 
 @pytest.mark.parametrize("flags", [("--scaling", "0"), ("--scaling", "1", "0"), ("--rounds", "0"), ("--steps", "0")])
 def test_numbers_below_one_are_refused(tmp_path, flags):
-    command = [sys.executable, ROOT / "benchmark/throughput.py", *flags]
+    command = [sys.executable, ROOT / "benchmark/peers/throughput.py", *flags]
     process = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     message = "error: --rounds, --num-seeds, --threads, --steps and --scaling must be at least 1\n"
     assert (process.returncode, process.stdout, process.stderr) == (2, "", message)
@@ -91,7 +91,7 @@ def test_numbers_below_one_are_refused(tmp_path, flags):
 
 def test_envpool_check_without_envpool_says_where_it_is_from(tmp_path):
     (tmp_path / "envpool.py").write_text("raise ModuleNotFoundError(name='envpool')")
-    command = [sys.executable, ROOT / "benchmark/envpool_check.py"]
+    command = [sys.executable, ROOT / "benchmark/questions/envpool_check.py"]
     environment = os.environ | {"PYTHONPATH": str(tmp_path)}
     process = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert process.returncode == 2 and process.stderr.count("\n") == 1

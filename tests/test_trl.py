@@ -10,11 +10,9 @@ import tiny
 import torch
 from conftest import ROOT
 
-sys.path.insert(0, str(ROOT / "benchmark"))
 os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"
-import same_as_trl
-import trl_baseline
-from throughput import in_fresh_process, language
+from peers import same_as_trl, trl_baseline
+from peers.throughput import in_fresh_process, language
 from trl.experimental.ppo.ppo_trainer import forward, get_reward
 
 SMALL = "num_trajectories minibatch_size rollout_batch_size prompt_length response_length update_epochs num_updates"
@@ -82,7 +80,7 @@ def run(script: str, flags: dict, folder) -> subprocess.CompletedProcess:
 
 def test_runs_of_both_sides_stand_in_one_table(assets, tmp_path, capsys):
     """Trained here, 2 updates; the second seeds are copies with other scores."""
-    for side, script in (("trl", "benchmark/trl_baseline.py"), ("ours", "sppo_rlhf_imdb.py")):
+    for side, script in (("trl", "benchmark/peers/trl_baseline.py"), ("ours", "sppo_rlhf_imdb.py")):
         (tmp_path / side).mkdir()
         flags = (
             small(assets)
@@ -119,7 +117,7 @@ def test_runs_of_both_sides_stand_in_one_table(assets, tmp_path, capsys):
     "flags, message", [({"num_updates": 0}, "--num-updates must be"), ({"policy": "nothing"}, "--policy nothing")]
 )
 def test_wrong_arguments_end_in_one_line(assets, tmp_path, flags, message):
-    process = run("benchmark/trl_baseline.py", small(assets) | flags, tmp_path)
+    process = run("benchmark/peers/trl_baseline.py", small(assets) | flags, tmp_path)
     *imports, error = process.stderr.splitlines()  # bitsandbytes, imported by TRL, warns on processors with AVX512-BF16
     assert process.returncode == 2 and error.startswith(f"error: {message}")
     assert all("kernels-community" in line for line in imports)

@@ -1,6 +1,6 @@
 """Gaussian PPO and A2C of Tables 9, 10, 12 and 13: Stable-Baselines3 itself, at its default settings.
 
-    python benchmark/sb3_baseline.py --algo ppo --env-id HalfCheetah-v4 --seed 1 --run-dir runs/halfcheetah-gaussian
+    python benchmark/peers/sb3_baseline.py --algo ppo --env-id HalfCheetah-v4 --seed 1 --run-dir runs/gaussian
 
 Reward noise, evaluation and result.json are those of our scripts, whose environments it uses. With --num-bins 11 it is
 DPPO and DA2C, and with --policy-coef 20.5 as well DSPPO (alpha 0.5, beta 20): a check on our scripts from outside.
@@ -33,7 +33,7 @@ except ModuleNotFoundError as error:
     print(f"error: there is no {error.name}: pip install -r requirements-benchmark.txt", file=sys.stderr)
     sys.exit(2)
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from sppo_continuous_discretized import EVAL_EPISODES, EVALUATION, env_seeds, git_commit, make_env, write_json
 
 SCRIPT = Path(__file__).stem

@@ -1,6 +1,6 @@
 """An animated GIF of a trained continuous agent: an episode of its final evaluation.
 
-    python benchmark/animation.py benchmark/results/halfcheetah-sppo/seed1 --out halfcheetah.gif
+    python benchmark/tables_and_plots/animation.py benchmark/results/halfcheetah-sppo/seed1 --out halfcheetah.gif
 
 MuJoCo without a display: MUJOCO_GL=egl, or MUJOCO_GL=osmesa.
 """
@@ -19,7 +19,7 @@ import tyro
 from PIL import Image
 from safetensors import SafetensorError, safe_open
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 SCRIPTS = ("sppo_continuous_discretized", "sa2c_continuous_discretized")
 FPS = 15  # about: every n-th frame is kept
 COLORS = 64

@@ -8,10 +8,11 @@ from pathlib import Path
 
 import matplotlib
 import numpy as np
-from cells import BASELINES, UNNORMALIZED, Group, short_name
 from PIL import Image
-from runs import Results, Runs, read_curve
-from tables import sort_key
+
+from .cells import BASELINES, UNNORMALIZED, Group, short_name
+from .runs import Results, Runs, read_curve
+from .tables import sort_key
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt

@@ -1,7 +1,10 @@
-"""Other ways to step the environments of many agents, measured in training and not taken (docs/speed.md).
+"""Do threads, processes or EnvPool step the environments of many agents faster?
 
-    python benchmark/other_envs.py --ways threads processes --workers 2
-    PYTHONPATH=FOLDER python benchmark/other_envs.py --ways envpool       # envpool_check.py says how to fill FOLDER
+Not enough to be taken: ten agents on two cores train at 1.10 times the speed with two threads (for 1.15 times the CPU
+seconds), at 0.99 with two processes, and with EnvPool at 1.2 to 1.7 per CPU second. Written down in docs/speed.md.
+
+    python benchmark/questions/other_envs.py --ways threads processes --workers 2
+    PYTHONPATH=FOLDER python benchmark/questions/other_envs.py --ways envpool    # FOLDER: see envpool_check.py
 
 Each way takes the place of make_envs in sppo_continuous_discretized.py, compiled, in turn with the script as it is
 (throughput.py). Threads and processes first show on 2,000 random steps that they return what the script's environments
@@ -14,12 +17,15 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from multiprocessing import get_context
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Literal
 
 import numpy as np
 import tyro
-from throughput import Speed, in_fresh_process, in_turn, median_wall, ours, ratio
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from peers.throughput import Speed, in_fresh_process, in_turn, median_wall, ours, ratio
 
 SCRIPT = "sppo_continuous_discretized"
 Way = Literal["as it is", "threads", "processes", "envpool"]

@@ -1,6 +1,10 @@
-"""How high would the best of many short evaluations be? From the returns that evaluate_same_starts.py wrote.
+"""Could the paper's scores be each agent's best of many short evaluations?
 
-    python benchmark/best_of_evaluations.py benchmark/results/lunar-same-starts.csv
+On LunarLander with noise it cannot be excluded: such numbers would reach its DPPO and come near its DSPPO. As a rule
+no: its cells without noise, and InvertedDoublePendulum's, lie far below. Written down in docs/results.md, "LunarLander
+with noise". Computed from the returns that evaluate_same_starts.py wrote:
+
+    python benchmark/questions/best_of_evaluations.py benchmark/results/lunar-same-starts.csv
 
 An evaluation is the mean of 10 returns drawn with replacement from an agent's. Prints for each cell (the folder of its
 agents) the mean ± standard error over agents, of all their returns and of the best of 400 evaluations, which is as many

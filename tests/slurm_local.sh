@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# A one-machine Slurm, controller and node, to test --slurm with: Debian, as root. benchmark/slurm_local.sh [stop]
+# A one-machine Slurm, controller and node, to test --slurm with: Debian, as root. tests/slurm_local.sh [stop]
 set -euo pipefail
 
 stop() {

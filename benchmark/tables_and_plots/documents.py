@@ -3,11 +3,11 @@
 from pathlib import Path
 from textwrap import fill
 
-from cells import TABLES
-from missing import missing_section
-from runs import Results
-from scores import format_mean, joint_difference, standard_error
-from tables import (
+from .cells import TABLES
+from .missing import missing_section
+from .runs import Results
+from .scores import format_mean, joint_difference, standard_error
+from .tables import (
     cells_table,
     comparison_table,
     leave_one_out,

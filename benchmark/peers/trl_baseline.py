@@ -1,7 +1,7 @@
 """PPO of TRL 1.12.0, the last release that has it, on the task of sppo_rlhf_imdb.py: what ours is compared with.
 
     pip install -r requirements-trl.txt
-    python benchmark/trl_baseline.py --policy assets/gpt2-reviews --reward-model assets/sentiment \
+    python benchmark/peers/trl_baseline.py --policy assets/gpt2-reviews --reward-model assets/sentiment \
         --dataset assets/reviews --run-dir runs/trl
 
 Policy, value model, reference, reward and data are those of our script, loaded by it, and so is the evaluation. The
@@ -28,7 +28,7 @@ import tyro
 from torch import Tensor, nn
 
 os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 try:
     import datasets
     import transformers

@@ -1,7 +1,11 @@
-"""What takes the time of sppo_atari.py, and two ways to take less that were not taken (docs/speed.md).
+"""What takes the time of sppo_atari.py, and can it take less?
 
-    python benchmark/atari_parts.py                          # all three, some 20 minutes
-    python benchmark/atari_parts.py --parts halves --rounds 3
+The update takes 71 % of it, six sevenths of which are PyTorch's convolutions and matrix products, as in
+Stable-Baselines3. Threads that sleep while they wait (1.02 times the speed by the clock) and games in two halves
+(rollouts at 0.88 times) were not taken. Written down in docs/speed.md.
+
+    python benchmark/questions/atari_parts.py    # all three, some 20 minutes
+    python benchmark/questions/atari_parts.py --parts halves --rounds 3
 
 update: shares of torch.profiler in the gradient computation and the optimizer step. waiting: training with threads of
 torch that sleep while they wait (OMP_WAIT_POLICY=passive), in turn with training as it is. halves: rollouts in which
@@ -19,9 +23,11 @@ from typing import Literal
 import numpy as np
 import torch
 import tyro
-from throughput import Speed, in_fresh_process, in_turn, median_wall, ours, ratio
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from peers.throughput import Speed, in_fresh_process, in_turn, median_wall, ours, ratio
+
 import sppo_atari as script
 
 KINDS = {

@@ -3,8 +3,9 @@
 import math
 
 import numpy as np
-from cells import Cell
 from scipy import stats
+
+from .cells import Cell
 
 FAILURE = 1000  # percent; an improvement above says that the baseline failed, not how good the other one is
 

@@ -1,6 +1,9 @@
-"""Runs of same_as_sb3.sh into two figures and a table: our training returns beside Stable-Baselines3's.
+"""Do DPPO and DA2C learn as Stable-Baselines3's PPO and A2C do, with the same bins?
 
-    python benchmark/same_as_sb3.py runs/benchmark --document docs/results.md
+Yes: in six cells of 200,000 steps no difference exceeds 1.2 joint standard errors. Written down in docs/results.md,
+"Beside Stable-Baselines3's PPO and A2C". Runs of same_as_sb3.sh into two figures and a table:
+
+    python benchmark/peers/same_as_sb3.py runs/benchmark --document docs/results.md
 
 The return of a run is the mean of its training curve over the last tenth of the steps; errors are over seeds.
 """
@@ -13,12 +16,14 @@ from pathlib import Path
 
 import numpy as np
 import tyro
-from cells import Group
-from documents import replace_section
-from figures import bin_means, plot
-from runs import Runs, load, read_curve
-from scores import format_mean, standard_error
-from tables import markdown_table, sort_key
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from tables_and_plots.cells import Group
+from tables_and_plots.documents import replace_section
+from tables_and_plots.figures import bin_means, plot
+from tables_and_plots.runs import Runs, load, read_curve
+from tables_and_plots.scores import format_mean, standard_error
+from tables_and_plots.tables import markdown_table, sort_key
 
 TAG = "charts/episodic_return"  # raw returns of the episodes that ended since the last row, on both sides
 FAMILIES = {"continuous_ppo": ("PPO", "DPPO"), "continuous_a2c": ("A2C", "DA2C")}  # theirs, ours
@@ -80,7 +85,7 @@ def main(argv: list[str] | None = None) -> int:
     args = tyro.cli(Args, args=argv, description=__doc__)
     groups = load(list(args.folders)).groups
     if not {"ours", "Stable-Baselines3"} <= {side(group) for group in groups}:
-        print("error: no finished runs of both sides; start benchmark/same_as_sb3.sh", file=sys.stderr)
+        print("error: no finished runs of both sides; start benchmark/peers/same_as_sb3.sh", file=sys.stderr)
         return 2
     args.out.mkdir(parents=True, exist_ok=True)
     text = section(groups, args.out, args.document.parent if args.document else Path())

@@ -1,6 +1,9 @@
-"""Runs of same_as_trl.sh into a figure and a table: PPO of sppo_rlhf_imdb.py beside TRL's.
+"""Does PPO of sppo_rlhf_imdb.py learn as TRL's does?
 
-    python benchmark/same_as_trl.py runs/benchmark --document docs/language-models.md
+Yes: on the small policy, 5 seeds each, no difference exceeds 1.1 joint standard errors. Written down in
+docs/language-models.md, "Beside TRL". Runs of same_as_trl.sh into a figure and a table:
+
+    python benchmark/peers/same_as_trl.py runs/benchmark --document docs/language-models.md
 
 The figure has the mean score of the rollouts against tokens sampled (a response that ended early counts in full) and
 against the KL estimate of the same rollouts, both averaged over every tenth of the run. Errors are over seeds.
@@ -18,11 +21,14 @@ from pathlib import Path
 import matplotlib
 import numpy as np
 import tyro
-from documents import replace_section
 from PIL import Image
-from runs import read_curve
-from scores import format_mean, standard_error
-from tables import markdown_table
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from sweeps import find
+from tables_and_plots.documents import replace_section
+from tables_and_plots.runs import read_curve
+from tables_and_plots.scores import format_mean, standard_error
+from tables_and_plots.tables import markdown_table
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -47,7 +53,7 @@ class Run:
 def load(folder: Path) -> dict[str, list[Run]]:
     """Finished runs of either side, by seed. Raises ValueError where they are not of one sweep."""
     found, tasks = defaultdict(dict), set()
-    for path in sorted(folder.rglob("result.json")):
+    for path in find([folder], "result.json"):
         result = json.loads(path.read_text())
         if side := SIDES.get(result["script"]):
             args = result["args"]
@@ -122,7 +128,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     if found.keys() != set(SIDES.values()):
-        print("error: no finished runs of both sides; start benchmark/same_as_trl.sh", file=sys.stderr)
+        print("error: no finished runs of both sides; start benchmark/peers/same_as_trl.sh", file=sys.stderr)
         return 2
     args.out.mkdir(parents=True, exist_ok=True)
     text = section(found, args.out, args.document.parent if args.document else Path())

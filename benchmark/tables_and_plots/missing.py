@@ -3,9 +3,10 @@
 from collections import defaultdict
 from pathlib import Path
 
-from cells import Group, Planned, identify, parse, short_name
 from sweeps import SWEEPS, cells, seconds, speeds
-from tables import markdown_table
+
+from .cells import Group, Planned, identify, parse, short_name
+from .tables import markdown_table
 
 
 def group_of(plan: Planned) -> Group:
@@ -22,11 +23,15 @@ def cell_names(groups: list[Group]) -> str:
     return "; ".join(prefix + ", ".join(algorithms) for prefix, algorithms in names.items())
 
 
-def hours(plans: list[Planned], speed: dict) -> float | None:
-    """Of one process after the other."""
-    wheres = [plan.settings.get("env_id", plan.settings.get("policy")) for plan in plans]
-    times = [seconds(speed, p.script, where, p.seeds * p.timesteps) for p, where in zip(plans, wheres)]
-    return None if None in times else sum(times) / 3600
+def hours(plans: list[Planned], speed: dict) -> tuple[float, bool, bool]:
+    """Of one process after the other, as far as runs have told; whether all have, and whether with --compile."""
+    can = ["compile" in plan.settings for plan in plans]
+    found = [
+        seconds(speed, p.script, p.settings | ({"compile": True} if c else {}), p.seeds * p.timesteps)
+        for p, c in zip(plans, can)
+    ]
+    compiled = any(can) and all(time and alike for (time, alike), c in zip(found, can) if c)
+    return sum(time or 0 for time, _ in found) / 3600, all(time for time, _ in found), compiled
 
 
 def missing_section(folders: list[Path], run: set[Group]) -> str:
@@ -51,9 +56,10 @@ def missing_section(folders: list[Path], run: set[Group]) -> str:
                 ]
             for groups, command in parts:
                 plans = [missing[group][1] for group in groups]
-                time = hours(plans, speed)
-                total, unknown = total + (time or 0), unknown + (time is None)
-                estimate = "-" if time is None else f"{time:,.{0 if time >= 10 else 1}f}"
+                time, known, compiled = hours(plans, speed)
+                command = command.replace(".sh", ".sh --compile") if compiled else command
+                total, unknown = total + time, unknown + (not known)
+                estimate = f"{time:,.{0 if time >= 10 else 1}f}{'' if known else '+'}" if time else "-"
                 place = [", ".join(map(str, tables)), short_name(plans[0].environment), cell_names(groups)]
                 rows.append([*place, str(plans[0].seeds), f"`{command}`", estimate])
     header = ["Table", "Environment", "Cells", "Seeds", "Command", "Hours"]
@@ -61,6 +67,6 @@ def missing_section(folders: list[Path], run: set[Group]) -> str:
     return (
         f"{len(seen - run)} of the {len(seen)} cells of the sweeps have no run at the paper's settings and length. "
         f"Hours are those of one process after the other, at the speeds of the runs in {names}: {total:,.0f} in all, "
-        f"without the {unknown} rows for which no run has told a speed. `benchmark/judge.py` finds the win rates of "
-        f"Table 3 when the runs are there.\n\n{markdown_table(header, rows, right='Seeds|Hours')}\n"
+        f"without what no run has told the speed of ({unknown} rows, - or +). `benchmark/judge.py` finds the win rates "
+        f"of Table 3 when the runs are there.\n\n{markdown_table(header, rows, right='Seeds|Hours')}\n"
     )

@@ -1,10 +1,13 @@
-"""Let finished continuous agents play the same episodes: how good are they, and how good could the best of them be?
+"""Is it the ten evaluation episodes, or the environment's version, that sets a cell apart from the paper's?
 
-Prints every agent's mean return, and last what the best agent of each start, picked in hindsight, would have scored,
-which none of them does. Needs numpy, gymnasium, safetensors and tyro alone, also old ones: the same agents can be
-tried in an environment's older versions.
+Neither, on LunarLander with noise and on Hopper: from 100 common starts, in the paper's versions too, the agents score
+what they scored. Written down in docs/results.md.
 
-python benchmark/evaluate_same_starts.py runs/benchmark --env-id LunarLanderContinuous-v3 --out same_starts.csv
+    python benchmark/questions/evaluate_same_starts.py runs/benchmark --env-id Hopper-v4 --out same_starts.csv
+
+Lets finished continuous agents play the same episodes. Prints every agent's mean return, and last what the best agent
+of each start, picked in hindsight, would have scored, which none of them does. Needs numpy, gymnasium, safetensors and
+tyro alone, also old ones: the same agents can be tried in an environment's older versions.
 """
 
 import csv

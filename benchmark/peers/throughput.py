@@ -1,9 +1,9 @@
 """Training speed of the scripts as ratios to Stable-Baselines3, or TRL, at the same settings, measured in turn.
 
-    python benchmark/throughput.py                                            # all four scripts, eager and compiled
-    python benchmark/throughput.py --scripts sppo_continuous_discretized --num-seeds 10
-    python benchmark/throughput.py --scripts sppo_continuous_discretized --scaling 1 2 5 10 30
-    python benchmark/throughput.py --scripts sppo_rlhf_imdb    # beside TRL 1.12.0 (requirements-trl.txt), 6-layer GPT-2
+    python benchmark/peers/throughput.py     # all four scripts, eager and compiled
+    python benchmark/peers/throughput.py --scripts sppo_continuous_discretized --num-seeds 10
+    python benchmark/peers/throughput.py --scripts sppo_continuous_discretized --scaling 1 2 5 10 30
+    python benchmark/peers/throughput.py --scripts sppo_rlhf_imdb    # beside TRL 1.12.0, 6-layer GPT-2
 
 Machines are shared and drift, so every round runs Stable-Baselines3 and each variant of ours one after the other,
 backwards in every second round, and only ratios within a round are compared: of steps per second and, which neighbours
@@ -34,10 +34,10 @@ from typing import Literal
 
 import numpy as np
 import tyro
-from scores import bootstrap_interval
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from tables_and_plots.scores import bootstrap_interval
 
 
 @dataclass
@@ -162,7 +162,7 @@ def language(side: str, paths: dict[str, str], updates: int, threads: int, lengt
     script.RunLog.write = log
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
         if side == "TRL":
-            trl_baseline = importlib.import_module("trl_baseline")
+            trl_baseline = importlib.import_module("peers.trl_baseline")
             trl_baseline.train(trl_baseline.Args(folder, **settings), Path(folder))
         else:
             args = script.Args(**settings, alpha=1.0, beta=0.0, top_k=0, min_response_length=0, max_grad_norm=1e9)

@@ -4,7 +4,8 @@ import math
 from collections import defaultdict
 
 import numpy as np
-from cells import (
+
+from .cells import (
     BASELINES,
     LANGUAGE_TABLES,
     PARTS,
@@ -17,8 +18,8 @@ from cells import (
     read_public,
     short_name,
 )
-from runs import JUDGE, SFT_UPDATES, Results, Runs, language_cells, read_curve
-from scores import (
+from .runs import JUDGE, SFT_UPDATES, Results, Runs, language_cells, read_curve
+from .scores import (
     count_wins,
     format_difference,
     format_gain,

@@ -8,7 +8,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
-from cells import Group, LanguageGroup, identify
+from sweeps import find
+
+from .cells import Group, LanguageGroup, identify
 
 SFT_UPDATES = 10  # the SFT row of TL;DR is the policy after these (Section 5.3)
 JUDGE = ("gpt-4-turbo-2024-04-09", 100)  # the paper's, and the samples that it is taken to have judged
@@ -51,8 +53,7 @@ class Results:
 
 def load(folders: list[Path]) -> Results:
     results = Results()
-    paths = sorted({path for folder in folders for path in folder.rglob("result.json")})
-    for path in paths:
+    for path in find(folders, "result.json"):
         try:
             result = json.loads(path.read_text())
             group = identify(result)
@@ -88,7 +89,7 @@ def load(folders: list[Path]) -> Results:
 def unfinished(folders: list[Path]) -> list[Path]:
     """Run directories without a result; of runs with several seeds, whose args.json is the parent's, the seeds'."""
     found = set()
-    for path in (path for folder in folders for path in folder.rglob("args.json")):
+    for path in find(folders, "args.json"):
         try:
             args = json.loads(path.read_text())["args"]
             seeds = range(args["seed"], args["seed"] + args["num_seeds"]) if args["num_seeds"] > 1 else ()
