@@ -143,15 +143,15 @@ schedule: one rollout late | sppo_continuous_discretized | references
 - 1 - global_step / args.total
 + 1 - (global_step - T * E) / args.total
 
-schedule: never ends | sa2c_atari | atari
+schedule: never ends | sa2c_atari | atari -k schedules
 - 1 - global_step / args.total
 + 1 - 0.9 * global_step / args.total
 
-schedule: clip range | sppo_atari | atari
+schedule: clip range | sppo_atari | atari -k schedules
 - clip_coef.fill_(args.clip_coef * remaining)
 + clip_coef.fill_(args.clip_coef)
 
-minibatches: drawn with replacement | sppo_atari | atari
+minibatches: drawn with replacement | sppo_atari | atari -k epoch
 - torch.randperm(T * E, generator=generator)
 + torch.randint(T * E, (T * E,), generator=generator)
 
@@ -172,11 +172,11 @@ bootstrap: of episodes that end both ways | sppo_continuous_discretized | refere
 - time_limit = truncated & ~terminated
 + time_limit = truncated
 
-bootstrap: dropped at the frame limit | sppo_atari | atari
+bootstrap: dropped at the frame limit | sppo_atari | atari -k frame_limit
 - reward_buf[t] += args
 + reward_buf[t] += 0 * args
 
-bootstrap: not discounted | sa2c_atari | atari
+bootstrap: not discounted | sa2c_atari | atari -k frame_limit
 - reward_buf[t] += args.gamma * final_value
 + reward_buf[t] += final_value
 
@@ -196,7 +196,7 @@ GAE: runs over the end of an episode | sppo_continuous_discretized | references
 - decay = gamma * gae_lambda * ~dones
 + decay = gamma * gae_lambda
 
-GAE: lambda and gamma swapped | sppo_atari | atari
+GAE: lambda and gamma swapped | sppo_atari | atari -k epoch
 - gae(reward_buf, values, done_buf, last_value, args.gamma, args.gae_lambda)
 + gae(reward_buf, values, done_buf, last_value, args.gae_lambda, args.gamma)
 
@@ -254,11 +254,11 @@ sampling: none | sa2c_continuous_discretized | references
 - (agent.logits(tensor(obs)) + gumbel[:, t]).argmax(-1)
 + agent.logits(tensor(obs)).argmax(-1)
 
-sampling: exponential noise | sa2c_atari | atari
+sampling: exponential noise | sa2c_atari | atari -k frequencies
 - T, E, envs.num_actions).exponential_(generator=generator).log()
 + T, E, envs.num_actions).exponential_(generator=generator)
 
-sampling: none in the evaluation | sppo_atari | atari
+sampling: none in the evaluation | sppo_atari | atari -k first_game_alone
 - (logits + gumbel.to(args.device))
 + (logits)
 
@@ -342,7 +342,7 @@ resume: counters lost | sa2c_continuous_discretized | seeds
 +     return {}
 
 # Atari
-Atari: rewards not clipped | sppo_atari | atari
+Atari: rewards not clipped | sppo_atari | atari -k clipped
 - flip_rewards(np.sign(raw_reward)
 + flip_rewards(raw_reward
 
@@ -354,29 +354,29 @@ Atari: flips with the opposite probability | sppo_atari | references_atari
 - np.where(uniform < flip_prob
 + np.where(uniform > flip_prob
 
-Atari: no flips | sa2c_atari | atari
+Atari: no flips | sa2c_atari | atari -k clipped
 - uniform[t], args.reward_flip_prob)
 + uniform[t], 0.0)
 
-Atari: a lost life ends nothing | sppo_atari | atari
+Atari: a lost life ends nothing | sppo_atari | atari -k lost_life
 - done_buf[t] = terminated | truncated
 + done_buf[t] = game_over
 
-Atari: scores of single lives | sa2c_atari | atari
+Atari: scores of single lives | sa2c_atari | atari -k scores
 - in np.flatnonzero(game_over):
 + in np.flatnonzero(terminated):
 
-Atari: scores of clipped rewards | sppo_atari | atari
+Atari: scores of clipped rewards | sppo_atari | atari -k scores
 - episode_return += raw_reward
 + episode_return += np.sign(raw_reward)
 
-Atari: no fire after a lost life | sa2c_atari | atari
+Atari: no fire after a lost life | sa2c_atari | atari -k lost_life
 -             if envs.must_fire.any():
 -                 action_buf[t]
 +             if envs.must_fire.all():
 +                 action_buf[t]
 
-Atari: no fire in the evaluation | sppo_atari | atari
+Atari: no fire in the evaluation | sppo_atari | atari -k first_game_alone
 -             if envs.must_fire.any():
 -                 actions[envs.must_fire]
 +             if envs.must_fire.all():
