@@ -92,12 +92,12 @@ gradient clip: small gradients scaled up | sppo_atari | references_atari
 + scale = (args.max_grad_norm / (grad_norm + 1e-6))
 
 gradient clip: by the value | sa2c_atari | references_atari
-- [g * scale for g in grads]
-+ [g.clamp(-0.5, 0.5) for g in grads]
+- p.grad = g * scale
++ p.grad = g.clamp(-0.5, 0.5)
 
 gradient clip: one norm of all agents | sppo_continuous_discretized | references
-- for g in flat]).norm(dim=0)
-+ for g in flat]).norm(dim=0).norm().expand(len(loss))
+- for g in grads]).norm(dim=0)
++ for g in grads]).norm(dim=0).norm().expand(len(loss))
 
 entropy: sign | sa2c_continuous_discretized | references
 - loss - args.ent_coef * entropy
@@ -141,52 +141,52 @@ optimizer: eps outside the root | sa2c_atari | references_atari
 
 schedule: one rollout late | sppo_continuous_discretized | references
 - 1 - global_step / args.total
-+ 1 - (global_step - rollout_size) / args.total
++ 1 - (global_step - T * E) / args.total
 
-schedule: never ends | sa2c_atari | atari
+schedule: never ends | sa2c_atari | atari -k schedules
 - 1 - global_step / args.total
 + 1 - 0.9 * global_step / args.total
 
-schedule: clip range | sppo_atari | atari
+schedule: clip range | sppo_atari | atari -k schedules
 - clip_coef.fill_(args.clip_coef * remaining)
 + clip_coef.fill_(args.clip_coef)
 
-minibatches: drawn with replacement | sppo_atari | atari
-- torch.randperm(rollout_size, generator=generator)
-+ torch.randint(rollout_size, (rollout_size,), generator=generator)
+minibatches: drawn with replacement | sppo_atari | atari -k epoch
+- torch.randperm(T * E, generator=generator)
++ torch.randint(T * E, (T * E,), generator=generator)
 
 minibatches: one order for all agents | sppo_continuous_discretized | seeds
-- torch.randperm(rollout_size, generator=g) for g in learner.generators
-+ torch.randperm(rollout_size, generator=learner.generators[0]) for _ in seeds
+- torch.randperm(T * E, generator=g) for g in generators
++ torch.randperm(T * E, generator=generators[0]) for _ in generators
 
 # The rollout
 bootstrap: dropped at a time limit | sppo_continuous_discretized | references
-- reward_buf[t][time_limit] += args
-+ reward_buf[t][time_limit] += 0 * args
+- reward_buf[:, t][time_limit] += args
++ reward_buf[:, t][time_limit] += 0 * args
 
 bootstrap: of terminated episodes too | sa2c_continuous_discretized | references
-- time_limit = (truncated & ~terminated).reshape(N, E)
-+ time_limit = (truncated | terminated).reshape(N, E)
+- time_limit = truncated & ~terminated
++ time_limit = truncated | terminated
 
 bootstrap: of episodes that end both ways | sppo_continuous_discretized | references
-- time_limit = (truncated & ~terminated).reshape(N, E)
-+ time_limit = truncated.reshape(N, E)
+- time_limit = truncated & ~terminated
++ time_limit = truncated
 
-bootstrap: dropped at the frame limit | sppo_atari | atari
+bootstrap: dropped at the frame limit | sppo_atari | atari -k frame_limit
 - reward_buf[t] += args
 + reward_buf[t] += 0 * args
 
-bootstrap: not discounted | sa2c_atari | atari
+bootstrap: not discounted | sa2c_atari | atari -k frame_limit
 - reward_buf[t] += args.gamma * final_value
 + reward_buf[t] += final_value
 
 bootstrap: of the observation after the reset | sa2c_continuous_discretized | references
-- normalizer.obs(infos["final_obs"].reshape
-+ normalizer.obs(raw_obs.reshape
+- agent.value(tensor(normalizer.obs(final_obs)))
++ agent.value(tensor(normalizer.obs(raw_obs)))
 
 bootstrap: final observations overwritten | sppo_continuous_discretized | references
-- np.copy(last_obs) if done else last_obs
-+ last_obs
+- np.copy(obs), env.reset()[0]
++ obs, env.reset()[0]
 
 GAE: lambda missing | sppo_continuous_discretized | references
 - decay = gamma * gae_lambda * ~dones
@@ -196,7 +196,7 @@ GAE: runs over the end of an episode | sppo_continuous_discretized | references
 - decay = gamma * gae_lambda * ~dones
 + decay = gamma * gae_lambda
 
-GAE: lambda and gamma swapped | sppo_atari | atari
+GAE: lambda and gamma swapped | sppo_atari | atari -k epoch
 - gae(reward_buf, values, done_buf, last_value, args.gamma, args.gae_lambda)
 + gae(reward_buf, values, done_buf, last_value, args.gae_lambda, args.gamma)
 
@@ -205,16 +205,14 @@ GAE: lambda of no effect | sa2c_continuous_discretized | references
 + gae(reward_buf, values, done_buf, last_value, args.gamma, 1.0)
 
 observations: counted in after their normalization | sppo_continuous_discretized | references
--         if update:
--             self.obs_rms.update(obs)
--         mean, std = self.obs_rms.mean[:, None], np.sqrt(self.obs_rms.var + 1e-8)[:, None]
-+         mean, std = self.obs_rms.mean[:, None], np.sqrt(self.obs_rms.var + 1e-8)[:, None]
-+         if update:
-+             self.obs_rms.update(obs)
+-             normalizer.count("obs", raw_obs)
+-             obs = normalizer.obs(raw_obs)
++             obs = normalizer.obs(raw_obs)
++             normalizer.count("obs", raw_obs)
 
 observations: eps | sppo_continuous_discretized | references
-- np.sqrt(self.obs_rms.var + 1e-8)
-+ np.sqrt(self.obs_rms.var + 1e-4)
+- np.sqrt(self.statistics["obs_var"] + 1e-8)
++ np.sqrt(self.statistics["obs_var"] + 1e-4)
 
 observations: not clipped | sppo_continuous_discretized | references
 - ((obs - mean) / std).clip(-10, 10)
@@ -222,23 +220,23 @@ observations: not clipped | sppo_continuous_discretized | references
 
 rewards: their mean subtracted | sppo_continuous_discretized | references
 - return (reward / np.sqrt
-+ return ((reward - self.return_rms.mean[:, None]) / np.sqrt
++ return ((reward - self.statistics["return_mean"]) / np.sqrt
 
 rewards: returns run over the end of an episode | sppo_continuous_discretized | references
 - self.returns[done] = 0
 + pass
 
 rewards: not clipped | sppo_continuous_discretized | references
-- np.sqrt(self.return_rms.var + 1e-8)[:, None]).clip(-10, 10)
-+ np.sqrt(self.return_rms.var + 1e-8)[:, None])
+- np.sqrt(self.statistics["return_var"] + 1e-8)).clip(-10, 10)
++ np.sqrt(self.statistics["return_var"] + 1e-8))
 
 reward noise: before normalization | sa2c_continuous_discretized | references
-- normalizer.reward(raw_reward, done) + noise[t]
-+ normalizer.reward(raw_reward + noise[t], done)
+- normalizer.reward(raw_reward, done) + noise[:, t]
++ normalizer.reward(raw_reward + noise[:, t], done)
 
 reward noise: in the logged returns | sppo_continuous_discretized | references
 - episode_return += raw_reward
-+ episode_return += raw_reward + noise[t]
++ episode_return += raw_reward + noise[:, t]
 
 reward noise: in the evaluation | sppo_continuous_discretized | references
 - returns += reward * running
@@ -249,36 +247,40 @@ bins: one off | sppo_continuous_discretized | references
 + space.high.flatten(), num_bins + 1, dtype=space.dtype)[:-1]
 
 sampling: exponential noise | sppo_continuous_discretized | references
-- kind="exponential_").log()
-+ kind="exponential_")
+- exponential_(generator=g) for g in generators]).log()
++ exponential_(generator=g) for g in generators])
 
 sampling: none | sa2c_continuous_discretized | references
-- ).to(device)) + gumbel[t]).argmax(-1)
-+ ).to(device))).argmax(-1)
+- (agent.logits(tensor(obs)) + gumbel[:, t]).argmax(-1)
++ agent.logits(tensor(obs)).argmax(-1)
 
-sampling: exponential noise | sa2c_atari | atari
-- T, E, games.num_actions).exponential_(generator=generator).log()
-+ T, E, games.num_actions).exponential_(generator=generator)
+sampling: exponential noise | sa2c_atari | atari -k frequencies
+- T, E, envs.num_actions).exponential_(generator=generator).log()
++ T, E, envs.num_actions).exponential_(generator=generator)
 
-sampling: none in the evaluation | sppo_atari | atari
-- (agent(torch.from_numpy(obs).to(device))[0] + gumbel)
-+ (agent(torch.from_numpy(obs).to(device))[0])
+sampling: none in the evaluation | sppo_atari | atari -k first_game_alone
+- (logits + gumbel.to(args.device))
++ (logits)
 
 # Devices
-devices: clip range on the CPU | sppo_continuous_discretized | devices -k sppo_continuous
-- torch.tensor(args.clip_coef, device=device)
+devices: clip range on the CPU | sppo_atari | devices -k sppo_atari
+- torch.tensor(args.clip_coef, device=args.device)
 + torch.tensor(args.clip_coef)
 
+devices: rollout on the CPU | sppo_continuous_discretized | devices -k sppo_continuous
+- return torch.from_numpy(x).to(args.device)
++ return torch.from_numpy(x)
+
 devices: noise on the CPU | sa2c_continuous_discretized | devices -k sa2c_continuous
-- kind="exponential_").log().to(device)
-+ kind="exponential_").log()
+- generators]).log().to(args.device)
++ generators]).log()
 
 devices: networks on the CPU | sppo_atari | devices -k sppo_atari
-- self.agent = Agent(num_actions, self.generator).to(self.device)
-+ self.agent = Agent(num_actions, self.generator)
+- agent = Agent(envs.num_actions, generator).to(args.device)
++ agent = Agent(envs.num_actions, generator)
 
 devices: what was chosen on the CPU | sa2c_atari | devices -k sa2c_atari
-- chosen_buf = torch.ones((T, E), device=device)
+- chosen_buf = torch.ones((T, E), device=args.device)
 + chosen_buf = torch.ones((T, E))
 
 devices: a sum on the CPU | sppo_rlhf_imdb | devices -k sentiment
@@ -291,8 +293,9 @@ devices: mask on the CPU | sppo_rlhf_tldr | devices -k adapter
 
 # The evaluation, and what a run leaves
 evaluation: statistics go on | sppo_continuous_discretized | cli -k saved_model
-- EVAL_EPISODES, -1), update=False)
-+ EVAL_EPISODES, -1))
+-             obs = torch.from_numpy(normalizer.obs(raw_obs))
++             normalizer.count("obs", raw_obs)
++             obs = torch.from_numpy(normalizer.obs(raw_obs))
 
 evaluation: in the environments of the training | sppo_continuous_discretized | seeds
 - TRAINING, EVALUATION = 0, 1
@@ -303,43 +306,43 @@ evaluation: counts later games | sppo_atari | atari -k first_game_alone
 + returns += reward
 
 resume: random numbers start anew | sppo_continuous_discretized | cli -k round_trip
-- generator.set_state(generator_state)
+- generator.set_state(state)
 + pass
 
-resume: random numbers start anew | sa2c_atari | atari -k survives
-- self.generator.set_state(state["generator"])
+resume: random numbers start anew | sa2c_atari | atari -k resumed
+- generator.set_state(progress["generator"])
 + pass
 
 resume: statistics lost | sppo_continuous_discretized | cli -k round_trip
-- ({k: v.numpy() for k, v in statistics.items()})
-+ ({})
+- "optimizer": optimizer, "normalizer": normalizer}
++ "optimizer": optimizer}
 
-resume: optimizer lost | sppo_atari | atari -k survives
-- self.optimizer.load_state_dict(state["optimizer"])
-+ pass
+resume: optimizer lost | sppo_atari | atari -k resumed
+- parts = {"agent": agent, "optimizer": optimizer}
++ parts = {"agent": agent}
 
 resume: curves begin anew | sppo_continuous_discretized | cli -k resumed
-- num_seeds=1), rows, global_step
-+ num_seeds=1), [], global_step
+- if self.path.exists():
++ if False:
 
 resume: TensorBoard not cut | sppo_continuous_discretized | cli -k resumed
 - , purge_step=global_step + 1)
 + )
 
 resume: the first environment seeds again | sppo_continuous_discretized | seeds
-- env_seeds(seeds, E, TRAINING, global_step)
-+ env_seeds(seeds, E, TRAINING, 0)
+- envs.reset(args.seeds, TRAINING, global_step)
++ envs.reset(args.seeds, TRAINING, 0)
 
-resume: the first game seeds again | sa2c_atari | atari -k resumes
+resume: the first game seeds again | sa2c_atari | atari -k resumed
 - env_seeds(args.seed, E, TRAINING, global_step)
 + env_seeds(args.seed, E, TRAINING, 0)
 
 resume: counters lost | sa2c_continuous_discretized | seeds
--     return checkpoint["counters"]
+-     return state["progress"]
 +     return {}
 
 # Atari
-Atari: rewards not clipped | sppo_atari | atari
+Atari: rewards not clipped | sppo_atari | atari -k clipped
 - flip_rewards(np.sign(raw_reward)
 + flip_rewards(raw_reward
 
@@ -351,33 +354,33 @@ Atari: flips with the opposite probability | sppo_atari | references_atari
 - np.where(uniform < flip_prob
 + np.where(uniform > flip_prob
 
-Atari: no flips | sa2c_atari | atari
+Atari: no flips | sa2c_atari | atari -k clipped
 - uniform[t], args.reward_flip_prob)
 + uniform[t], 0.0)
 
-Atari: a lost life ends nothing | sppo_atari | atari
+Atari: a lost life ends nothing | sppo_atari | atari -k lost_life
 - done_buf[t] = terminated | truncated
 + done_buf[t] = game_over
 
-Atari: scores of single lives | sa2c_atari | atari
+Atari: scores of single lives | sa2c_atari | atari -k scores
 - in np.flatnonzero(game_over):
 + in np.flatnonzero(terminated):
 
-Atari: scores of clipped rewards | sppo_atari | atari
+Atari: scores of clipped rewards | sppo_atari | atari -k scores
 - episode_return += raw_reward
 + episode_return += np.sign(raw_reward)
 
-Atari: no fire after a lost life | sa2c_atari | atari
--             if games.must_fire.any():
+Atari: no fire after a lost life | sa2c_atari | atari -k lost_life
+-             if envs.must_fire.any():
 -                 action_buf[t]
-+             if games.must_fire.all():
++             if envs.must_fire.all():
 +                 action_buf[t]
 
-Atari: no fire in the evaluation | sppo_atari | atari
--         if games.must_fire.any():
--             actions[games.must_fire]
-+         if games.must_fire.all():
-+             actions[games.must_fire]
+Atari: no fire in the evaluation | sppo_atari | atari -k first_game_alone
+-             if envs.must_fire.any():
+-                 actions[envs.must_fire]
++             if envs.must_fire.all():
++                 actions[envs.must_fire]
 
 # Language models
 rewards: cut at the wrong place | sppo_rlhf_tldr | rlhf -k adapter_reward
@@ -409,9 +412,9 @@ observations: a vector of switches is not flattened | sppo_continuous_discretize
 - isinstance(space, gym.spaces.Box) and len(space.shape) == 1
 + len(space.shape or ()) == 1
 
-models: damaged metadata | sppo_continuous_discretized | cli -k is_no_model
-- except (safetensors.SafetensorError, OSError, ValueError) as error:
-+ except (safetensors.SafetensorError, OSError) as error:
+models: of another script | sppo_continuous_discretized | copies -k another_copy
+- if script != SCRIPT:
++ if script is None:
 """
 
 

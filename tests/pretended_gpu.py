@@ -87,19 +87,6 @@ def tensors_of(*tree) -> list[torch.Tensor]:
     return [x for x in tree_leaves(tree) if isinstance(x, torch.Tensor)]
 
 
-class TorchWithGPU(ModuleType):
-    """torch as a script sees it: there is a GPU, and the device "cuda" is the pretended one."""
-
-    cuda = SimpleNamespace(is_available=lambda: True)
-
-    def __getattr__(self, name: str):
-        return getattr(torch, name)
-
-    @staticmethod
-    def device(name: str) -> torch.device:
-        return GPU if name == "cuda" else torch.device(name)
-
-
 @contextmanager
 def pretended_gpu(script):
     """Within it a script finds a GPU."""
@@ -107,6 +94,9 @@ def pretended_gpu(script):
         if hasattr(script, "Accelerator"):
             stack.enter_context(patch.object(script.Accelerator, "device", GPU))
         else:
+            device = script.Args.device.fget
+            pretended = property(lambda args: GPU if device(args) == "cuda" else "cpu")
+            stack.enter_context(patch.object(script.Args, "device", pretended))
             stack.enter_context(patch.object(script, "torch", TorchWithGPU("torch")))
         torch._C._set_only_lift_cpu_tensors(True)  # torch.tensor(..., device=GPU) makes it on the CPU and copies it
         stack.callback(torch._C._set_only_lift_cpu_tensors, False)
@@ -114,19 +104,28 @@ def pretended_gpu(script):
         yield
 
 
-def make_eventful(script) -> None:
-    """Few games, in which a time limit and a lost life come every few steps."""
-    step, calls = script.Games.step, []
+class TorchWithGPU(ModuleType):
+    """torch as a script sees it where there is a GPU."""
 
-    def eventful(games, actions):
-        obs, rewards, terminated, truncated, game_over, infos = step(games, actions)
-        calls.append(games)
+    cuda = SimpleNamespace(is_available=lambda: True)
+
+    def __getattr__(self, name: str):
+        return getattr(torch, name)
+
+
+def make_eventful(script) -> None:
+    """Games in which a time limit and a lost life come every few steps."""
+    step, calls = script.Envs.step, []
+
+    def eventful(envs, actions):
+        obs, rewards, terminated, truncated, game_over, infos = step(envs, actions)
+        calls.append(envs)
         if len(actions) == 2 and len(calls) % 5 == 0:  # of training
-            truncated[0], games.must_fire[1] = True, True
+            truncated[0], envs.must_fire[1] = True, True
             infos["final_obs"] = obs
         return obs, rewards, terminated, truncated, game_over, infos
 
-    script.Games.step, script.EVAL_EPISODES = eventful, 1
+    script.Envs.step = eventful
 
 
 def run(script, run_dir: Path, flags: list[str]) -> None:
@@ -141,7 +140,10 @@ def run(script, run_dir: Path, flags: list[str]) -> None:
 
     for expected, options in ((130, [*flags, "--run-dir", str(run_dir)]), (0, ["--resume", str(run_dir)])):
         with patch.object(sys, "argv", [script.__file__, *options]), patch.object(script, "gae", interrupting):
-            code = script.main()
+            try:
+                code = script.main() or 0
+            except SystemExit as end:
+                code = end.code
         if code != expected:
             raise SystemExit(f"{' '.join(options)} ended with exit code {code}")
 
@@ -151,8 +153,9 @@ def main() -> None:
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
     script = importlib.import_module(name)
     language = hasattr(script, "Accelerator")
-    if hasattr(script, "Games"):
+    if name.endswith("atari"):
         make_eventful(script)
+    script.EVAL_EPISODES, script.LOG_EVERY, script.SAVE_EVERY = 1, 1, 0  # of control: a checkpoint of every rollout
     run(script, Path(folder, "cpu"), flags)
     with pretended_gpu(script):
         run(script, Path(folder, "gpu"), flags if language else [*flags, "--cuda"])

@@ -13,7 +13,7 @@ from same_numbers import numbers, same
 FLAGS = dict.fromkeys(CONTINUOUS, "--env-id Pendulum-v1 --num-steps 128 --total-timesteps 768 --num-seeds 2")
 FLAGS |= dict.fromkeys(ATARI, "--num-steps 8 --total-timesteps 48 --num-threads 1")
 COMMON = "--num-envs 2 --anneal-lr --ent-coef 0.01"
-SPPO = "--anneal-clip --num-minibatches 4 --update-epochs 2"
+SPPO = "--num-minibatches 4 --update-epochs 2"
 
 
 def train(script, flags, folder):

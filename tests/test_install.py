@@ -14,7 +14,7 @@ from conftest import SCRIPTS
 
 ROOT = Path(__file__).resolve().parent.parent
 RUN_WITHOUT = """
-import runpy, sys
+import importlib, os, sys
 from importlib.machinery import PathFinder
 
 script, *absent = sys.argv.pop(1).split()
@@ -26,10 +26,13 @@ class Finder(PathFinder):
 
 sys.meta_path[sys.meta_path.index(PathFinder)] = Finder
 sys.argv[0] = script
-runpy.run_path(script, run_name="__main__")
+sys.path[0] = os.path.dirname(script)
+script = importlib.import_module(os.path.basename(script)[:-3])
+script.EVAL_EPISODES = 1
+sys.exit(script.main())
 """
 CONTINUOUS = "--env-id InvertedDoublePendulum-v4 --num-envs 1 --num-steps 16 --total-timesteps 32"
-ATARI = "--env-id Breakout --num-envs 1 --num-steps 16 --total-timesteps 32"
+ATARI = "--env-id Breakout --num-envs 1 --num-threads 1 --num-steps 16 --total-timesteps 32"
 
 
 def normalized(name: str) -> str:

@@ -10,7 +10,7 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
-from conftest import CONTINUOUS, CONTROL, ROOT, SCRIPTS
+from conftest import CONTINUOUS, ROOT, SCRIPTS
 
 PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
 pages = pytest.mark.parametrize("page", PAGES, ids=lambda path: path.name)
@@ -100,12 +100,3 @@ def test_the_readmes_code_acts_like_the_script_with_a_new_model(name, tmp_path):
 
 def test_animations_are_below_one_megabyte():
     assert not [gif.name for gif in (ROOT / "docs").glob("*.gif") if gif.stat().st_size >= 1_000_000]
-
-
-def test_the_examples_of_changing_a_script_fit_the_scripts():
-    """Names in the code blocks of docs/changing-a-script.md occur in the scripts that they are about."""
-    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs/changing-a-script.md").read_text(), re.DOTALL)
-    source = "".join((ROOT / f"{name}.py").read_text() for name in CONTROL)
-    assert len(blocks) == 4
-    for name in ("L_rppo = torch.where", '"losses/entropy": ', "self.critic = mlp(1, 1.0)", "def logits", "metrics["):
-        assert name in source

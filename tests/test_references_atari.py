@@ -1,5 +1,7 @@
 """The Atari scripts against independent references: gymnasium's preprocessing, Stable-Baselines3 and plain torch."""
 
+from contextlib import closing
+
 import ale_py
 import gymnasium as gym
 import numpy as np
@@ -26,7 +28,7 @@ def reference_env(game: str) -> gym.Env:
 @pytest.mark.parametrize("game", ["Breakout", "MsPacman", "VideoPinball"])
 def test_whole_game_equals_gymnasiums_preprocessing(game):
     """Frames, lost lives, game over and the score over all lives, on the same actions."""
-    games = sppo_atari.Games(sppo_atari.Args(env_id=game), 1, noop_max=0, use_fire_reset=False)
+    games = sppo_atari.Envs(sppo_atari.Args(env_id=game), 1, noop_max=0, use_fire_reset=False)
     reference = reference_env(game)
     obs, (expected, info) = games.reset([3]), reference.reset(seed=3)
     rng, lives, score, expected_score, lost_lives = np.random.default_rng(0), info["lives"], 0, 0, 0
@@ -57,7 +59,7 @@ def test_an_extra_life_is_no_new_game_and_a_reset_is_one():
             info = {"episode_frame_number": np.array([frames]), "frame_number": np.array([total])}
             return None, np.zeros(1), np.array([lives < 3]), np.zeros(1, bool), info | {"lives": np.array([lives])}
 
-    games = sppo_atari.Games(sppo_atari.Args(), 1)
+    games = sppo_atari.Envs(sppo_atari.Args(), 1)
     games.reset([1])
     games.envs, games.game_start = Emulator(), np.array([0])
     # An extra life, a lost one; game over; and again after 8 frames, fewer than the next game's no-ops.
@@ -66,7 +68,7 @@ def test_an_extra_life_is_no_new_game_and_a_reset_is_one():
 
 
 def test_the_frame_limit_truncates_and_ends_the_game():
-    games = sppo_atari.Games(sppo_atari.Args(), 1, max_num_frames_per_episode=100, noop_max=0)
+    games = sppo_atari.Envs(sppo_atari.Args(), 1, max_num_frames_per_episode=100, noop_max=0)
     games.reset([1])
     for _ in range(40):
         _, _, terminated, truncated, game_over, infos = games.step(np.array([0]))
@@ -88,20 +90,33 @@ def test_flip_noise_is_a_binary_symmetric_channel():
 
 
 @both
-def test_optimizer_is_that_of_the_published_runs(script):
-    learner = script.Learner(script.Args(cuda=False), 4)
-    twins = [nn.Parameter(p.detach().clone()) for p in learner.agent.parameters()]
+def test_optimizer_is_that_of_the_published_runs(script, tmp_path, monkeypatch):
+    """The optimizer as train() makes it, before its first step."""
+
+    class Made(Exception):
+        pass
+
+    def stop(args, parts):
+        raise Made(parts)
+
+    monkeypatch.setattr(script, "load_checkpoint", stop)
+    args = script.Args(num_envs=1, num_threads=1, cuda=False, run_dir=str(tmp_path))
+    with closing(script.Envs(args, 1)) as envs, pytest.raises(Made) as made:
+        script.train(args, envs)
+    (parts,) = made.value.args
+    agent, optimizer = parts["agent"], parts["optimizer"]
+    twins = [nn.Parameter(p.detach().clone()) for p in agent.parameters()]
     if script is sppo_atari:
         reference = torch.optim.Adam(twins, 2.5e-4, eps=1e-5)
     else:
         reference = RMSpropTFLike(twins, 7e-4, alpha=0.99, eps=1e-5)
     for _ in range(3):
-        for p, twin in zip(learner.agent.parameters(), twins):
+        for p, twin in zip(agent.parameters(), twins):
             p.grad = 1e-5 * torch.randn_like(p)  # as small as eps, so that eps matters
             twin.grad = p.grad.clone()
-        learner.optimizer.step()
+        optimizer.step()
         reference.step()
-    for p, twin in zip(learner.agent.parameters(), twins):
+    for p, twin in zip(agent.parameters(), twins):
         torch.testing.assert_close(p, twin, atol=1e-6, rtol=1e-5)
 
 
@@ -141,19 +156,20 @@ def test_network_and_gradient_step_equal_plain_torch(script, beta, norm_adv, max
         assert 0 < active.sum() < 32
         policy_loss = (alpha * L_ppo + beta * -used * Z * (1 - pi) / pi_old * active)[chosen > 0].sum() / 32
         batch = [obs, actions, chosen, old_logprob, advantages, returns]
-        grads, losses = script.gradients(agent, batch, torch.tensor(0.1), args)
+        losses = script.backward(agent, batch, torch.tensor(0.1), args)
         flips = ((advantages > 0) != (used > 0)).float().mean().item()
         assert losses["losses/sign_flips"].item() == pytest.approx(flips) and (flips > 0) == norm_adv
     else:
         args = script.Args(alpha=alpha, beta=beta, Z=Z, max_grad_norm=max_grad_norm)
         loss = alpha * -advantages * logprob + beta * -advantages * Z * (1 - logprob.exp())
         policy_loss = loss[chosen > 0].sum() / 32
-        grads, _ = script.gradients(agent, [obs, actions, chosen, advantages, returns], args)
+        losses = script.backward(agent, [obs, actions, chosen, advantages, returns], args)
     (policy_loss + args.vf_coef * value_loss - 0.01 * entropy).backward()
     norm = nn.utils.clip_grad_norm_(reference.parameters(), max_grad_norm)
     assert (norm > max_grad_norm) == (max_grad_norm == 0.5)
-    for (name, p), g in zip(reference.named_parameters(), grads):
-        torch.testing.assert_close(g, p.grad, atol=1e-6, rtol=1e-3, msg=lambda m, name=name: f"{name}: {m}")
+    torch.testing.assert_close(losses["losses/grad_norm"], norm, rtol=1e-3, atol=0)
+    for (name, p), ours in zip(reference.named_parameters(), agent.parameters()):
+        torch.testing.assert_close(ours.grad, p.grad, atol=1e-6, rtol=1e-3, msg=lambda m, name=name: f"{name}: {m}")
 
 
 def test_rmsprop_tf_equals_a_hand_computed_case():
