@@ -43,6 +43,7 @@ def main(path: str, function: str, n: str, *flags: str) -> int:
         return original(*args, **kwargs)
 
     setattr(owner, name, pausing)
+    script.LOG_EVERY, script.SAVE_EVERY = 1, 0  # steps, and Atari's seconds between checkpoints: as often as can be
     sys.argv = [path, *flags]
     return script.main()
 
