@@ -41,7 +41,7 @@ def wait_for_the_next_second():
 
 
 def read_checkpoint(run_dir: Path) -> dict:
-    """What checkpoint.pt holds: version, learner and counters."""
+    """What checkpoint.pt holds: the version, the state of every part and the progress."""
     return torch.load(run_dir / "checkpoint.pt", weights_only=True)
 
 

@@ -2,6 +2,7 @@
 
 import csv
 import json
+from contextlib import closing
 from copy import deepcopy
 from types import SimpleNamespace
 
@@ -18,6 +19,7 @@ from stable_baselines3.common.logger import Logger
 from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
 from torch import nn
 from torch.distributions import Categorical
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from benchmark.peers.sb3_baseline import weighted
 
@@ -63,74 +65,108 @@ def is_ppo(script) -> bool:
     return script.__name__.startswith("sppo")
 
 
-def train_recorded(script, monkeypatch, run_dir, **options) -> SimpleNamespace:
-    """Run train() on ClockEnv and return what went through gae(), gradients() and the optimizer."""
+def train_recorded(script, run_dir, env_id="Clock-v0", **options) -> SimpleNamespace:
+    """Run train() and return what went through the policy, the environments, gae(), backward() and the optimizer."""
     if is_ppo(script):
         options = {"num_minibatches": 4, "update_epochs": 2} | options
-    args = script.Args(env_id="Clock-v0", **options)
-    rollout_size = args.num_envs * args.num_steps
-    args.total_timesteps = options.get("total_timesteps", rollout_size)
-    record = SimpleNamespace(rollouts=[], minibatches=[], clip_coefs=[], learning_rates=[])
-    gae, gradients = script.gae, script.gradients
+    options = {"total_timesteps": options["num_envs"] * options["num_steps"]} | options
+    args = script.Args(env_id=env_id, run_dir=str(run_dir), **options)
+    record = SimpleNamespace(rollouts=[], minibatches=[], learning_rates=[])
+    gae, backward, obs_seen, bins_sent = script.gae, script.backward, [], []
 
-    class Learner(script.Learner):
-        def __init__(self, *args):
-            super().__init__(*args)
-            record.learner = self
-            self.optimizer.register_step_pre_hook(
-                lambda optimizer, *_: record.learning_rates.append(optimizer.param_groups[0]["lr"])
-            )
+    class Agent(script.Agent):
+        def __init__(self, generators, *sizes):
+            super().__init__(generators, *sizes)
+            record.agent, record.generators = self, generators
+
+        def logits(self, obs):
+            obs_seen.extend([obs.numpy().copy()] * (obs.shape[1] == args.num_envs))  # in a rollout
+            return super().logits(obs)
+
+    class Normalizer(script.Normalizer):
+        def __init__(self, *sizes):
+            super().__init__(*sizes)
+            record.normalizer = self
 
     def recorded_gae(rewards, values, dones, last_value, *hyperparameters):
-        advantages, returns = gae(rewards, values, dones, last_value, *hyperparameters)
+        inputs = {"rewards": rewards, "values": values, "dones": dones, "last_value": last_value}
+        advantages, returns = gae(*inputs.values(), *hyperparameters)
         rollout = SimpleNamespace(
-            rewards=rewards.copy(),
-            values=values.copy(),
-            dones=dones.copy(),
-            last_value=last_value.copy(),
-            advantages=advantages.copy(),
-            returns=returns.copy(),
+            **deepcopy(inputs | {"advantages": advantages, "agent": record.agent, "actions": ClockEnv.actions}),
+            statistics=deepcopy(record.normalizer.statistics),
             hyperparameters=hyperparameters,
-            agent=deepcopy(record.learner.agent),
-            return_rms=deepcopy(record.learner.normalizer.return_rms),
-            rng=[g.get_state() for g in record.learner.generators],
-            actions=np.stack(ClockEnv.actions[-rewards.size :]),
+            rng=[g.get_state() for g in record.generators],
+            obs=np.array(obs_seen),
+            bins=np.array(bins_sent),
         )
         record.rollouts.append(rollout)
+        for seen in (obs_seen, bins_sent, ClockEnv.actions):
+            seen.clear()
         return advantages, returns
 
-    def recorded_gradients(agent, batch, *rest):
+    def recorded_backward(agent, batch, args):
         record.minibatches.append([x.clone() for x in batch])
-        record.clip_coefs.append(float(rest[0]) if len(rest) == 2 else None)
-        return gradients(agent, batch, *rest)
+        return backward(agent, batch, args)
 
-    with monkeypatch.context() as patch:
-        patch.setattr(script, "Learner", Learner)
-        patch.setattr(script, "gae", recorded_gae)
-        patch.setattr(script, "gradients", recorded_gradients)
+    def note_optimizer(optimizer, *_):
+        record.optimizer = optimizer
+        record.learning_rates.append(optimizer.param_groups[0]["lr"])
+
+    run_dir.mkdir()
+    hook = register_optimizer_step_pre_hook(note_optimizer)
+    with pytest.MonkeyPatch.context() as patch, closing(script.Envs(args, args.num_envs)) as envs:
+        for name, recorded in (("Agent", Agent), ("Normalizer", Normalizer), ("gae", recorded_gae)):
+            patch.setattr(script, name, recorded)
+        patch.setattr(script, "backward", recorded_backward)
         patch.setattr(ClockEnv, "actions", [])
-        script.create_run_dir(args, run_dir)
-        script.train(args, run_dir)
+        step = envs.step
+        envs.step = lambda bins: (bins_sent.append(bins.copy()), step(bins))[1]
+        script.train(args, envs)
+    hook.remove()
     return record
 
 
+@pytest.fixture(scope="module")
+def recorded(tmp_path_factory):
+    """What train() did with a script, once for all tests: rollouts of two agents in three environments each."""
+    done = {}
+
+    def recorded(script, env_id="Clock-v0"):
+        if (script, env_id) not in done:
+            options = {"num_seeds": 2, "num_envs": 3, "num_steps": 120, "gamma": 0.9, "gae_lambda": 0.8}
+            options["total_timesteps"] = 1080 if env_id == "Clock-v0" else 360
+            run_dir = tmp_path_factory.mktemp("recorded") / "run"
+            done[script, env_id] = train_recorded(script, run_dir, env_id, **options)
+        return done[script, env_id]
+
+    return recorded
+
+
+def make_agent(script, obs_dim=3, seeds=(1, 2)):
+    return script.Agent([torch.Generator().manual_seed(seed) for seed in seeds], obs_dim, 2, 11)
+
+
 def random_rollout(rng, T=60, shape=(2, 4)):
-    rewards, values = rng.normal(size=(2, T, *shape)).astype(np.float32)
-    return rewards, values, rng.random((T, *shape)) < 0.15, rng.normal(size=shape).astype(np.float32)
+    """Rewards, values and dones (agents, T, envs) and the last values (agents, envs)."""
+    *agents, envs = shape
+    rewards, values = rng.normal(size=(2, *agents, T, envs)).astype(np.float32)
+    return rewards, values, rng.random(rewards.shape) < 0.15, rng.normal(size=shape).astype(np.float32)
 
 
 @one_script
 @pytest.mark.parametrize(("gamma", "gae_lambda"), [(0.99, 0.95), (0.9, 1.0), (0.5, 0.0), (1.0, 1.0)])
 def test_gae_equals_stable_baselines3(script, gamma, gae_lambda):
-    rewards, values, dones, last_value = random_rollout(np.random.default_rng(0))
-    T, num_envs = len(rewards), last_value.size
-    buffer = RolloutBuffer(T, Box(-1, 1, (3,)), Box(-1, 1, (2,)), gamma=gamma, gae_lambda=gae_lambda, n_envs=num_envs)
-    buffer.rewards, buffer.values = rewards.reshape(T, num_envs), values.reshape(T, num_envs)
-    buffer.episode_starts[1:] = dones.reshape(T, num_envs)[:-1]  # step t starts an episode if t - 1 ended one
-    buffer.compute_returns_and_advantage(torch.tensor(last_value), dones[-1].flatten())
-    advantages, returns = script.gae(rewards, values, dones, last_value, gamma, gae_lambda)
-    np.testing.assert_allclose(advantages.reshape(T, num_envs), buffer.advantages, rtol=1e-5, atol=1e-5)
-    np.testing.assert_allclose(returns.reshape(T, num_envs), buffer.returns, rtol=1e-5, atol=1e-5)
+    rollout = rewards, values, dones, last_value = random_rollout(np.random.default_rng(0))
+    advantages, returns = script.gae(*rollout, gamma, gae_lambda)
+    _, T, E = rewards.shape
+    buffer = RolloutBuffer(T, Box(-1, 1, (3,)), Box(-1, 1, (2,)), gamma=gamma, gae_lambda=gae_lambda, n_envs=E)
+    for i in range(2):
+        buffer.reset()
+        buffer.rewards, buffer.values = rewards[i], values[i]
+        buffer.episode_starts[1:] = dones[i, :-1]  # step t starts an episode if t - 1 ended one
+        buffer.compute_returns_and_advantage(torch.tensor(last_value[i]), dones[i, -1])
+        np.testing.assert_allclose(advantages[i], buffer.advantages, rtol=1e-5, atol=1e-5)
+        np.testing.assert_allclose(returns[i], buffer.returns, rtol=1e-5, atol=1e-5)
 
 
 @one_script
@@ -151,56 +187,8 @@ def test_gae_is_the_discounted_sum_of_td_errors_up_to_the_end_of_the_episode(scr
 
 
 @one_script
-@pytest.mark.parametrize("env_id", ["InvertedDoublePendulum-v4", "LunarLanderContinuous-v3"])
-def test_normalizer_equals_vec_normalize_in_a_real_environment(script, env_id):
-    E, steps, rng = 3, 300, np.random.default_rng(0)
-    envs = script.make_envs(env_id, E)
-    venv = VecNormalize(DummyVecEnv([lambda: gym.make(env_id)] * E), gamma=0.95)
-    normalizer = script.Normalizer(1, E, envs.single_observation_space.shape[0], 0.95)
-    venv.seed(7)
-    expected_obs = venv.reset()
-    raw_obs, _ = envs.reset(seed=[7, 8, 9])
-    np.testing.assert_allclose(normalizer.obs(raw_obs[None])[0], expected_obs, rtol=1e-6, atol=1e-6)
-    episodes = 0
-    for _ in range(steps):
-        actions = rng.uniform(-1, 1, envs.action_space.shape).astype(np.float32)
-        expected_obs, expected_reward, expected_done, expected_infos = venv.step(actions)
-        raw_obs, raw_reward, terminated, truncated, infos = envs.step(actions)
-        done = terminated | truncated
-        np.testing.assert_array_equal(done, expected_done)
-        obs, reward = normalizer.obs(raw_obs[None])[0], normalizer.reward(raw_reward[None], done[None])[0]
-        assert obs.dtype == np.float32
-        np.testing.assert_allclose(obs, expected_obs, rtol=1e-6, atol=1e-6)
-        np.testing.assert_allclose(reward, expected_reward, rtol=1e-6, atol=1e-6)
-        for e in np.flatnonzero(done):
-            final_obs = normalizer.obs(infos["final_obs"][e][None, None], update=False)[0, 0]
-            expected = expected_infos[e]["terminal_observation"]
-            np.testing.assert_allclose(final_obs, expected, rtol=1e-6, atol=1e-6)
-            episodes += 1
-    assert episodes >= 3
-    for rms, expected in ((normalizer.obs_rms, venv.obs_rms), (normalizer.return_rms, venv.ret_rms)):
-        np.testing.assert_allclose(rms.mean[0], expected.mean, rtol=1e-6, atol=1e-6)
-        np.testing.assert_allclose(rms.var[0], expected.var, rtol=1e-6)
-        np.testing.assert_allclose(rms.count.item(), expected.count)
-    np.testing.assert_allclose(normalizer.returns[0], venv.returns, rtol=1e-6, atol=1e-6)
-    envs.close()
-    venv.close()
-
-
-@one_script
-def test_running_mean_and_std_are_those_of_all_data_seen_by_each_agent(script):
-    data = np.random.default_rng(0).normal(3, 2, (2, 500, 4)) * [[[1.0]], [[10.0]]]
-    rms = script.RunningMeanStd(2, 4)
-    for start in range(0, 500, 25):
-        rms.update(data[:, start : start + 25])
-    np.testing.assert_allclose(rms.mean, data.mean(1), rtol=1e-5)
-    np.testing.assert_allclose(rms.var, data.var(1), rtol=1e-5)
-
-
-@one_script
 def test_networks_start_orthogonal_with_their_gains_and_zero_biases(script):
-    agent = script.Learner(script.Args(), [1, 2], 5, 2).agent
-    state = agent.state_dict()
+    state = make_agent(script, obs_dim=5).state_dict()
     assert sorted(state) == sorted(
         f"{net}.{i}.{p}" for net in ("actor", "critic") for i in (0, 2, 4) for p in ("weight", "bias")
     )
@@ -238,10 +226,11 @@ def test_bins_are_evenly_spaced_from_low_to_high_inclusive_in_each_dimension(scr
 def test_sampled_actions_have_the_frequencies_of_the_joint_policy(script, monkeypatch, tmp_path):
     logits = torch.tensor([[0.0, 1.0, -1.0, 0.5], [1.5, 0.0, 0.0, -0.5]])  # (action_dim, num_bins)
     monkeypatch.setattr(script.Agent, "logits", lambda self, obs: 0 * self.actor(obs).unflatten(-1, (2, 4)) + logits)
-    record = train_recorded(script, monkeypatch, tmp_path / "run", num_bins=4, num_envs=2, num_steps=2000)
+    record = train_recorded(script, tmp_path / "run", num_bins=4, num_envs=2, num_steps=2000)
     bins = np.linspace([-1, -2], [1, 3], 4)
-    indices = np.abs(record.rollouts[0].actions[:, None] - bins).argmin(1)
-    np.testing.assert_allclose(bins[indices, [0, 1]], record.rollouts[0].actions, atol=1e-6)
+    actions = np.array(record.rollouts[0].actions)
+    indices = np.abs(actions[:, None] - bins).argmin(1)
+    np.testing.assert_allclose(bins[indices, [0, 1]], actions, atol=1e-6)
     observed = np.zeros((4, 4))
     np.add.at(observed, (indices[:, 0], indices[:, 1]), 1)
     probs = logits.softmax(-1).numpy()
@@ -249,22 +238,30 @@ def test_sampled_actions_have_the_frequencies_of_the_joint_policy(script, monkey
     assert ((observed - expected) ** 2 / expected).sum() < 37.7  # 0.999 quantile of chi-square with 15 degrees
 
 
-@for_each_script
-def test_environment_receives_the_bins_that_the_update_learns_from(script, monkeypatch, tmp_path):
-    options = {"num_minibatches": 1, "update_epochs": 1} if is_ppo(script) else {}
-    record = train_recorded(script, monkeypatch, tmp_path / "run", num_envs=3, num_steps=40, **options)
-    bins = script.action_bins(ClockEnv.action_space, 11)
-    learned = bins[record.minibatches[0][1][0].numpy(), [0, 1]]
-    received = record.rollouts[0].actions
-    np.testing.assert_array_equal(learned[np.lexsort(learned.T)], received[np.lexsort(received.T)])
+def epochs(script, record):
+    """The minibatches of the first rollout's epochs, put together again: [[observations, actions, ...]]"""
+    size, count = (4, 2) if is_ppo(script) else (1, 1)
+    assert len(record.minibatches) == 3 * size * count
+    parts = [record.minibatches[i * size : (i + 1) * size] for i in range(count)]
+    return [[torch.cat(x, dim=1) for x in zip(*minibatches)] for minibatches in parts]
 
 
 @for_each_script
-def test_rollout_is_that_of_vec_normalize_and_only_truncated_episodes_bootstrap(script, monkeypatch, tmp_path):
+def test_environment_receives_the_bins_that_the_update_learns_from(script, recorded):
+    record = recorded(script)
+    bins = np.linspace([-1, -2], [1, 3], 11).astype(np.float32)
+    received = np.reshape(record.rollouts[0].actions, (120, 2, 3, 2))
+    for _, actions, *_ in epochs(script, record):
+        for i in range(2):
+            learned, expected = bins[actions[i].numpy(), [0, 1]], received[:, i].reshape(-1, 2)
+            np.testing.assert_allclose(learned[np.lexsort(learned.T)], expected[np.lexsort(expected.T)], atol=1e-6)
+
+
+@for_each_script
+@pytest.mark.parametrize("env_id", ["Clock-v0", "InvertedDoublePendulum-v4", "LunarLanderContinuous-v3"])
+def test_rollout_is_that_of_vec_normalize_and_only_truncated_episodes_bootstrap(script, recorded, env_id):
     N, E, T, gamma = 2, 3, 120, 0.9
-    monkeypatch.setattr(script, "env_seeds", lambda seeds, num_envs, *stream: list(range(len(seeds) * num_envs)))
-    options = {"num_seeds": N, "num_envs": E, "num_steps": T, "gamma": gamma, "gae_lambda": 0.8}
-    rollout = train_recorded(script, monkeypatch, tmp_path / "run", **options).rollouts[0]
+    rollout = recorded(script, env_id).rollouts[0]
     assert rollout.hyperparameters == (gamma, 0.8)
     ends = {"truncated": 0, "terminated": 0, "both": 0}
     for i in range(N):
@@ -273,37 +270,46 @@ def test_rollout_is_that_of_vec_normalize_and_only_truncated_episodes_bootstrap(
             with torch.no_grad():
                 return rollout.agent.value(torch.tensor(obs).expand(N, -1, -1))[i].numpy()
 
-        venv = VecNormalize(DummyVecEnv([ClockEnv] * E), gamma=gamma)
-        venv.seed(i * E)
+        envs = DummyVecEnv([lambda: gym.make(env_id)] * E)
+        # The seeds of an agent's environments are a stream of its own of numpy's SeedSequence.
+        envs._seeds = np.random.SeedSequence([1 + i, script.TRAINING, 0]).generate_state(E).tolist()
+        venv = VecNormalize(envs, gamma=gamma)
+        bins = np.linspace(venv.action_space.low, venv.action_space.high, 11, dtype=np.float32)
         obs = venv.reset()
         for t in range(T):
-            np.testing.assert_allclose(rollout.values[t, i], value(obs), rtol=1e-5, atol=1e-5)
-            obs, rewards, dones, infos = venv.step(np.zeros((E, 2)))
-            np.testing.assert_array_equal(rollout.dones[t, i], dones)
+            assert rollout.obs.dtype == np.float32
+            np.testing.assert_allclose(rollout.obs[t, i], obs, rtol=1e-6, atol=1e-6)
+            np.testing.assert_allclose(rollout.values[i, t], value(obs), rtol=1e-5, atol=1e-5)
+            obs, rewards, dones, infos = venv.step(bins[rollout.bins[t, i], range(bins.shape[1])])
+            np.testing.assert_array_equal(rollout.dones[i, t], dones)
             for e, info in enumerate(infos):
                 if info["TimeLimit.truncated"]:  # never set where the episode terminated in the same step
                     rewards[e] += gamma * value(info["terminal_observation"][None]).item()
                     ends["truncated"] += 1
                 elif dones[e]:
-                    ends["both" if info["cut_off"] else "terminated"] += 1
-            np.testing.assert_allclose(rollout.rewards[t, i], rewards, rtol=1e-5, atol=1e-5)
+                    ends["both" if info.get("cut_off") else "terminated"] += 1
+            np.testing.assert_allclose(rollout.rewards[i, t], rewards, rtol=1e-5, atol=1e-5)
         np.testing.assert_allclose(rollout.last_value[i], value(obs), rtol=1e-5, atol=1e-5)
-    assert min(ends.values()) > 5
+        for name, expected in (("obs", venv.obs_rms), ("return", venv.ret_rms)):
+            mean, var, count = (rollout.statistics[f"{name}_{key}"] for key in ("mean", "var", "count"))
+            np.testing.assert_allclose(mean[i].squeeze(), expected.mean, rtol=1e-6, atol=1e-6)
+            np.testing.assert_allclose(var[i].squeeze(), expected.var, rtol=1e-6)
+            np.testing.assert_allclose(count, expected.count)
+        venv.close()
+    assert min(ends.values()) > 5 if env_id == "Clock-v0" else ends["terminated"] >= 3
 
 
 @for_each_script
-def test_reward_noise_comes_after_normalization_and_clipping_and_touches_nothing_else(script, monkeypatch, tmp_path):
+def test_reward_noise_comes_after_normalization_and_clipping_and_touches_nothing_else(script, tmp_path):
     options, global_rng = {"num_envs": 8, "num_steps": 400}, torch.get_rng_state()
-    clean, noisy = (
-        train_recorded(script, monkeypatch, tmp_path / str(std), reward_noise_std=std, **options) for std in (0.0, 0.05)
-    )
+    clean, noisy = (train_recorded(script, tmp_path / str(std), reward_noise_std=std, **options) for std in (0.0, 0.05))
     a, b = clean.rollouts[0], noisy.rollouts[0]
     np.testing.assert_array_equal(a.actions, b.actions)
     np.testing.assert_array_equal(a.dones, b.dones)
     np.testing.assert_array_equal(a.values, b.values)
-    assert vars(a.return_rms).keys() == {"mean", "var", "count"}
-    for name, statistic in vars(a.return_rms).items():
-        np.testing.assert_array_equal(statistic, getattr(b.return_rms, name))
+    assert len(a.statistics) == 6
+    for name, statistic in a.statistics.items():
+        np.testing.assert_array_equal(statistic, b.statistics[name], err_msg=name)
 
     noise = (b.rewards - a.rewards) / 0.05  # 3200 samples
     assert abs(noise.mean()) < 3 / noise.size**0.5
@@ -312,7 +318,7 @@ def test_reward_noise_comes_after_normalization_and_clipping_and_touches_nothing
     for z, probability in ((0.5, 0.3829), (1, 0.6827), (2, 0.9545)):
         assert (np.abs(noise) < z).mean() == pytest.approx(probability, abs=0.03)
     clipped = a.rewards == 10  # the spikes of step 299
-    assert clipped[299].sum() >= 4
+    assert clipped[0, 299].sum() >= 4
     assert (b.rewards[clipped] != 10).all()
     assert b.rewards[clipped].max() > 10
 
@@ -329,25 +335,20 @@ def test_reward_noise_comes_after_normalization_and_clipping_and_touches_nothing
 
 
 @for_each_script
-def test_every_epoch_has_each_sample_once_with_its_own_advantage_and_rollout_logprob(script, monkeypatch, tmp_path):
-    record = train_recorded(script, monkeypatch, tmp_path / "run", num_seeds=2, num_envs=2, num_steps=32)
-    epochs = 2 if is_ppo(script) else 1
-    assert len(record.minibatches) == (4 * epochs if epochs > 1 else 1)
-    agent = record.rollouts[0].agent
-    orders = []
-    for epoch in np.array_split(np.arange(len(record.minibatches)), epochs):
-        minibatches = [record.minibatches[k] for k in epoch]
-        obs, actions, *old_logprob, advantages, returns = (torch.cat(x, dim=1) for x in zip(*minibatches))
+def test_every_epoch_has_each_sample_once_with_its_own_advantage_and_rollout_logprob(script, recorded):
+    record = recorded(script)
+    agent, orders = record.rollouts[0].agent, []
+    for obs, actions, *old_logprob, advantages, returns in epochs(script, record):
         with torch.no_grad():
             torch.testing.assert_close(returns - advantages, agent.value(obs), rtol=1e-4, atol=1e-5)
             if old_logprob:
                 expected, _ = script.logprob_and_entropy(agent.logits(obs), actions)
                 torch.testing.assert_close(old_logprob[0], expected)
         for i in range(2):
-            expected = np.sort(record.rollouts[0].advantages[:, i].flatten())
+            expected = np.sort(record.rollouts[0].advantages[i].flatten())
             np.testing.assert_array_equal(np.sort(advantages[i].numpy()), expected)
         orders.append(advantages)
-    assert epochs == 1 or not torch.equal(*orders)
+    assert len(orders) == 1 or not torch.equal(*orders)
 
 
 def sppo_loss(dist, actions, old_logprob, advantages, args):
@@ -402,68 +403,64 @@ class Reference:
         return norm.item()
 
 
-def random_batch(script, learner, g: torch.Generator, n: int, dtype=torch.float64) -> list[torch.Tensor]:
-    """A batch per agent; old log-probabilities are such that some ratios leave the clip range."""
-    N = len(learner.generators)
+def random_batch(script, agent, g: torch.Generator, dtype=torch.float64) -> list[torch.Tensor]:
+    """64 samples per agent; old log-probabilities are such that some ratios leave the clip range."""
+    N, n = len(agent.actor[0].weight), 64
     obs = torch.randn(N, n, 3, generator=g, dtype=dtype)
     actions = torch.randint(11, (N, n, 2), generator=g)
     advantages, returns = 1 + 3 * torch.randn(2, N, n, generator=g, dtype=dtype)
     if not is_ppo(script):
         return [obs, actions, advantages, returns]
     with torch.no_grad():
-        logprob, _ = script.logprob_and_entropy(learner.agent.logits(obs), actions)
+        logprob, _ = script.logprob_and_entropy(agent.logits(obs), actions)
     return [obs, actions, logprob + 0.2 * torch.randn(N, n, generator=g, dtype=dtype), advantages, returns]
 
 
-def update(script, learner, batch, args) -> dict[str, torch.Tensor]:
-    clip_coef = [torch.tensor(args.clip_coef, dtype=torch.float64)] if is_ppo(script) else []
-    grads, losses = script.gradients(learner.agent, batch, *clip_coef, args)
-    for p, g in zip(learner.agent.parameters(), grads):
-        p.grad = g
-    learner.optimizer.step()
-    return losses
+def like_recorded(record, agent) -> torch.optim.Optimizer:
+    """An optimizer for the agent as train() has made one."""
+    settings = {name: x for name, x in record.optimizer.param_groups[0].items() if name != "params"}
+    return type(record.optimizer)(agent.parameters(), **settings)
 
 
 @for_each_script
 @pytest.mark.parametrize("ent_coef", [0.0, 0.01])
 @pytest.mark.parametrize(("alpha", "beta"), [(0.5, 20.0), (1.0, 0.0)], ids=["symmetric", "plain"])
 @pytest.mark.parametrize("max_grad_norm", [0.5, 1000.0], ids=["clipped", "unclipped"])
-def test_updates_equal_those_of_plain_torch(script, max_grad_norm, alpha, beta, ent_coef):
+def test_updates_equal_those_of_plain_torch(script, recorded, max_grad_norm, alpha, beta, ent_coef):
     args = script.Args(alpha=alpha, beta=beta, ent_coef=ent_coef, max_grad_norm=max_grad_norm)
-    learner = script.Learner(args, [1, 2], 3, 2)
-    learner.agent.double()
-    references = [Reference(script, learner.agent, i) for i in range(2)]
+    agent = make_agent(script).double()
+    optimizer = like_recorded(recorded(script), agent)
+    references = [Reference(script, agent, i) for i in range(2)]
     g = torch.Generator().manual_seed(0)
     for _ in range(8):
-        batch = random_batch(script, learner, g, 64)
-        losses = update(script, learner, batch, args)
+        batch = random_batch(script, agent, g)
+        losses = script.backward(agent, batch, args)
+        optimizer.step()
         for i, reference in enumerate(references):
             norm = reference.update([x[i] for x in batch], args)
             assert losses["losses/grad_norm"][i].item() == pytest.approx(norm)
             assert (norm > max_grad_norm) == (max_grad_norm == 0.5)
-            torch.testing.assert_close(parameters(learner.agent, i), reference.params, rtol=1e-8, atol=1e-10)
+            torch.testing.assert_close(parameters(agent, i), reference.params, rtol=1e-8, atol=1e-10)
 
 
 @ppo_scripts
 def test_norm_adv_off_leaves_advantages_alone(script):
-    learner = script.Learner(script.Args(), [1], 3, 2)
-    learner.agent.double()
-    batch = random_batch(script, learner, torch.Generator().manual_seed(0), 64)
+    agent = make_agent(script).double()
+    batch = random_batch(script, agent, torch.Generator().manual_seed(0))
     obs, actions, old_logprob, advantages, _ = batch
-    _, losses = script.gradients(learner.agent, batch, 0.2, script.Args(norm_adv=False))
-    logprob, _ = script.logprob_and_entropy(learner.agent.logits(obs), actions)
+    losses = script.backward(agent, batch, script.Args(norm_adv=False))
+    logprob, _ = script.logprob_and_entropy(agent.logits(obs), actions)
     expected = script.symmetric_ppo_loss(logprob, old_logprob, advantages, 0.2, 0.5, 20.0, -1.0)
     torch.testing.assert_close(losses["losses/policy_loss"], expected.detach())
 
 
 @ppo_scripts
 def test_logged_kl_clip_fraction_and_sign_flips_are_those_of_the_batch(script):
-    learner = script.Learner(script.Args(), [1], 3, 2)
-    learner.agent.double()
-    batch = random_batch(script, learner, torch.Generator().manual_seed(0), 64)
+    agent = make_agent(script, seeds=[1]).double()
+    batch = random_batch(script, agent, torch.Generator().manual_seed(0))
     obs, actions, old_logprob, advantages, _ = (x[0] for x in batch)
-    _, losses = script.gradients(learner.agent, batch, torch.tensor(0.2, dtype=torch.float64), script.Args())
-    log_ratio = Categorical(logits=learner.agent.logits(obs[None])[0]).log_prob(actions).sum(-1) - old_logprob
+    losses = script.backward(agent, batch, script.Args())
+    log_ratio = Categorical(logits=agent.logits(obs[None])[0]).log_prob(actions).sum(-1) - old_logprob
     ratio = log_ratio.exp()
     flips = ((advantages > 0) & (advantages < advantages.mean())).float().mean()
     flips += ((advantages < 0) & (advantages > advantages.mean())).float().mean()
@@ -474,36 +471,38 @@ def test_logged_kl_clip_fraction_and_sign_flips_are_those_of_the_batch(script):
 
 @for_each_script
 @pytest.mark.parametrize("ent_coef", [0.0, 0.01])
-def test_plain_updates_equal_those_of_stable_baselines3(script, ent_coef):
+def test_plain_updates_equal_those_of_stable_baselines3(script, recorded, ent_coef):
     args = script.Args(alpha=1.0, beta=0.0, ent_coef=ent_coef)
     if is_ppo(script):
         model = PPO("MlpPolicy", MultiDiscreteEnv(), n_steps=64, batch_size=64, n_epochs=1, ent_coef=ent_coef)
     else:
         model = A2C("MlpPolicy", MultiDiscreteEnv(), n_steps=64, ent_coef=ent_coef)
-    compare_updates(script, args, model)
+    compare_updates(script, args, model, recorded(script))
 
 
 @ppo_scripts
 @pytest.mark.parametrize(("alpha", "beta"), [(0.5, 20.0), (0.5, 0.2), (1.0, 0.0)])
-def test_symmetric_updates_equal_those_of_stable_baselines3_with_another_weight(script, alpha, beta):
+def test_symmetric_updates_equal_those_of_stable_baselines3_with_another_weight(script, recorded, alpha, beta):
     model = PPO("MlpPolicy", MultiDiscreteEnv(), n_steps=64, batch_size=64, n_epochs=1, **weighted(alpha + beta))
-    compare_updates(script, script.Args(alpha=alpha, beta=beta), model)
+    compare_updates(script, script.Args(alpha=alpha, beta=beta), model, recorded(script))
 
 
-def compare_updates(script, args, model):
+def compare_updates(script, args, model, record):
     """Four updates of the script and of model.train(), which have the same parameters and data."""
-    learner, n = script.Learner(script.Args(), [1], 3, 2), 64
+    agent = make_agent(script, seeds=[1])
+    optimizer = like_recorded(record, agent)
     policy, extractor = model.policy, model.policy.mlp_extractor
     actor = [extractor.policy_net[0], extractor.policy_net[2], policy.action_net]
     critic = [extractor.value_net[0], extractor.value_net[2], policy.value_net]
     params = [p for linear in (*actor, *critic) for p in (linear.weight, linear.bias)]
-    for p, value in zip(params, parameters(learner.agent, 0)):
+    for p, value in zip(params, parameters(agent, 0)):
         p.data.copy_(value)
     model.set_logger(Logger(None, []))
     g = torch.Generator().manual_seed(0)
     for _ in range(4):
-        batch = random_batch(script, learner, g, n, torch.float32)
-        update(script, learner, batch, args)
+        batch = random_batch(script, agent, g, torch.float32)
+        script.backward(agent, batch, args)
+        optimizer.step()
         obs, actions, *old_logprob, advantages, returns = (x.transpose(0, 1).numpy() for x in batch)
         buffer = model.rollout_buffer
         buffer.reset()
@@ -513,7 +512,7 @@ def compare_updates(script, args, model):
             buffer.log_probs = old_logprob[0]
         buffer.full = True
         model.train()
-        torch.testing.assert_close(parameters(learner.agent, 0), params, rtol=1e-4, atol=2e-6)
+        torch.testing.assert_close(parameters(agent, 0), params, rtol=1e-4, atol=2e-6)
 
 
 @for_each_script
@@ -522,23 +521,16 @@ def compare_updates(script, args, model):
     [(128, [0.75, 0.5, 0.25, 0]), (112, [1 - 32 / 112, 1 - 64 / 112, 1 - 96 / 112, 0])],
     ids=["whole rollouts", "rounded up"],
 )
-def test_schedules_start_below_the_start_value_and_end_at_zero(
-    script, monkeypatch, tmp_path, total_timesteps, remaining
-):
-    options = {"anneal_clip": True} if is_ppo(script) else {}
-    options |= {"anneal_lr": True, "num_envs": 2, "num_steps": 16, "total_timesteps": total_timesteps}
-    record = train_recorded(script, monkeypatch, tmp_path / "run", **options)
-    remaining = np.repeat(remaining, len(record.learning_rates) // 4)
-    np.testing.assert_allclose(record.learning_rates, script.Args().learning_rate * remaining, atol=1e-12)
-    if "anneal_clip" in options:
-        np.testing.assert_allclose(record.clip_coefs, script.Args().clip_coef * remaining, atol=1e-7)
+def test_learning_rate_starts_below_its_start_value_and_ends_at_zero(script, tmp_path, total_timesteps, remaining):
+    options = {"anneal_lr": True, "num_envs": 2, "num_steps": 16, "total_timesteps": total_timesteps}
+    learning_rates = train_recorded(script, tmp_path / "run", **options).learning_rates
+    remaining = np.repeat(remaining, len(learning_rates) // 4)
+    np.testing.assert_allclose(learning_rates, script.Args().learning_rate * remaining, atol=1e-12)
 
 
 @for_each_script
-def test_schedules_are_constant_by_default(script, monkeypatch, tmp_path):
-    record = train_recorded(script, monkeypatch, tmp_path / "run", num_envs=2, num_steps=16, total_timesteps=96)
-    assert set(record.learning_rates) == {script.Args().learning_rate}
-    assert len(set(record.clip_coefs)) == 1
+def test_learning_rate_is_constant_by_default(script, recorded):
+    assert set(recorded(script).learning_rates) == {script.Args().learning_rate}
 
 
 @ppo_scripts
@@ -546,13 +538,15 @@ def test_symmetric_update_equals_that_of_ppo_with_the_policy_loss_times_alpha_mi
     script, monkeypatch, tmp_path
 ):
     """The identity at the defaults, on a real environment: 320 gradient steps with (0.5, 20) and with (20.5, 0)."""
-    monkeypatch.setattr(script, "evaluate", lambda learner, args, run_dir: np.zeros((1, 10)))
+    monkeypatch.setattr(script, "evaluate", lambda *_: np.zeros((1, 10)))
 
     def trained(alpha: float, beta: float) -> torch.Tensor:
-        args = script.Args(env_id="InvertedDoublePendulum-v4", total_timesteps=2048, alpha=alpha, beta=beta)
         run_dir = tmp_path / f"{alpha} {beta}"
-        script.create_run_dir(args, run_dir)
-        script.train(args, run_dir)
+        run_dir.mkdir()
+        args = script.Args(env_id="InvertedDoublePendulum-v4", total_timesteps=2048, alpha=alpha, beta=beta)
+        args.run_dir = str(run_dir)
+        with closing(script.Envs(args, 1)) as envs:
+            script.train(args, envs)
         model = load_file(run_dir / "model.safetensors")
         return torch.cat([model[name].flatten() for name in sorted(model)])
 
@@ -564,9 +558,11 @@ def test_symmetric_update_equals_that_of_ppo_with_the_policy_loss_times_alpha_mi
 class ReusingEnv(ClockEnv):
     """Writes every observation into one array: -1 after a reset, else the number of steps."""
 
+    def __init__(self, render_mode=None):
+        self.obs = np.zeros(3, np.float32)
+
     def reset(self, *, seed=None, options=None):
-        super().reset(seed=seed)
-        self.obs = np.full(3, -1.0, np.float32)
+        self.t, self.obs[:] = 0, -1
         return self.obs, {}
 
     def step(self, action):
@@ -574,17 +570,15 @@ class ReusingEnv(ClockEnv):
         self.obs[:] = self.t
         return self.obs, 0.0, False, self.t == 5, {}
 
-    def reset_in_place(self):
-        self.t, self.obs[:] = 0, -1
-        return self.obs, {}
+
+gym.register("Reusing-v0", ReusingEnv)
 
 
 @one_script
 def test_reset_does_not_overwrite_the_final_observation(script):
-    envs = script.Envs([ReusingEnv])
-    envs.reset(seed=[1])
-    envs.envs[0].reset = envs.envs[0].reset_in_place
-    for t in range(1, 6):
-        obs, _, _, truncated, infos = envs.step(np.zeros((1, 2)))
-        assert infos["final_obs"].tolist() == [[t] * 3]
-        assert obs.tolist() == [[t if t < 5 else -1] * 3] and truncated.tolist() == [t == 5]
+    with closing(script.Envs(script.Args(env_id="Reusing-v0"), 1)) as envs:
+        envs.reset(range(1, 2), 0)
+        for t in range(1, 6):
+            obs, _, _, truncated, final_obs = envs.step(np.zeros((1, 1, 2), int))
+            assert final_obs.tolist() == [[[t] * 3]]
+            assert obs.tolist() == [[[t if t < 5 else -1] * 3]] and truncated.tolist() == [[t == 5]]
