@@ -161,8 +161,8 @@ minibatches: one order for all agents | sppo_continuous_discretized | seeds
 
 # The rollout
 bootstrap: dropped at a time limit | sppo_continuous_discretized | references
-- reward_buf[:, t][time_limit] += args
-+ reward_buf[:, t][time_limit] += 0 * args
+- bootstrap[:, t][time_limit] = args
++ bootstrap[:, t][time_limit] = 0 * args
 
 bootstrap: of terminated episodes too | sa2c_continuous_discretized | references
 - time_limit = truncated & ~terminated
@@ -201,8 +201,8 @@ GAE: lambda and gamma swapped | sppo_atari | atari -k epoch
 + gae(reward_buf, values, done_buf, last_value, args.gae_lambda, args.gamma)
 
 GAE: lambda of no effect | sa2c_continuous_discretized | references
-- gae(reward_buf, values, done_buf, last_value, args.gamma, args.gae_lambda)
-+ gae(reward_buf, values, done_buf, last_value, args.gamma, 1.0)
+- gae(rewards, values, done_buf, last_value, args.gamma, args.gae_lambda)
++ gae(rewards, values, done_buf, last_value, args.gamma, 1.0)
 
 observations: counted in after their normalization | sppo_continuous_discretized | references
 -             normalizer.count("obs", raw_obs)
@@ -219,24 +219,24 @@ observations: not clipped | sppo_continuous_discretized | references
 + ((obs - mean) / std)
 
 rewards: their mean subtracted | sppo_continuous_discretized | references
-- return (reward / np.sqrt
-+ return ((reward - self.statistics["return_mean"]) / np.sqrt
+- return (rewards / np.sqrt
++ return ((rewards - self.statistics["return_mean"]) / np.sqrt
 
 rewards: returns run over the end of an episode | sppo_continuous_discretized | references
-- self.returns[done] = 0
+- self.returns[dones[:, t]] = 0
 + pass
 
 rewards: not clipped | sppo_continuous_discretized | references
-- np.sqrt(self.statistics["return_var"] + 1e-8)).clip(-10, 10)
-+ np.sqrt(self.statistics["return_var"] + 1e-8))
+- np.sqrt(var + 1e-8)).clip(-10, 10)
++ np.sqrt(var + 1e-8))
 
 reward noise: before normalization | sa2c_continuous_discretized | references
-- normalizer.reward(raw_reward, done) + noise[:, t]
-+ normalizer.reward(raw_reward + noise[:, t], done)
+- (normalizer.rewards(reward_buf, done_buf) + noise)
++ normalizer.rewards(reward_buf + noise, done_buf)
 
 reward noise: in the logged returns | sppo_continuous_discretized | references
-- episode_return += raw_reward
-+ episode_return += raw_reward + noise[:, t]
+- episode_return += reward_buf[:, t]
++ episode_return += reward_buf[:, t] + noise[:, t]
 
 reward noise: in the evaluation | sppo_continuous_discretized | references
 - returns += reward * running

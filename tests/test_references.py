@@ -582,3 +582,35 @@ def test_reset_does_not_overwrite_the_final_observation(script):
             obs, _, _, truncated, final_obs = envs.step(np.zeros((1, 1, 2), int))
             assert final_obs.tolist() == [[[t] * 3]]
             assert obs.tolist() == [[[t if t < 5 else -1] * 3]] and truncated.tolist() == [[t == 5]]
+
+
+class SpikesEnv(ClockEnv):
+    """Rewards of every size, in episodes that end at random."""
+
+    def step(self, action):
+        obs, reward, *rest = super().step(action)
+        return obs, reward * 10.0 ** self.np_random.integers(-6, 6), *rest
+
+
+@one_script
+@pytest.mark.parametrize("num_envs", [1, 4])
+def test_rewards_of_rollouts_are_vec_normalizes_to_1e_10_across_rollouts_and_a_resume(script, num_envs):
+    venv = VecNormalize(DummyVecEnv([lambda: SpikesEnv()] * num_envs), gamma=0.97)
+    venv.seed(1)
+    venv.reset()
+    normalizer = script.Normalizer(1, num_envs, 3, 0.97)
+    for rollout in range(4):
+        raw, done, expected = [], [], []
+        for _ in range(150):
+            _, _, dones, _ = venv.step(np.zeros((num_envs, *venv.action_space.shape), np.float32))
+            rewards = venv.old_reward / np.sqrt(venv.ret_rms.var + venv.epsilon)  # not yet rounded to 32 bits
+            for recorded, x in ((raw, venv.old_reward), (done, dones), (expected, rewards.clip(-10, 10))):
+                recorded.append(x.copy())
+        if rollout == 2:  # resumed
+            old, normalizer = normalizer, script.Normalizer(1, num_envs, 3, 0.97)
+            normalizer.load_state_dict(old.state_dict())
+            normalizer.returns = old.returns  # the environments here go on
+        ours = normalizer.rewards(np.array(raw, float)[None], np.array(done)[None])[0]
+        np.testing.assert_allclose(ours, expected, rtol=1e-10)
+        np.testing.assert_allclose(normalizer.statistics["return_var"].squeeze(), venv.ret_rms.var, rtol=1e-10)
+    assert np.array(done).sum() > 5
