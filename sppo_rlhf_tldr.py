@@ -41,7 +41,7 @@ import subprocess
 import sys
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, fields, replace
 from datetime import timedelta
@@ -169,46 +169,66 @@ def require(condition: bool, message: str, code: int = 2) -> None:
         raise Stop(message, code)
 
 
+def begin_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """What the tokenizer puts before a text. What some put behind it, an end token, would be read as the text's end."""
+    text, whole = tokenizer("a", add_special_tokens=False).input_ids, tokenizer("a").input_ids
+    return next((whole[:i] for i in range(len(whole)) if whole[i : i + len(text)] == text), [])
+
+
+def encode_inside(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
+    """Tokens of texts that follow others: without the space that SentencePiece puts before a text's first word."""
+    result = []
+    for text in texts:
+        before = "a" if text[:1].isspace() else "\n"  # merges with nothing that may follow
+        alone, before, both = tokenizer(
+            [text, before, before + text], add_special_tokens=False, verbose=False
+        ).input_ids
+        result.append(both[len(before) :] if both[: len(before)] == before else alone)
+    return result
+
+
 def encode_labels(tokenizer: PreTrainedTokenizerBase, rows: list[dict], max_length: int) -> list[list[int]]:
     """Human summaries as responses, with the end-of-text token where they leave room for it."""
-    labels = [" " + row["label"].strip() for row in rows]
-    tokens = tokenizer(labels, add_special_tokens=False).input_ids
-    return [[*label, tokenizer.eos_token_id][:max_length] for label in tokens]
+    labels = encode_inside(tokenizer, [" " + row["label"].strip() for row in rows])
+    return [[*label, tokenizer.eos_token_id][:max_length] for label in labels]
 
 
 def encode_prompts(
     tokenizer: PreTrainedTokenizerBase, rows: list[dict], max_length: int, instruction: str | None = None
 ) -> list[list[int]]:
-    """Prompts: what stands before "TL;DR:", its end cut off at max_length tokens, and "TL;DR:" again.
+    """Prompts: posts, their end cut off at max_length tokens, and "TL;DR:", which a post may have at its end already.
 
     With an instruction: a chat in which the user gives it and then the post, and the assistant is to answer.
     """
-    tokenizer.truncation_side = "right"
-    posts = [row["prompt"].split("TL;DR:")[0].strip() for row in rows]
-    special = instruction is None  # a chat template brings its own special tokens
-    posts = tokenizer(posts, truncation=True, max_length=max_length, add_special_tokens=special).input_ids
-    before, after = [], tokenizer(PROMPT_END, add_special_tokens=False).input_ids
-    if instruction is not None:
+    posts = [row["prompt"].strip().removesuffix("TL;DR:").strip() for row in rows]
+    if instruction is None:
+        before, (after,) = begin_tokens(tokenizer), encode_inside(tokenizer, [PROMPT_END])
+        posts = tokenizer(posts, add_special_tokens=False, verbose=False).input_ids
+    else:
         chat = [{"role": "user", "content": f"{instruction}\n\n{PROMPT_END}"}]  # PROMPT_END marks the post's place
         chat = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True).rsplit(PROMPT_END, 1)
-        before, after = tokenizer(chat, add_special_tokens=False).input_ids
-    return [before + post + after for post in posts]
+        before = tokenizer(chat[0], add_special_tokens=False).input_ids  # a chat template brings its special tokens
+        after, *posts = encode_inside(tokenizer, [chat[1], *posts])
+    return [before + post[:max_length] + after for post in posts]
 
 
-def continuation(tokenizer: PreTrainedTokenizerBase, prompt: list[int], response: list[int]) -> str:
+def continuation(tokenizer: PreTrainedTokenizerBase, prompt: list[int], response: list[int], ends: list[int]) -> str:
     """The response as text; decoded together with its prompt, since some tokenizers drop a leading space."""
+    response = response[:-1] if response[-1:] and response[-1] in ends else response  # not all ends count as special
     before = tokenizer.decode(prompt, skip_special_tokens=True)
     return tokenizer.decode(prompt + response, skip_special_tokens=True)[len(before) :]
 
 
-def pad(prompts: list[list[int]], responses: list[list[int]], device: torch.device) -> tuple[Tensor, ...]:
+def pad(
+    prompts: list[list[int]], responses: list[list[int]], device: torch.device, padding: int = 0
+) -> tuple[Tensor, ...]:
     """Prompts padded on the left and responses on the right, so that all responses begin in one column.
 
     Returns tokens and attention mask, both (batch, longest prompt + longest response), and the mask of the responses'
-    real tokens, (batch, longest response). Padding is token 0, which the masks keep out of everything.
+    real tokens, (batch, longest response). The masks keep padding out of everything, whatever token it is.
     """
     P, R = max(map(len, prompts)), max(map(len, responses))
-    tokens = [[0] * (P - len(p)) + p + r + [0] * (R - len(r)) for p, r in zip(prompts, responses)]
+    tokens = [[padding] * (P - len(p)) + p + r + [padding] * (R - len(r)) for p, r in zip(prompts, responses)]
     mask = [[0] * (P - len(p)) + [1] * (len(p) + len(r)) + [0] * (R - len(r)) for p, r in zip(prompts, responses)]
     tokens, mask = torch.tensor(tokens, device=device), torch.tensor(mask, device=device)
     return tokens, mask, mask[:, P:].bool()
@@ -237,6 +257,44 @@ def response_logprobs(lm: nn.Module, tokens: Tensor, attention_mask: Tensor, num
     return token_logprobs(out.logits[:, -num_actions - 1 : -1], tokens[:, -num_actions:])
 
 
+def num_positions(model: PreTrainedModel) -> int:
+    """Tokens that the model has room for. RoBERTa and its like number them from behind their padding token's id on."""
+    room = getattr(model.config.get_text_config(), "max_position_embeddings", None) or sys.maxsize
+    tables = [module for name, module in model.named_modules() if name.endswith("position_embeddings")]
+    first = [table.padding_idx + 1 for table in tables if getattr(table, "padding_idx", None) is not None]
+    return room - sum(first[:1])
+
+
+@torch.no_grad()
+def hidden_size(model: PreTrainedModel) -> int:
+    """Width of the last hidden states, which need not be the one inside the model."""
+    return model.base_model(torch.zeros(1, 1, dtype=torch.long, device=model.device)).last_hidden_state.shape[-1]
+
+
+@torch.no_grad()
+def check_padding(flag: str, name: str, model: PreTrainedModel, tolerance: float) -> None:
+    """Refuse a causal model that gives a short text other log-probabilities when it is padded than when it is alone."""
+    text = [i % model.get_input_embeddings().num_embeddings for i in range(3, 60, 3)]
+    tokens, mask, _ = pad([text[:3], text[:9]], [text[3:7], text[9:]], model.device)
+    padded = response_logprobs(model, tokens, mask, 10)[0, :4]
+    alone = tokens[:1, 6:13]
+    alone = token_logprobs(model(alone, use_cache=False).logits[:, 2:-1], alone[:, 3:])[0]
+    check_same(flag, name, padded, alone, tolerance)
+
+
+def check_same(flag: str, name: str, padded: Tensor, alone: Tensor, tolerance: float) -> None:
+    error = (padded - alone).abs().max().item()
+    instead = "give a model that padding leaves as it is (docs/language-models.md)"
+    require(error <= tolerance, f"--{flag} {name}: padding changes its numbers by {error:.2g}; {instead}")
+
+
+def end_tokens(policy: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Every token that ends a response, first the tokenizer's own; chat models list others for the end of a turn."""
+    listed, rows = policy.generation_config.eos_token_id, policy.get_input_embeddings().num_embeddings
+    listed = listed if isinstance(listed, list) else [listed]
+    return list(dict.fromkeys([tokenizer.eos_token_id, *(i for i in listed if i is not None and i < rows)]))
+
+
 class ActorCritic(nn.Module):
     """One base model with LoRA adapters for policy, value and perhaps reward; with all off, it is the reference.
 
@@ -249,7 +307,7 @@ class ActorCritic(nn.Module):
         self.lm = base  # the adapters are put into it
         self.adapters = get_peft_model(base, lora, adapter_name="policy_adapter")
         self.adapters.add_adapter("value_adapter", lora)
-        self.value_head = nn.Linear(base.config.hidden_size, 1)
+        self.value_head = nn.Linear(hidden_size(base), 1)
         self.switch_to("policy_adapter")
         for layer in base.modules() if args.gradient_checkpointing else ():
             if isinstance(layer, GradientCheckpointingLayer):  # transformers' own way needs training mode, with dropout
@@ -304,34 +362,54 @@ def reward_text(prompt: str, summary: str) -> str:
     return f"{prompt} {summary.strip()}"
 
 
-class ClassifierReward:
-    """Logit of a classifier with one label on prompt + summary + --reward-end; of a long text, the end counts."""
+class Classifier:
+    """A sequence classifier with its tokenizer; of a text that is too long, the end counts."""
 
     def __init__(self, args: Args, device: torch.device):
         name, auto_class = args.reward_model, AutoModelForSequenceClassification
         self.model = load_network(args, "reward-model", name, auto_class, dtype=torch.float32)  # not that of the file
         self.tokenizer = load_auto(args, "reward-model", name, AutoTokenizer)
         check_vocabulary("reward-model", name, self.tokenizer, self.model)
-        self.tokenizer.pad_token = self.tokenizer.pad_token or self.tokenizer.eos_token
-        require(self.tokenizer.pad_token, f"--reward-model {args.reward_model}: the tokenizer has no token to pad with")
-        self.model.config.pad_token_id = self.tokenizer.pad_token_id
-        labels = self.model.config.num_labels
-        require(labels == 1, f"--reward-model {args.reward_model} has {labels} labels; a reward is one number")
-        self.end, self.batch_size = args.reward_end, args.rollout_batch_size
-        room = getattr(self.model.config, "max_position_embeddings", None) or 2**30
-        self.max_length = min(self.tokenizer.model_max_length, room)
+        self.batch_size = args.rollout_batch_size
+        self.max_length = min(self.tokenizer.model_max_length, num_positions(self.model))
         self.tokenizer.truncation_side = "left"
         self.model.to(device).eval().requires_grad_(False)
+        short, long = self.encode(["a b", "a b " * 9])
+        padded, alone = self.logits([short, long])[:1], self.logits([short])
+        check_same("reward-model", name, padded, alone, 1e-3 * (1 + alone.abs().max().item()))
+
+    def encode(self, texts: list[str]) -> list[list[int]]:
+        """Tokens of texts with what the tokenizer puts around them, which the model was trained with."""
+        return self.tokenizer(texts, truncation=True, max_length=self.max_length).input_ids if texts else []
 
     @torch.no_grad()
+    def logits(self, texts: list[list[int]]) -> Tensor:
+        """(text, label). Where a model reads the last token that is not padding, it is the last one of the text."""
+        lasts, vocabulary = {text[-1] for text in texts}, self.model.get_input_embeddings().num_embeddings
+        candidates = [self.tokenizer.pad_token_id, *range(vocabulary)]
+        padding = next(i for i in candidates if i is not None and i not in lasts)
+        self.model.config.get_text_config().pad_token_id = padding
+        logits = torch.zeros(len(texts), self.model.config.num_labels)
+        for batch in batches([len(text) for text in texts], self.batch_size):
+            tokens, mask, _ = pad([[]] * len(batch), [texts[i] for i in batch], self.model.device, padding)
+            logits[batch] = self.model(tokens, attention_mask=mask).logits.cpu()
+        return logits
+
+
+class ClassifierReward(Classifier):
+    """Logit of a classifier with one label on prompt + summary + --reward-end."""
+
+    def __init__(self, args: Args, device: torch.device):
+        super().__init__(args, device)
+        labels = self.model.config.num_labels
+        require(labels == 1, f"--reward-model {args.reward_model} has {labels} labels; a reward is one number")
+        self.end, end = args.reward_end, self.tokenizer.eos_token_id
+        if self.tokenizer(self.end).input_ids[-2:] == [end, end]:  # the tokenizer adds one itself
+            self.end = self.end.removesuffix(self.tokenizer.eos_token)
+
     def __call__(self, prompts: list[str], responses: list[str], rows: list[dict]) -> list[float]:
         texts = [reward_text(prompt, response) + self.end for prompt, response in zip(prompts, responses)]
-        scores = torch.zeros(len(texts))
-        options = {"truncation": True, "max_length": self.max_length, "padding": True, "return_tensors": "pt"}
-        for batch in batches([len(text) for text in texts], self.batch_size):
-            tokens = self.tokenizer([texts[i] for i in batch], **options).to(self.model.device)
-            scores[batch] = self.model(**tokens).logits.squeeze(-1).cpu()
-        return scores.tolist()
+        return self.logits(self.encode(texts)).squeeze(-1).tolist()
 
 
 class AdapterReward:
@@ -348,8 +426,8 @@ class AdapterReward:
         except ValueError as error:
             message = f"--reward-model {args.reward_model} does not fit --policy {args.policy}: {error}"
             raise Stop(message) from None
-        hidden_size = actor_critic.lm.config.hidden_size
-        heads = [name for name, x in weights.items() if "lora_" not in name and x.shape == (1, hidden_size)]
+        shape = 1, hidden_size(actor_critic.lm)
+        heads = [name for name, x in weights.items() if "lora_" not in name and x.shape == shape]
         require(len(heads) == 1, f"--reward-model {args.reward_model} has {len(heads)} scalar heads; it needs one")
         self.head = weights.pop(heads[0]).float()
         biases = [name for name, x in weights.items() if "lora_" not in name and x.shape == (1,)]
@@ -358,14 +436,15 @@ class AdapterReward:
         require(fits, f"--reward-model {args.reward_model} is an adapter for another model than --policy {args.policy}")
         actor_critic.switch_to("policy_adapter")
         self.actor_critic, self.tokenizer, self.batch_size = actor_critic, tokenizer, args.rollout_batch_size
-        self.room = getattr(actor_critic.lm.config, "max_position_embeddings", None) or sys.maxsize
+        self.room = num_positions(actor_critic.lm)
 
     @torch.no_grad()
     def __call__(self, prompts: list[str], responses: list[str], rows: list[dict]) -> list[float]:
         device, end = self.actor_critic.lm.device, self.tokenizer.eos_token_id
         texts = [f"<|startoftext|>{reward_text(prompt, response)}" for prompt, response in zip(prompts, responses)]
-        texts = self.tokenizer(texts).input_ids
-        texts = [[*text, end][-self.room :] for text in texts]  # the beginning goes, the summary stays
+        texts = self.tokenizer(texts, add_special_tokens=False, verbose=False).input_ids if texts else []
+        begin = begin_tokens(self.tokenizer)
+        texts = [[*begin, *text, end][-self.room :] for text in texts]  # the beginning goes, the summary stays
         scores = torch.zeros(len(texts))
         for batch in batches([len(text) for text in texts], self.batch_size):
             tokens, mask, _ = pad([texts[i] for i in batch], [[]] * len(batch), device)
@@ -377,7 +456,8 @@ class AdapterReward:
 class RewardFunction:
     """The function module:name, which is called with lists of prompts, responses (texts) and rows of the data set.
 
-    It returns as many floats. The module is in the working directory or installed.
+    It returns as many numbers. An evaluation calls it with empty responses as well. The module is in the working
+    directory or installed.
     """
 
     def __init__(self, name: str):
@@ -395,11 +475,13 @@ class RewardFunction:
 
     def __call__(self, prompts: list[str], responses: list[str], rows: list[dict]) -> list[float]:
         scores = self.function(prompts, responses, rows)
-        require(hasattr(scores, "__len__"), f"{self.flag} returned no list but {scores!r:.100}")
+        scores = scores.tolist() if hasattr(scores, "tolist") else scores  # of numpy or torch
+        is_list = hasattr(scores, "__len__") and not isinstance(scores, (Mapping, Set, str))
+        require(is_list, f"{self.flag} returned no list of numbers but {type(scores).__name__}: {scores!r:.100}")
         require(len(scores) == len(rows), f"{self.flag} returned {len(scores)} rewards for {len(rows)} responses")
         for score in scores:
-            is_number = isinstance(score, Real) and np.isfinite(score)
-            require(is_number, f"{self.flag} returned {score!r:.100}, which is no finite number")
+            is_number = isinstance(score, Real) and abs(score) <= torch.finfo(torch.float32).max
+            require(is_number, f"{self.flag} returned {score!r:.100}, which is no finite number of 32 bits")
         return [float(score) for score in scores]
 
 
@@ -481,17 +563,15 @@ def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, gae_lambda:
     return advantages, advantages + values
 
 
-def generate(
-    policy: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: list[list[int]], batch_size: int, greedy: bool
-) -> list[list[int]]:
-    """A response to each prompt, with its end-of-text token where there is one; prompts of like length go together."""
-    responses = [[] for _ in prompts]
+def generate(policy: PreTrainedModel, prompts: list[list[int]], batch_size: int, greedy: bool) -> list[list[int]]:
+    """A response to each prompt, with the token that ends it where there is one; prompts of like length go together."""
+    responses, ends = [[] for _ in prompts], policy.generation_config.eos_token_id
     for batch in batches([len(prompt) for prompt in prompts], batch_size):
         tokens, mask, _ = pad([prompts[i] for i in batch], [[]] * len(batch), policy.device)
         output = policy.generate(tokens, attention_mask=mask, do_sample=not greedy)[:, tokens.shape[1] :].tolist()
         for i, response in zip(batch, output):
-            ended = tokenizer.eos_token_id in response
-            responses[i] = response[: response.index(tokenizer.eos_token_id) + 1] if ended else response
+            length = next((t + 1 for t, token in enumerate(response) if token in ends), len(response))
+            responses[i] = response[:length]
     return responses
 
 
@@ -508,16 +588,16 @@ def seed_everything(*entropy: int) -> None:
     torch.manual_seed(int(np.random.SeedSequence(entropy).generate_state(1)[0]))
 
 
-def generation_config(args: Args, tokenizer: PreTrainedTokenizerBase) -> GenerationConfig:
-    """Sampling as the arguments have it, and nothing of what the model's own folder says about it."""
+def generation_config(args: Args, ends: list[int]) -> GenerationConfig:
+    """Sampling as the arguments have it, and nothing of what the model's own folder says, but for the end tokens."""
     return GenerationConfig(
         do_sample=True,
         top_k=args.top_k,
         max_new_tokens=args.response_length,
         min_new_tokens=args.min_response_length,
         remove_invalid_values=True,  # a policy of NaNs is found out by its loss
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.eos_token_id,
+        eos_token_id=ends,
+        pad_token_id=ends[0],
     )
 
 
@@ -562,6 +642,8 @@ class Learner:
         self.tokenizer = load_auto(args, flag, tokenizer, AutoTokenizer)
         base = load_base(args, self.device)
         check_vocabulary("policy", args.policy, self.tokenizer, base)
+        rounding = args.tf32 or args.base_precision != "float32"
+        check_padding("policy", args.policy, base, tolerance=0.5 if rounding else 1e-3)
         can_chat = args.instruction is None or self.tokenizer.chat_template
         require(can_chat, f"--instruction needs a chat template, and the tokenizer of --policy {args.policy} has none")
         torch.manual_seed(args.seed)  # the adapters and the value head are the same in every process
@@ -575,14 +657,16 @@ class Learner:
             self.reward = AdapterReward(*adapter_inputs) if adapter else ClassifierReward(args, self.device)
         models = (args.policy, tokenizer, *(() if args.reward_function else (args.reward_model,)))
         self.hub_commits = {name: hub_commit(args, name) for name in models} | {args.dataset: data_commit}
-        room = getattr(base.config, "max_position_embeddings", None) or sys.maxsize
-        end = self.tokenizer(PROMPT_END, add_special_tokens=False).input_ids
-        length = args.prompt_length + len(end) + args.response_length
-        require(length <= room, f"--prompt-length plus --response-length is {length}; the policy has {room} positions")
+        room = num_positions(base)
+        (frame,) = encode_prompts(self.tokenizer, [{"prompt": ""}], 0, args.instruction)
+        length = args.prompt_length + len(frame) + args.response_length
+        parts = f"--prompt-length plus --response-length is {length} with the {len(frame)} tokens around a post"
+        require(length <= room, f"{parts}; the policy has {room} positions")
         for split, rows in (("training", self.rows), ("validation", self.validation)):
             enough = len(rows) >= accelerator.num_processes
             require(enough, f"--dataset {args.dataset} has {len(rows)} {split} rows")
-        base.generation_config = generation_config(args, self.tokenizer)
+        self.own_generation_config, self.ends = base.generation_config, end_tokens(base, self.tokenizer)
+        base.generation_config = generation_config(args, self.ends)
         self.actor_critic.to(self.device).eval()  # eval: dropout is never active
         for layer in self.actor_critic.modules():
             if hasattr(layer, "quant_state"):  # in eval mode bitsandbytes has no gradient on CPUs with AVX512-BF16
@@ -594,6 +678,13 @@ class Learner:
         ]
         optimizer = torch.optim.AdamW(groups, args.learning_rate, eps=1e-5, fused=True)
         self.model, self.optimizer = accelerator.prepare(self.actor_critic, optimizer)
+
+    def score(self, prompts: list[str], responses: list[str], rows: list[dict]) -> list[float]:
+        """Rewards, which are finite: what a reward model does must not look like too high a learning rate."""
+        scores = self.reward(prompts, responses, rows)
+        for prompt, response, score in zip(prompts, responses, scores):
+            require(np.isfinite(score), f"the reward model gives {score} for {(prompt + response)[-100:]!r}", code=1)
+        return scores
 
     def sum(self, x: Tensor | float) -> Tensor:
         """Sum over all processes."""
@@ -628,12 +719,12 @@ def rollout(learner: Learner, rows: list[dict], args: Args) -> tuple[Rollout, di
     prompts = encode_prompts(tokenizer, rows, args.prompt_length, args.instruction)
     policy = learner.actor_critic.switch_to("policy_adapter")
     start = time.perf_counter()
-    responses = generate(policy, tokenizer, prompts, args.rollout_batch_size, greedy=False)
+    responses = generate(policy, prompts, args.rollout_batch_size, greedy=False)
     generation_seconds = time.perf_counter() - start
-    summaries = [continuation(tokenizer, p, r) for p, r in zip(prompts, responses)]
+    summaries = [continuation(tokenizer, p, r, learner.ends) for p, r in zip(prompts, responses)]
     posts = encode_prompts(tokenizer, rows, args.prompt_length)  # what a reward reads has no chat in it
     posts = [tokenizer.decode(post, skip_special_tokens=True) for post in posts]
-    scores = torch.tensor(learner.reward(posts, summaries, rows), device=device)
+    scores = torch.tensor(learner.score(posts, summaries, rows), device=device)
 
     # pi_old, V and pi_ref from a fresh forward pass: generation has other log-probabilities (top-k) and other kernels.
     mask = torch.zeros(len(prompts), args.response_length, dtype=torch.bool, device=device)
@@ -648,7 +739,7 @@ def rollout(learner: Learner, rows: list[dict], args: Args) -> tuple[Rollout, di
 
     rewards = token_rewards(scores, logprob, ref_logprob, mask, args.kl_coef)
     advantages, returns = gae(rewards, values, mask, args.gamma, args.gae_lambda)
-    kl, ended = (logprob - ref_logprob).sum(1), [r[-1] == tokenizer.eos_token_id for r in responses]
+    kl, ended = (logprob - ref_logprob).sum(1), [r[-1] in learner.ends for r in responses]
     sums = {
         "objective/scores": scores.sum(),
         "objective/kl": kl.sum(),
@@ -808,17 +899,19 @@ def evaluate(learner: Learner, args: Args) -> tuple[dict[str, float], list[dict]
     rows = [learner.validation[i] for i in index]
     prompts = encode_prompts(tokenizer, rows, args.prompt_length, args.instruction)
     policy = learner.actor_critic.switch_to("policy_adapter")
-    responses = generate(policy, tokenizer, prompts, args.rollout_batch_size, greedy=True)
+    responses = generate(policy, prompts, args.rollout_batch_size, greedy=True)
     posts = encode_prompts(tokenizer, rows, args.prompt_length)  # what a reward reads has no chat in it
     posts = [tokenizer.decode(post, skip_special_tokens=True) for post in posts]
     references = [row["label"].strip() for row in rows]
     summaries = {
-        "score": [continuation(tokenizer, p, r) for p, r in zip(prompts, responses)],
+        "score": [continuation(tokenizer, p, r, learner.ends) for p, r in zip(prompts, responses)],
         "score_reference": references,
         "score_empty": [""] * len(rows),
-        "score_truncated": [continuation(tokenizer, p, r[: len(r) // 2]) for p, r in zip(prompts, responses)],
+        "score_truncated": [
+            continuation(tokenizer, p, r[: len(r) // 2], learner.ends) for p, r in zip(prompts, responses)
+        ],
     }
-    scored = {name: learner.reward(posts, texts, rows) for name, texts in summaries.items()}
+    scored = {name: learner.score(posts, texts, rows) for name, texts in summaries.items()}
     rouge = [ROUGE.score(reference, text) for reference, text in zip(references, summaries["score"])]
     scored |= {name: [scores[name].fmeasure for scores in rouge] for name in ROUGE.rouge_types}
     columns = {"index": index, "prompt": posts, "response": [text.strip() for text in summaries["score"]]}
@@ -851,8 +944,9 @@ def perplexity(learner: Learner, policy: PreTrainedModel, texts: list[str]) -> f
 
     Of more than GPT-J's 2,048 positions no use is made; with fewer than 1,024 a stride is half of them.
     """
-    tokens = learner.tokenizer("\n\n".join(texts), verbose=False, return_tensors="pt").input_ids.to(learner.device)
-    room = min(getattr(policy.config, "max_position_embeddings", None) or 2048, 2048)
+    text = learner.tokenizer("\n\n".join(texts), add_special_tokens=False, verbose=False).input_ids
+    tokens = torch.tensor([begin_tokens(learner.tokenizer) + text], device=learner.device)
+    room = min(num_positions(policy), 2048)
     stride = min(512, room // 2)
     loss = torch.zeros((), dtype=torch.float64, device=learner.device)
     for start in learner.shard(range(0, tokens.shape[1], stride)):
@@ -959,6 +1053,8 @@ def make_learner(args: Args) -> Learner:
     if args.num_threads:
         torch.set_num_threads(args.num_threads)
     torch.backends.cuda.matmul.allow_tf32 = args.tf32
+    for name in [name for name in os.environ if name.startswith("ACCELERATE_")]:
+        del os.environ[name]  # of accelerate launch, such as a mixed precision: the flags alone say what is done
     patient = InitProcessGroupKwargs(timeout=timedelta(hours=12))  # while one process downloads models and data
     accelerator = Accelerator(cpu=args.cpu or not torch.cuda.is_available(), kwargs_handlers=[patient])
     started, seen = int(os.environ.get("WORLD_SIZE", 1)), accelerator.num_processes
