@@ -42,7 +42,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence, Set
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import asdict, dataclass, fields, replace
 from datetime import timedelta
 from functools import partial
@@ -90,6 +90,7 @@ OOM_HINT = (
     "or begin anew with --gradient-checkpointing or a smaller --base-precision"
 )
 TOKENIZERS = {"CarperAI/openai_summarize_tldr_sft": "EleutherAI/gpt-j-6b"}  # where the authors took it
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 PACKAGES = ("torch", "transformers", "datasets", "accelerate", "peft", "numpy")  # their versions go into result.json
 PROMPT_END = "\nTL;DR:"
 ROUGE = RougeScorer(("rouge1", "rouge2", "rougeL"), use_stemmer=True)
@@ -477,7 +478,7 @@ class RewardFunction:
         scores = self.function(prompts, responses, rows)
         scores = scores.tolist() if hasattr(scores, "tolist") else scores  # of numpy or torch
         is_list = hasattr(scores, "__len__") and not isinstance(scores, (Mapping, Set, str))
-        require(is_list, f"{self.flag} returned no list of numbers but {type(scores).__name__}: {scores!r:.100}")
+        require(is_list, f"{self.flag} returned no list but {scores!r:.100}")
         require(len(scores) == len(rows), f"{self.flag} returned {len(scores)} rewards for {len(rows)} responses")
         for score in scores:
             is_number = isinstance(score, Real) and abs(score) <= torch.finfo(torch.float32).max
@@ -622,7 +623,14 @@ def load_base(args: Args, device: torch.device) -> PreTrainedModel:
         nf4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": torch.bfloat16}
         nf4["bnb_4bit_use_double_quant"] = args.double_quant
         options |= {"quantization_config": BitsAndBytesConfig(**nf4), "device_map": {"": device}}
-    return load_network(args, "policy", args.policy, AutoModelForCausalLM, **options)
+    return eval_mode(load_network(args, "policy", args.policy, AutoModelForCausalLM, **options))
+
+
+def eval_mode(model: nn.Module) -> nn.Module:
+    """Dropout is never active. In eval mode bitsandbytes has no gradient on CPUs with AVX512-BF16."""
+    for layer in model.modules():
+        layer.training = hasattr(layer, "quant_state")
+    return model
 
 
 class Learner:
@@ -665,12 +673,12 @@ class Learner:
         for split, rows in (("training", self.rows), ("validation", self.validation)):
             enough = len(rows) >= accelerator.num_processes
             require(enough, f"--dataset {args.dataset} has {len(rows)} {split} rows")
+        references = "".join(row["label"].strip() for row in self.validation[: args.eval_samples or None])
+        enough = len(self.tokenizer(references, add_special_tokens=False, verbose=False).input_ids) > 1
+        require(enough, f"--dataset {args.dataset}: its references are empty, and perplexity would be that of nothing")
         self.own_generation_config, self.ends = base.generation_config, end_tokens(base, self.tokenizer)
         base.generation_config = generation_config(args, self.ends)
-        self.actor_critic.to(self.device).eval()  # eval: dropout is never active
-        for layer in self.actor_critic.modules():
-            if hasattr(layer, "quant_state"):  # in eval mode bitsandbytes has no gradient on CPUs with AVX512-BF16
-                layer.training = True
+        eval_mode(self.actor_critic.to(self.device))
         self.trained = {name: p for name, p in self.actor_critic.named_parameters() if p.requires_grad}
         groups = [
             {"params": [p for p in self.trained.values() if p.ndim > 1], "weight_decay": args.weight_decay},
@@ -813,12 +821,14 @@ def train(args: Args, run_dir: Path, learner: Learner) -> None:
     start_time, commit = time.monotonic(), git_commit()
     accelerator, main_process = learner.accelerator, learner.accelerator.is_main_process
     names = "update rollout_tokens rollout_seconds generation_seconds update_seconds wall_seconds"
-    counters = dict.fromkeys(names.split(), 0) | {"curves": []}
+    counters = dict.fromkeys(names.split(), 0) | {"curves": [], "num_processes_from": {}}
     counters |= load_checkpoint(run_dir, learner)
     start_time -= counters["wall_seconds"]  # of the process or processes before
     update = counters["update"]
+    if [*counters["num_processes_from"].values()][-1:] != [accelerator.num_processes]:
+        counters["num_processes_from"][str(update)] = accelerator.num_processes
     log = RunLog(run_dir, args, counters["curves"], update or -1) if main_process else None
-    stop_signals = collect_signals()
+    stop_signals = collect_signals(main_process)
     if update == 0:
         counters["before"], _ = evaluate(learner, args)
         if main_process:
@@ -977,7 +987,7 @@ def load_pretrained(args: Args, flag: str, name: str, from_pretrained: Callable,
     try:
         return from_pretrained(name, **options)
     except (OSError, ValueError, SafetensorError, DatasetsError, StrictDataclassError) as error:
-        reason = (str(error) or repr(error)).splitlines()[0]
+        reason = (str(error.__cause__ or error) or repr(error)).splitlines()[0]
         instead = "a hub id that can be reached from here, or a local folder, such as benchmark/rlhf_assets.py makes"
         raise Stop(f"--{flag} {name} cannot be loaded ({reason}): give {instead}") from None
 
@@ -1005,6 +1015,22 @@ def hub_commit(args: Args, name: str) -> str | None:
             return Path(path).parent.name
 
 
+def read_file(file: str) -> datasets.DatasetDict:
+    """The data set in a CSV, Parquet or JSON file: a row a line, one list, or an object with lists of rows in it."""
+    path = Path(file)
+    if path.suffix == ".json":
+        with suppress(json.JSONDecodeError):  # a row a line
+            content = json.loads(path.read_text(encoding="utf-8"))
+            lists = content if isinstance(content, dict) else {}
+            lists = {key: x for key, x in lists.items() if isinstance(x, list) and x and isinstance(x[0], dict)}
+            if lists:
+                names = ["train"] if len(lists) == 1 else lists  # under whatever key
+                splits = {name: datasets.Dataset.from_list(x) for name, x in zip(names, lists.values())}
+                return datasets.DatasetDict(splits)
+    kind = {".csv": "csv", ".parquet": "parquet"}.get(path.suffix, "json")
+    return datasets.load_dataset(kind, data_files=file)
+
+
 def load_rows(args: Args, columns: Sequence[str]) -> tuple[list[dict], list[dict], str | None]:
     """Rows of the training and the validation split; without one, a fifth of the training split, drawn by the seed.
 
@@ -1014,7 +1040,7 @@ def load_rows(args: Args, columns: Sequence[str]) -> tuple[list[dict], list[dict
     name, path = args.dataset, Path(args.dataset)
     require(not path.is_file() or path.stat().st_size, f"--dataset {name} is empty")
     if path.is_file():
-        data = load_pretrained(args, "dataset", name, lambda file: datasets.load_dataset("json", data_files=file))
+        data = load_pretrained(args, "dataset", name, read_file)
     elif (path / "dataset_dict.json").exists() or (path / "dataset_info.json").exists():
         data = load_pretrained(args, "dataset", name, datasets.load_from_disk)
     else:
@@ -1024,14 +1050,21 @@ def load_rows(args: Args, columns: Sequence[str]) -> tuple[list[dict], list[dict
     train, validation = data["train"], data.get("validation", data.get("valid"))
     commit = re.search(r"/([0-9a-f]{40})/", str(train.cache_files))  # names a folder of the cache
     if validation is None:
+        others = ", ".join(split for split in data if split != "train")
+        if others and int(os.environ.get("RANK", 0)) == 0:
+            print(f"--dataset {name} has no split validation: a fifth of train is; {others} is not used")
         require(len(train) > 1, f"--dataset {name} has {len(train)} rows: too few for training and validation")
         train, validation = train.train_test_split(test_size=0.2, seed=args.seed).values()
-    for split in (train, validation):
-        missing = [column for column in columns if column not in split.column_names]
-        require(not missing, f"--dataset {name} has no column {', '.join(missing)}, only {split.column_names}")
-        texts = all(isinstance(cell, str) for column in columns for cell in split[column])
+    try:
+        train, validation = train.to_list(), validation.to_list()
+    except UnicodeDecodeError as error:
+        raise Stop(f"--dataset {name} has text that is not UTF-8: {error}") from None
+    for rows in (train, validation):
+        missing = ", ".join(column for column in columns if column not in rows[0])
+        require(not missing, f"--dataset {name} has no column {missing}, only {', '.join(rows[0])}")
+        texts = all(isinstance(row[column], str) for row in rows for column in columns)
         require(texts, f"--dataset {name} has rows in which {' or '.join(columns)} is no text")
-    return train.to_list(), validation.to_list(), commit and commit[1]
+    return train, validation, commit and commit[1]
 
 
 def check_vocabulary(flag: str, name: str, tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> None:
@@ -1062,13 +1095,16 @@ def make_learner(args: Args) -> Learner:
     return Learner(args, accelerator)
 
 
-def collect_signals() -> list[int]:
-    """Ctrl-C and SIGTERM go into the returned list, so that the rollout ends with a checkpoint; a second one kills."""
+def collect_signals(main_process: bool) -> list[int]:
+    """Ctrl-C and SIGTERM go into the returned list, so that the update ends with a checkpoint; a second one kills."""
     received = []
 
     def handler(number: int, _) -> None:
         received.append(number)
         signal.signal(number, signal.SIG_DFL)
+        if main_process:
+            wait = "stopping when the running update has ended and is saved; once more stops at once"
+            print(wait, file=sys.stderr, flush=True)
 
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, handler)
@@ -1081,6 +1117,9 @@ def write_atomic(path: Path, content: bytes | memoryview) -> None:
     try:
         temporary.write_bytes(content)
         os.replace(temporary, path)
+    except OSError as error:
+        error.filename = str(path)
+        raise
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -1102,6 +1141,8 @@ def create_run_dir(args: Args, run_dir: Path) -> None:
         run_dir.mkdir(parents=True, exist_ok=True)
         write_json(run_dir / "args.json", {"script": SCRIPT, "args": asdict(args) | {"run_dir": str(run_dir)}})
     except OSError as error:
+        if error.errno in DISK_FULL:
+            raise
         raise Stop(f"--run-dir {run_dir} cannot be made: {error.strerror}") from None
 
 
@@ -1188,6 +1229,7 @@ def save_results(
     seconds = counters["rollout_seconds"] + counters["update_seconds"]
     result["generation_time_share"] = counters["generation_seconds"] / seconds
     result["device"] = torch.cuda.get_device_name() if learner.device.type == "cuda" else "cpu"
+    result["num_processes_from"] = counters["num_processes_from"]  # update
     result |= {"num_processes": learner.accelerator.num_processes, "peak_memory_gib": counters["peak_memory_gib"]}
     result |= {"wall_seconds": counters["wall_seconds"], "versions": versions, "commit": commit}
     result["hub_commits"] = {name: commit for name, commit in learner.hub_commits.items() if commit}
@@ -1285,6 +1327,7 @@ def main() -> int:
     transformers.utils.logging.disable_progress_bar()
     huggingface_hub.utils.logging.set_verbosity_error()
     datasets.disable_progress_bars()
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)
     name = f"{Path(args.dataset).name}__{SCRIPT}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
     run_dir = Path(args.evaluate or args.resume or args.run_dir or f"runs/{name}")
     rank = int(os.environ.get("RANK", 0))
@@ -1311,7 +1354,7 @@ def main() -> int:
         stops = isinstance(error, Stop)  # a resumed run would come to the same end
         if not stops and not args.evaluate and (run_dir / "checkpoint.pt").exists():
             error.add_note(f"to go on: python {SCRIPT}.py --resume {run_dir}")
-        disk_full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        disk_full = isinstance(error, OSError) and error.errno in DISK_FULL
         memory_full = isinstance(error, torch.OutOfMemoryError)
         if not stops and not disk_full and not memory_full and not isinstance(error, KeyboardInterrupt):
             raise  # a bug: Python's own traceback, and the note below it

@@ -1,8 +1,10 @@
 """What models, tokenizers and settings of others do to the language scripts. What is right is computed beside them."""
 
+import json
 import os
 from pathlib import Path
 
+import datasets
 import pytest
 import tiny
 import torch
@@ -385,3 +387,57 @@ def test_settings_of_accelerate_launch_change_nothing(script, assets, monkeypatc
     assert torch.equal(logprob, other_logprob) and kl == other_kl == 0
     assert len(grads) > 2 and all(map(torch.equal, grads, other_grads))
     assert not any(name.startswith("ACCELERATE_") for name in os.environ)
+
+
+# Data
+
+
+ROWS = [{"text": f"review {i} of a café", "label": str(i)} for i in range(10)]
+FILES = {
+    "a.csv": lambda path: datasets.Dataset.from_list(ROWS).to_csv(path),
+    "a.parquet": lambda path: datasets.Dataset.from_list(ROWS).to_parquet(path),
+    "list.json": lambda path: path.write_text(json.dumps(ROWS, indent=1)),
+    "lines.json": lambda path: tiny.write_jsonl(path, ROWS),
+    "key.json": lambda path: path.write_text(json.dumps({"version": "1", "tags": ["x"], "data": ROWS}, indent=1)),
+}
+
+
+@both
+@pytest.mark.parametrize("name", FILES)
+def test_rows_of_a_file_are_read_whatever_its_format(script, tmp_path, name):
+    FILES[name](tmp_path / name)
+    train, validation, _ = script.load_rows(script.Args(dataset=str(tmp_path / name)), ["text"])
+    assert len(train) == 8 and sorted(row["text"] for row in train + validation) == [row["text"] for row in ROWS]
+
+
+@both
+def test_splits_of_one_json_file_are_its_keys(script, tmp_path):
+    path = tmp_path / "splits.json"
+    path.write_text(json.dumps({"train": ROWS[:7], "validation": ROWS[7:], "test": ROWS}))
+    assert script.load_rows(script.Args(dataset=str(path)), ["text"])[:2] == (ROWS[:7], ROWS[7:])
+
+
+@both
+@pytest.mark.parametrize("name", ["a.csv", "a.jsonl", "a.json", "folder/train.jsonl"])
+def test_text_that_is_not_utf_8_is_refused_by_that_name(script, tmp_path, name, capsys):
+    path = tmp_path / name
+    path.parent.mkdir(exist_ok=True)
+    lines = [
+        f"{row['text']},{row['label']}" if name == "a.csv" else json.dumps(row, ensure_ascii=False) for row in ROWS
+    ]
+    path.write_bytes("\n".join(["text,label"] * (name == "a.csv") + lines).encode("latin-1"))
+    dataset = path.parent if "/" in name else path
+    with pytest.raises(BaseException, match=rf"--dataset {dataset}.*'utf-8' codec can't decode"):
+        script.load_rows(script.Args(dataset=str(dataset)), ["text"])
+
+
+@both
+def test_a_split_that_is_not_used_is_named(script, tmp_path, capsys):
+    for split in ("train", "test", "unsupervised"):
+        tiny.write_jsonl(tmp_path / f"{split}.jsonl", ROWS)
+    datasets.DatasetDict(
+        {split: datasets.Dataset.from_list(ROWS) for split in ("train", "test", "unsupervised")}
+    ).save_to_disk(tmp_path / "disk")
+    train, validation, _ = script.load_rows(script.Args(dataset=str(tmp_path / "disk")), ["text"])
+    assert (len(train), len(validation)) == (8, 2)
+    assert "no split validation: a fifth of train is; test, unsupervised is not used" in capsys.readouterr().out
