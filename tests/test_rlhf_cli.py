@@ -533,6 +533,22 @@ def test_signal_stops_after_the_running_update_with_a_checkpoint(script, finishe
     assert_same_run(tmp_path / "run", finished)
 
 
+@pytest.mark.parametrize("function", ["evaluate", "rollout"])
+def test_first_signal_says_at_once_what_it_waits_for(script, assets, tmp_path, function):
+    original, said = getattr(script, function), []
+
+    def interrupted(*args):
+        if not said:
+            os.kill(os.getpid(), signal.SIGINT)
+            said.append(sys.stderr.getvalue())
+        return original(*args)
+
+    with patch.object(script, function, interrupted):
+        assert call(script, tmp_path, tiny.flags(script.SCRIPT, assets) | RUN)[0] == 130
+    assert said == ["stopping when the running update has ended and is saved; once more stops at once\n"]
+    assert read_checkpoint(tmp_path / "run")["counters"]["update"] == 1
+
+
 def test_checkpoint_holds_what_is_trained_and_not_what_is_frozen(unfinished):
     names = set(torch.load(unfinished / "checkpoint.pt", weights_only=True)["learner"]["model"])
     assert "value_head.weight" in names
