@@ -375,25 +375,21 @@ class Classifier:
         self.max_length = min(self.tokenizer.model_max_length, num_positions(self.model))
         self.tokenizer.truncation_side = "left"
         self.model.to(device).eval().requires_grad_(False)
-        short, long = self.encode(["a b", "a b " * 9])
-        padded, alone = self.logits([short, long])[:1], self.logits([short])
+        padded, alone = self.logits(["a b", "a b " * 9])[:1], self.logits(["a b"])
         check_same("reward-model", name, padded, alone, 1e-3 * (1 + alone.abs().max().item()))
 
-    def encode(self, texts: list[str]) -> list[list[int]]:
-        """Tokens of texts with what the tokenizer puts around them, which the model was trained with."""
-        return self.tokenizer(texts, truncation=True, max_length=self.max_length).input_ids if texts else []
-
     @torch.no_grad()
-    def logits(self, texts: list[list[int]]) -> Tensor:
+    def logits(self, texts: list[str]) -> Tensor:
         """(text, label). Where a model reads the last token that is not padding, it is the last one of the text."""
-        lasts, vocabulary = {text[-1] for text in texts}, self.model.get_input_embeddings().num_embeddings
+        tokens = self.tokenizer(texts, truncation=True, max_length=self.max_length).input_ids if texts else []
+        lasts, vocabulary = {text[-1] for text in tokens}, self.model.get_input_embeddings().num_embeddings
         candidates = [self.tokenizer.pad_token_id, *range(vocabulary)]
         padding = next(i for i in candidates if i is not None and i not in lasts)
         self.model.config.get_text_config().pad_token_id = padding
         logits = torch.zeros(len(texts), self.model.config.num_labels)
         for batch in batches([len(text) for text in texts], self.batch_size):
-            tokens, mask, _ = pad([[]] * len(batch), [texts[i] for i in batch], self.model.device, padding)
-            logits[batch] = self.model(tokens, attention_mask=mask).logits.cpu()
+            padded, mask, _ = pad([[]] * len(batch), [tokens[i] for i in batch], self.model.device, padding)
+            logits[batch] = self.model(padded, attention_mask=mask).logits.cpu()
         return logits
 
 
@@ -410,7 +406,7 @@ class ClassifierReward(Classifier):
 
     def __call__(self, prompts: list[str], responses: list[str], rows: list[dict]) -> list[float]:
         texts = [reward_text(prompt, response) + self.end for prompt, response in zip(prompts, responses)]
-        return self.logits(self.encode(texts)).squeeze(-1).tolist()
+        return self.logits(texts).squeeze(-1).tolist()
 
 
 class AdapterReward:
