@@ -38,8 +38,8 @@ import subprocess
 import sys
 import time
 import warnings
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Mapping, Sequence, Set
+from contextlib import nullcontext, suppress
 from copy import deepcopy
 from dataclasses import asdict, dataclass, fields, replace
 from datetime import timedelta
@@ -77,6 +77,7 @@ TRAINING, EVALUATION = 0, 1  # streams of random numbers
 MAY_CHANGE = ("micro_batch_size", "rollout_batch_size")  # on resume and for an evaluation
 OOM_HINT = "lower --micro-batch-size and --rollout-batch-size, which --resume takes as well"
 TOKENIZERS = {"rajkumarrrk/gpt2-fine-tuned-on-imdb-positive-reviews": "lvwerra/gpt2-imdb"}  # where the authors took it
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 PACKAGES = ("torch", "transformers", "datasets", "accelerate", "numpy")  # their versions go into result.json
 
 
@@ -144,6 +145,12 @@ def require(condition: bool, message: str, code: int = 2) -> None:
         raise Stop(message, code)
 
 
+def begin_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """What the tokenizer puts before a text. What some put behind it, an end token, would be read as the text's end."""
+    text, whole = tokenizer("a", add_special_tokens=False).input_ids, tokenizer("a").input_ids
+    return next((whole[:i] for i in range(len(whole)) if whole[i : i + len(text)] == text), [])
+
+
 def first_half(review: str) -> str:
     """First half of a review's words."""
     words = review.split()
@@ -158,24 +165,28 @@ def encode_targets(tokenizer: PreTrainedTokenizerBase, rows: list[dict], max_len
 
 def encode_prompts(tokenizer: PreTrainedTokenizerBase, rows: list[dict], max_length: int) -> list[list[int]]:
     """Prompts: the first halves of reviews, their beginning cut off at max_length tokens."""
-    tokenizer.truncation_side = "left"
-    return tokenizer([first_half(row["text"]) for row in rows], truncation=True, max_length=max_length).input_ids
+    begin, halves = begin_tokens(tokenizer), [first_half(row["text"]) for row in rows]
+    halves = tokenizer(halves, add_special_tokens=False, verbose=False).input_ids
+    return [begin + half[max(0, len(half) + len(begin) - max_length) :] for half in halves]
 
 
-def continuation(tokenizer: PreTrainedTokenizerBase, prompt: list[int], response: list[int]) -> str:
+def continuation(tokenizer: PreTrainedTokenizerBase, prompt: list[int], response: list[int], ends: list[int]) -> str:
     """The response as text; decoded together with its prompt, since some tokenizers drop a leading space."""
+    response = response[:-1] if response[-1:] and response[-1] in ends else response  # not all ends count as special
     before = tokenizer.decode(prompt, skip_special_tokens=True)
     return tokenizer.decode(prompt + response, skip_special_tokens=True)[len(before) :]
 
 
-def pad(prompts: list[list[int]], responses: list[list[int]], device: torch.device) -> tuple[Tensor, ...]:
+def pad(
+    prompts: list[list[int]], responses: list[list[int]], device: torch.device, padding: int = 0
+) -> tuple[Tensor, ...]:
     """Prompts padded on the left and responses on the right, so that all responses begin in one column.
 
     Returns tokens and attention mask, both (batch, longest prompt + longest response), and the mask of the responses'
-    real tokens, (batch, longest response). Padding is token 0, which the masks keep out of everything.
+    real tokens, (batch, longest response). The masks keep padding out of everything, whatever token it is.
     """
     P, R = max(map(len, prompts)), max(map(len, responses))
-    tokens = [[0] * (P - len(p)) + p + r + [0] * (R - len(r)) for p, r in zip(prompts, responses)]
+    tokens = [[padding] * (P - len(p)) + p + r + [padding] * (R - len(r)) for p, r in zip(prompts, responses)]
     mask = [[0] * (P - len(p)) + [1] * (len(p) + len(r)) + [0] * (R - len(r)) for p, r in zip(prompts, responses)]
     tokens, mask = torch.tensor(tokens, device=device), torch.tensor(mask, device=device)
     return tokens, mask, mask[:, P:].bool()
@@ -204,13 +215,51 @@ def response_logprobs(lm: nn.Module, tokens: Tensor, attention_mask: Tensor, num
     return token_logprobs(out.logits[:, -num_actions - 1 : -1], tokens[:, -num_actions:])
 
 
+def num_positions(model: PreTrainedModel) -> int:
+    """Tokens that the model has room for. RoBERTa and its like number them from behind their padding token's id on."""
+    room = getattr(model.config.get_text_config(), "max_position_embeddings", None) or sys.maxsize
+    tables = [module for name, module in model.named_modules() if name.endswith("position_embeddings")]
+    first = [table.padding_idx + 1 for table in tables if getattr(table, "padding_idx", None) is not None]
+    return room - sum(first[:1])
+
+
+@torch.no_grad()
+def hidden_size(model: PreTrainedModel) -> int:
+    """Width of the last hidden states, which need not be the one inside the model."""
+    return model.base_model(torch.zeros(1, 1, dtype=torch.long, device=model.device)).last_hidden_state.shape[-1]
+
+
+@torch.no_grad()
+def check_padding(flag: str, name: str, model: PreTrainedModel, tolerance: float) -> None:
+    """Refuse a causal model that gives a short text other log-probabilities when it is padded than when it is alone."""
+    text = [i % model.get_input_embeddings().num_embeddings for i in range(3, 60, 3)]
+    tokens, mask, _ = pad([text[:3], text[:9]], [text[3:7], text[9:]], model.device)
+    padded = response_logprobs(model, tokens, mask, 10)[0, :4]
+    alone = tokens[:1, 6:13]
+    alone = token_logprobs(model(alone, use_cache=False).logits[:, 2:-1], alone[:, 3:])[0]
+    check_same(flag, name, padded, alone, tolerance)
+
+
+def check_same(flag: str, name: str, padded: Tensor, alone: Tensor, tolerance: float) -> None:
+    error = (padded - alone).abs().max().item()
+    instead = "give a model that padding leaves as it is (docs/language-models.md)"
+    require(error <= tolerance, f"--{flag} {name}: padding changes its numbers by {error:.2g}; {instead}")
+
+
+def end_tokens(policy: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Every token that ends a response, first the tokenizer's own; chat models list others for the end of a turn."""
+    listed, rows = policy.generation_config.eos_token_id, policy.get_input_embeddings().num_embeddings
+    listed = listed if isinstance(listed, list) else [listed]
+    return list(dict.fromkeys([tokenizer.eos_token_id, *(i for i in listed if i is not None and i < rows)]))
+
+
 class ActorCritic(nn.Module):
     """Policy and value model in one module, which Accelerate wraps and whose gradients are clipped jointly."""
 
     def __init__(self, policy: PreTrainedModel, value_model: PreTrainedModel):
         super().__init__()
         self.policy, self.value_model = policy, value_model
-        self.value_head = nn.Linear(policy.config.hidden_size, 1)
+        self.value_head = nn.Linear(hidden_size(policy), 1)
 
     def forward(self, tokens: Tensor, attention_mask: Tensor, num_actions: int, num_rows: int | None = None):
         """Log-probabilities of the last num_actions tokens, and values before them of the first num_rows sequences."""
@@ -221,41 +270,60 @@ class ActorCritic(nn.Module):
         return logprob, self.value_head(hidden[:, -num_actions - 1 : -1].float()).squeeze(-1)
 
 
-class Reward:
-    """Probability of "positive" under a sequence classifier; of a text that is too long, the end counts."""
+class Classifier:
+    """A sequence classifier with its tokenizer; of a text that is too long, the end counts."""
 
     def __init__(self, args: Args, device: torch.device):
         name, auto_class = args.reward_model, AutoModelForSequenceClassification
         self.model = load_network(args, "reward-model", name, auto_class, dtype=torch.float32)  # not that of the file
         self.tokenizer = load_auto(args, "reward-model", name, AutoTokenizer)
         check_vocabulary("reward-model", name, self.tokenizer, self.model)
-        self.tokenizer.pad_token = self.tokenizer.pad_token or self.tokenizer.eos_token
-        require(self.tokenizer.pad_token, f"--reward-model {args.reward_model}: the tokenizer has no token to pad with")
-        self.model.config.pad_token_id = self.tokenizer.pad_token_id
-        labels = {str(label).lower(): i for i, label in self.model.config.id2label.items()}
-        positive = [i for label, i in labels.items() if label in ("positive", "pos")]
-        require(positive, f"--reward-model {args.reward_model} has no label positive, only {', '.join(labels)}")
-        self.positive, self.batch_size = positive[0], args.rollout_batch_size
-        room = getattr(self.model.config, "max_position_embeddings", None) or 2**30
-        self.max_length = min(self.tokenizer.model_max_length, room)
+        self.batch_size = args.rollout_batch_size
+        self.max_length = min(self.tokenizer.model_max_length, num_positions(self.model))
         self.tokenizer.truncation_side = "left"
         self.model.to(device).eval().requires_grad_(False)
+        padded, alone = self.logits(["a b", "a b " * 9])[:1], self.logits(["a b"])
+        check_same("reward-model", name, padded, alone, 1e-3 * (1 + alone.abs().max().item()))
 
     @torch.no_grad()
-    def __call__(self, prompts: list[str], responses: list[str], rows: list[dict]) -> list[float]:
-        texts = [prompt + response for prompt, response in zip(prompts, responses)]
-        scores = torch.zeros(len(texts))
-        options = {"truncation": True, "max_length": self.max_length, "padding": True, "return_tensors": "pt"}
+    def logits(self, texts: list[str]) -> Tensor:
+        """(text, label). Where a model reads the last token that is not padding, it is the last one of the text."""
+        tokens = self.tokenizer(texts, truncation=True, max_length=self.max_length).input_ids if texts else []
+        lasts, vocabulary = {text[-1] for text in tokens}, self.model.get_input_embeddings().num_embeddings
+        candidates = [self.tokenizer.pad_token_id, *range(vocabulary)]
+        padding = next(i for i in candidates if i is not None and i not in lasts)
+        self.model.config.get_text_config().pad_token_id = padding
+        logits = torch.zeros(len(texts), self.model.config.num_labels)
         for batch in batches([len(text) for text in texts], self.batch_size):
-            tokens = self.tokenizer([texts[i] for i in batch], **options).to(self.model.device)
-            scores[batch] = self.model(**tokens).logits.softmax(-1)[:, self.positive].cpu()
-        return scores.tolist()
+            padded, mask, _ = pad([[]] * len(batch), [tokens[i] for i in batch], self.model.device, padding)
+            logits[batch] = self.model(padded, attention_mask=mask).logits.cpu()
+        return logits
+
+
+class Reward(Classifier):
+    """Probability of "positive" under a classifier: softmax over its labels; sigmoid where they are independent."""
+
+    def __init__(self, args: Args, device: torch.device):
+        super().__init__(args, device)
+        config, flag = self.model.config, f"--reward-model {args.reward_model}"
+        labels = {str(label).lower(): i for i, label in config.id2label.items()}
+        positive = [i for label, i in labels.items() if label in ("positive", "pos")]
+        require(positive, f"{flag} has no label positive, only {', '.join(labels)}")
+        self.positive, self.independent = positive[0], config.problem_type == "multi_label_classification"
+        one_of_several = config.num_labels > 1 and config.problem_type in (None, "single_label_classification")
+        no_probability = f"{flag}: {config.num_labels} output(s) with problem_type {config.problem_type} are"
+        require(self.independent or one_of_several, f"{no_probability} no probabilities")
+
+    def __call__(self, prompts: list[str], responses: list[str], rows: list[dict]) -> list[float]:
+        logits = self.logits([prompt + response for prompt, response in zip(prompts, responses)])
+        return (logits.sigmoid() if self.independent else logits.softmax(-1))[:, self.positive].tolist()
 
 
 class RewardFunction:
     """The function module:name, which is called with lists of prompts, responses (texts) and rows of the data set.
 
-    It returns as many floats. The module is in the working directory or installed.
+    It returns as many numbers. An evaluation calls it with empty responses as well. The module is in the working
+    directory or installed.
     """
 
     def __init__(self, name: str):
@@ -273,11 +341,13 @@ class RewardFunction:
 
     def __call__(self, prompts: list[str], responses: list[str], rows: list[dict]) -> list[float]:
         scores = self.function(prompts, responses, rows)
-        require(hasattr(scores, "__len__"), f"{self.flag} returned no list but {scores!r:.100}")
+        scores = scores.tolist() if hasattr(scores, "tolist") else scores  # of numpy or torch
+        is_list = hasattr(scores, "__len__") and not isinstance(scores, (Mapping, Set, str))
+        require(is_list, f"{self.flag} returned no list but {scores!r:.100}")
         require(len(scores) == len(rows), f"{self.flag} returned {len(scores)} rewards for {len(rows)} responses")
         for score in scores:
-            is_number = isinstance(score, Real) and np.isfinite(score)
-            require(is_number, f"{self.flag} returned {score!r:.100}, which is no finite number")
+            is_number = isinstance(score, Real) and abs(score) <= torch.finfo(torch.float32).max
+            require(is_number, f"{self.flag} returned {score!r:.100}, which is no finite number of 32 bits")
         return [float(score) for score in scores]
 
 
@@ -359,17 +429,15 @@ def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, gae_lambda:
     return advantages, advantages + values
 
 
-def generate(
-    policy: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: list[list[int]], batch_size: int
-) -> list[list[int]]:
-    """A response to each prompt, with its end-of-text token where there is one; prompts of like length go together."""
-    responses = [[] for _ in prompts]
+def generate(policy: PreTrainedModel, prompts: list[list[int]], batch_size: int) -> list[list[int]]:
+    """A response to each prompt, with the token that ends it where there is one; prompts of like length go together."""
+    responses, ends = [[] for _ in prompts], policy.generation_config.eos_token_id
     for batch in batches([len(prompt) for prompt in prompts], batch_size):
         tokens, mask, _ = pad([prompts[i] for i in batch], [[]] * len(batch), policy.device)
         output = policy.generate(tokens, attention_mask=mask)[:, tokens.shape[1] :].tolist()
         for i, response in zip(batch, output):
-            ended = tokenizer.eos_token_id in response
-            responses[i] = response[: response.index(tokenizer.eos_token_id) + 1] if ended else response
+            length = next((t + 1 for t, token in enumerate(response) if token in ends), len(response))
+            responses[i] = response[:length]
     return responses
 
 
@@ -386,16 +454,16 @@ def seed_everything(*entropy: int) -> None:
     torch.manual_seed(int(np.random.SeedSequence(entropy).generate_state(1)[0]))
 
 
-def generation_config(args: Args, tokenizer: PreTrainedTokenizerBase) -> GenerationConfig:
-    """Sampling as the arguments have it, and nothing of what the model's own folder says about it."""
+def generation_config(args: Args, ends: list[int]) -> GenerationConfig:
+    """Sampling as the arguments have it, and nothing of what the model's own folder says, but for the end tokens."""
     return GenerationConfig(
         do_sample=True,
         top_k=args.top_k,
         max_new_tokens=args.response_length,
         min_new_tokens=args.min_response_length,
         remove_invalid_values=True,  # a policy of NaNs is found out by its loss
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.eos_token_id,
+        eos_token_id=ends,
+        pad_token_id=ends[0],
     )
 
 
@@ -431,10 +499,12 @@ class Learner:
         policy = load_network(args, "policy", args.policy, AutoModelForCausalLM, dtype=torch.float32)
         value_model = deepcopy(policy.base_model)
         check_vocabulary("policy", args.policy, self.tokenizer, policy)
+        rounding = args.tf32
+        check_padding("policy", args.policy, policy, tolerance=0.5 if rounding else 1e-3)
         self.reward = self.reward or Reward(args, self.device)
         models = (args.policy, tokenizer, *(() if args.reward_function else (args.reward_model,)))
         self.hub_commits = {name: hub_commit(args, name) for name in models} | {args.dataset: data_commit}
-        room = getattr(policy.config, "max_position_embeddings", None) or sys.maxsize
+        room = num_positions(policy)
         length = args.prompt_length + args.response_length
         require(length <= room, f"--prompt-length plus --response-length is {length}; the policy has {room} positions")
         self.rows = [row for row in train if first_half(row["text"])]
@@ -442,7 +512,8 @@ class Learner:
         for split, rows in (("training", self.rows), ("validation", self.validation)):
             enough = len(rows) >= accelerator.num_processes
             require(enough, f"--dataset {args.dataset} has {len(rows)} {split} reviews of at least two words")
-        policy.generation_config = generation_config(args, self.tokenizer)
+        self.own_generation_config, self.ends = policy.generation_config, end_tokens(policy, self.tokenizer)
+        policy.generation_config = generation_config(args, self.ends)
         self.reference = deepcopy(policy).to(self.device).eval().requires_grad_(False)
         if args.bfloat16:
             for network in (policy, value_model, self.reference):
@@ -456,6 +527,13 @@ class Learner:
         ]
         optimizer = torch.optim.AdamW(groups, args.learning_rate, eps=1e-5, fused=True)
         self.model, self.optimizer = accelerator.prepare(self.actor_critic, optimizer)
+
+    def score(self, prompts: list[str], responses: list[str], rows: list[dict]) -> list[float]:
+        """Rewards, which are finite: what a reward model does must not look like too high a learning rate."""
+        scores = self.reward(prompts, responses, rows)
+        for prompt, response, score in zip(prompts, responses, scores):
+            require(np.isfinite(score), f"the reward model gives {score} for {(prompt + response)[-100:]!r}", code=1)
+        return scores
 
     def sum(self, x: Tensor | float) -> Tensor:
         """Sum over all processes."""
@@ -489,11 +567,11 @@ def rollout(learner: Learner, rows: list[dict], args: Args) -> tuple[Rollout, di
     tokenizer, device = learner.tokenizer, learner.device
     prompts = encode_prompts(tokenizer, rows, args.prompt_length)
     start = time.perf_counter()
-    responses = generate(learner.actor_critic.policy, tokenizer, prompts, args.rollout_batch_size)
+    responses = generate(learner.actor_critic.policy, prompts, args.rollout_batch_size)
     generation_seconds = time.perf_counter() - start
     texts = [tokenizer.decode(prompt, skip_special_tokens=True) for prompt in prompts]  # what the policy saw
-    continuations = [continuation(tokenizer, p, r) for p, r in zip(prompts, responses)]
-    scores = torch.tensor(learner.reward(texts, continuations, rows), device=device)
+    continuations = [continuation(tokenizer, p, r, learner.ends) for p, r in zip(prompts, responses)]
+    scores = torch.tensor(learner.score(texts, continuations, rows), device=device)
 
     # pi_old, V and pi_ref from a fresh forward pass: generation has other log-probabilities (top-k) and other kernels.
     mask = torch.zeros(len(prompts), args.response_length, dtype=torch.bool, device=device)
@@ -508,7 +586,7 @@ def rollout(learner: Learner, rows: list[dict], args: Args) -> tuple[Rollout, di
 
     rewards = token_rewards(scores, logprob, ref_logprob, mask, args.kl_coef)
     advantages, returns = gae(rewards, values, mask, args.gamma, args.gae_lambda)
-    kl, ended = (logprob - ref_logprob).sum(1), [r[-1] == tokenizer.eos_token_id for r in responses]
+    kl, ended = (logprob - ref_logprob).sum(1), [r[-1] in learner.ends for r in responses]
     sums = {
         "objective/scores": scores.sum(),
         "objective/kl": kl.sum(),
@@ -582,12 +660,14 @@ def train(args: Args, run_dir: Path, learner: Learner) -> None:
     start_time, commit = time.monotonic(), git_commit()
     accelerator, main_process = learner.accelerator, learner.accelerator.is_main_process
     names = "update rollout_tokens rollout_seconds generation_seconds update_seconds wall_seconds"
-    counters = dict.fromkeys(names.split(), 0) | {"curves": []}
+    counters = dict.fromkeys(names.split(), 0) | {"curves": [], "num_processes_from": {}}
     counters |= load_checkpoint(run_dir, learner)
     start_time -= counters["wall_seconds"]  # of the process or processes before
     update = counters["update"]
+    if [*counters["num_processes_from"].values()][-1:] != [accelerator.num_processes]:
+        counters["num_processes_from"][str(update)] = accelerator.num_processes
     log = RunLog(run_dir, args, counters["curves"], update or -1) if main_process else None
-    stop_signals = collect_signals()
+    stop_signals = collect_signals(main_process)
     if update == 0:
         counters["before"], _ = evaluate(learner, args)
         if main_process:
@@ -669,14 +749,16 @@ def evaluate(learner: Learner, args: Args) -> tuple[dict[str, float], list[dict]
     halves = [first_half(row["text"]) for row in rows]
     references = [" ".join(row["text"].split())[len(half) :] for row, half in zip(rows, halves)]
     prompts = encode_prompts(tokenizer, rows, args.prompt_length)
-    responses = generate(learner.actor_critic.policy, tokenizer, prompts, args.rollout_batch_size)
+    responses = generate(learner.actor_critic.policy, prompts, args.rollout_batch_size)
     continuations = {
-        "score": [continuation(tokenizer, p, r) for p, r in zip(prompts, responses)],
+        "score": [continuation(tokenizer, p, r, learner.ends) for p, r in zip(prompts, responses)],
         "score_reference": references,
         "score_empty": [""] * len(rows),
-        "score_truncated": [continuation(tokenizer, p, r[: len(r) // 2]) for p, r in zip(prompts, responses)],
+        "score_truncated": [
+            continuation(tokenizer, p, r[: len(r) // 2], learner.ends) for p, r in zip(prompts, responses)
+        ],
     }
-    scored = {name: learner.reward(halves, texts, rows) for name, texts in continuations.items()}
+    scored = {name: learner.score(halves, texts, rows) for name, texts in continuations.items()}
     columns = {"index": index, "prompt": halves, "response": continuations["score"], "reference": references} | scored
     samples = [dict(zip(columns, values)) for values in zip(*columns.values())]
     samples = sorted(gather_object(samples), key=lambda sample: sample["index"])
@@ -702,8 +784,9 @@ def perplexity(learner: Learner, policy: PreTrainedModel, texts: list[str]) -> f
 
     Of more than GPT-J's 2,048 positions no use is made; with fewer than 1,024 a stride is half of them.
     """
-    tokens = learner.tokenizer("\n\n".join(texts), verbose=False, return_tensors="pt").input_ids.to(learner.device)
-    room = min(getattr(policy.config, "max_position_embeddings", None) or 2048, 2048)
+    text = learner.tokenizer("\n\n".join(texts), add_special_tokens=False, verbose=False).input_ids
+    tokens = torch.tensor([begin_tokens(learner.tokenizer) + text], device=learner.device)
+    room = min(num_positions(policy), 2048)
     stride = min(512, room // 2)
     loss = torch.zeros((), dtype=torch.float64, device=learner.device)
     for start in learner.shard(range(0, tokens.shape[1], stride)):
@@ -733,7 +816,7 @@ def load_pretrained(args: Args, flag: str, name: str, from_pretrained: Callable,
     try:
         return from_pretrained(name, **options)
     except (OSError, ValueError, SafetensorError, DatasetsError, StrictDataclassError) as error:
-        reason = (str(error) or repr(error)).splitlines()[0]
+        reason = (str(error.__cause__ or error) or repr(error)).splitlines()[0]
         instead = "a hub id that can be reached from here, or a local folder, such as benchmark/rlhf_assets.py makes"
         raise Stop(f"--{flag} {name} cannot be loaded ({reason}): give {instead}") from None
 
@@ -761,6 +844,22 @@ def hub_commit(args: Args, name: str) -> str | None:
             return Path(path).parent.name
 
 
+def read_file(file: str) -> datasets.DatasetDict:
+    """The data set in a CSV, Parquet or JSON file: a row a line, one list, or an object with lists of rows in it."""
+    path = Path(file)
+    if path.suffix == ".json":
+        with suppress(json.JSONDecodeError):  # a row a line
+            content = json.loads(path.read_text(encoding="utf-8"))
+            lists = content if isinstance(content, dict) else {}
+            lists = {key: x for key, x in lists.items() if isinstance(x, list) and x and isinstance(x[0], dict)}
+            if lists:
+                names = ["train"] if len(lists) == 1 else lists  # under whatever key
+                splits = {name: datasets.Dataset.from_list(x) for name, x in zip(names, lists.values())}
+                return datasets.DatasetDict(splits)
+    kind = {".csv": "csv", ".parquet": "parquet"}.get(path.suffix, "json")
+    return datasets.load_dataset(kind, data_files=file)
+
+
 def load_rows(args: Args, columns: Sequence[str]) -> tuple[list[dict], list[dict], str | None]:
     """Rows of the training and the validation split; without one, a fifth of the training split, drawn by the seed.
 
@@ -770,7 +869,7 @@ def load_rows(args: Args, columns: Sequence[str]) -> tuple[list[dict], list[dict
     name, path = args.dataset, Path(args.dataset)
     require(not path.is_file() or path.stat().st_size, f"--dataset {name} is empty")
     if path.is_file():
-        data = load_pretrained(args, "dataset", name, lambda file: datasets.load_dataset("json", data_files=file))
+        data = load_pretrained(args, "dataset", name, read_file)
     elif (path / "dataset_dict.json").exists() or (path / "dataset_info.json").exists():
         data = load_pretrained(args, "dataset", name, datasets.load_from_disk)
     else:
@@ -780,14 +879,21 @@ def load_rows(args: Args, columns: Sequence[str]) -> tuple[list[dict], list[dict
     train, validation = data["train"], data.get("validation", data.get("valid"))
     commit = re.search(r"/([0-9a-f]{40})/", str(train.cache_files))  # names a folder of the cache
     if validation is None:
+        others = ", ".join(split for split in data if split != "train")
+        if others and int(os.environ.get("RANK", 0)) == 0:
+            print(f"--dataset {name} has no split validation: a fifth of train is; {others} is not used")
         require(len(train) > 1, f"--dataset {name} has {len(train)} rows: too few for training and validation")
         train, validation = train.train_test_split(test_size=0.2, seed=args.seed).values()
-    for split in (train, validation):
-        missing = [column for column in columns if column not in split.column_names]
-        require(not missing, f"--dataset {name} has no column {', '.join(missing)}, only {split.column_names}")
-        texts = all(isinstance(cell, str) for column in columns for cell in split[column])
+    try:
+        train, validation = train.to_list(), validation.to_list()
+    except UnicodeDecodeError as error:
+        raise Stop(f"--dataset {name} has text that is not UTF-8: {error}") from None
+    for rows in (train, validation):
+        missing = ", ".join(column for column in columns if column not in rows[0])
+        require(not missing, f"--dataset {name} has no column {missing}, only {', '.join(rows[0])}")
+        texts = all(isinstance(row[column], str) for row in rows for column in columns)
         require(texts, f"--dataset {name} has rows in which {' or '.join(columns)} is no text")
-    return train.to_list(), validation.to_list(), commit and commit[1]
+    return train, validation, commit and commit[1]
 
 
 def check_vocabulary(flag: str, name: str, tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> None:
@@ -809,6 +915,8 @@ def make_learner(args: Args) -> Learner:
     if args.num_threads:
         torch.set_num_threads(args.num_threads)
     torch.backends.cuda.matmul.allow_tf32 = args.tf32
+    for name in [name for name in os.environ if name.startswith("ACCELERATE_")]:
+        del os.environ[name]  # of accelerate launch, such as a mixed precision: the flags alone say what is done
     patient = InitProcessGroupKwargs(timeout=timedelta(hours=12))  # while one process downloads models and data
     accelerator = Accelerator(cpu=args.cpu or not torch.cuda.is_available(), kwargs_handlers=[patient])
     started, seen = int(os.environ.get("WORLD_SIZE", 1)), accelerator.num_processes
@@ -816,13 +924,16 @@ def make_learner(args: Args) -> Learner:
     return Learner(args, accelerator)
 
 
-def collect_signals() -> list[int]:
-    """Ctrl-C and SIGTERM go into the returned list, so that the rollout ends with a checkpoint; a second one kills."""
+def collect_signals(main_process: bool) -> list[int]:
+    """Ctrl-C and SIGTERM go into the returned list, so that the update ends with a checkpoint; a second one kills."""
     received = []
 
     def handler(number: int, _) -> None:
         received.append(number)
         signal.signal(number, signal.SIG_DFL)
+        if main_process:
+            wait = "stopping when the running update has ended and is saved; once more stops at once"
+            print(wait, file=sys.stderr, flush=True)
 
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, handler)
@@ -835,6 +946,9 @@ def write_atomic(path: Path, content: bytes | memoryview) -> None:
     try:
         temporary.write_bytes(content)
         os.replace(temporary, path)
+    except OSError as error:
+        error.filename = str(path)
+        raise
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -856,6 +970,8 @@ def create_run_dir(args: Args, run_dir: Path) -> None:
         run_dir.mkdir(parents=True, exist_ok=True)
         write_json(run_dir / "args.json", {"script": SCRIPT, "args": asdict(args) | {"run_dir": str(run_dir)}})
     except OSError as error:
+        if error.errno in DISK_FULL:
+            raise
         raise Stop(f"--run-dir {run_dir} cannot be made: {error.strerror}") from None
 
 
@@ -916,6 +1032,7 @@ def save_policy(learner: Learner, run_dir: Path) -> None:
         shutil.rmtree(old, ignore_errors=True)  # of an attempt that was killed
     try:
         learner.actor_critic.policy.save_pretrained(temporary)
+        learner.own_generation_config.to_json_file(temporary / "generation_config.json")  # not the run's
         learner.tokenizer.save_pretrained(temporary)
         os.replace(temporary, folder)
     except SafetensorError as error:  # what it has for a full disk
@@ -942,6 +1059,7 @@ def save_results(
     seconds = counters["rollout_seconds"] + counters["update_seconds"]
     result["generation_time_share"] = counters["generation_seconds"] / seconds
     result["device"] = torch.cuda.get_device_name() if learner.device.type == "cuda" else "cpu"
+    result["num_processes_from"] = counters["num_processes_from"]  # update
     result |= {"num_processes": learner.accelerator.num_processes, "peak_memory_gib": counters["peak_memory_gib"]}
     result |= {"wall_seconds": counters["wall_seconds"], "versions": versions, "commit": commit}
     result["hub_commits"] = {name: commit for name, commit in learner.hub_commits.items() if commit}
@@ -1037,6 +1155,7 @@ def main() -> int:
     transformers.utils.logging.disable_progress_bar()
     huggingface_hub.utils.logging.set_verbosity_error()
     datasets.disable_progress_bars()
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)
     name = f"{Path(args.dataset).name}__{SCRIPT}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
     run_dir = Path(args.evaluate or args.resume or args.run_dir or f"runs/{name}")
     rank = int(os.environ.get("RANK", 0))
@@ -1063,7 +1182,7 @@ def main() -> int:
         stops = isinstance(error, Stop)  # a resumed run would come to the same end
         if not stops and not args.evaluate and (run_dir / "checkpoint.pt").exists():
             error.add_note(f"to go on: python {SCRIPT}.py --resume {run_dir}")
-        disk_full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        disk_full = isinstance(error, OSError) and error.errno in DISK_FULL
         memory_full = isinstance(error, torch.OutOfMemoryError)
         if not stops and not disk_full and not memory_full and not isinstance(error, KeyboardInterrupt):
             raise  # a bug: Python's own traceback, and the note below it

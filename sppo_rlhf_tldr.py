@@ -41,8 +41,8 @@ import subprocess
 import sys
 import time
 import warnings
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Mapping, Sequence, Set
+from contextlib import nullcontext, suppress
 from dataclasses import asdict, dataclass, fields, replace
 from datetime import timedelta
 from functools import partial
@@ -90,6 +90,7 @@ OOM_HINT = (
     "or begin anew with --gradient-checkpointing or a smaller --base-precision"
 )
 TOKENIZERS = {"CarperAI/openai_summarize_tldr_sft": "EleutherAI/gpt-j-6b"}  # where the authors took it
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 PACKAGES = ("torch", "transformers", "datasets", "accelerate", "peft", "numpy")  # their versions go into result.json
 PROMPT_END = "\nTL;DR:"
 ROUGE = RougeScorer(("rouge1", "rouge2", "rougeL"), use_stemmer=True)
@@ -169,46 +170,66 @@ def require(condition: bool, message: str, code: int = 2) -> None:
         raise Stop(message, code)
 
 
+def begin_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """What the tokenizer puts before a text. What some put behind it, an end token, would be read as the text's end."""
+    text, whole = tokenizer("a", add_special_tokens=False).input_ids, tokenizer("a").input_ids
+    return next((whole[:i] for i in range(len(whole)) if whole[i : i + len(text)] == text), [])
+
+
+def encode_inside(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
+    """Tokens of texts that follow others: without the space that SentencePiece puts before a text's first word."""
+    result = []
+    for text in texts:
+        before = "a" if text[:1].isspace() else "\n"  # merges with nothing that may follow
+        alone, before, both = tokenizer(
+            [text, before, before + text], add_special_tokens=False, verbose=False
+        ).input_ids
+        result.append(both[len(before) :] if both[: len(before)] == before else alone)
+    return result
+
+
 def encode_labels(tokenizer: PreTrainedTokenizerBase, rows: list[dict], max_length: int) -> list[list[int]]:
     """Human summaries as responses, with the end-of-text token where they leave room for it."""
-    labels = [" " + row["label"].strip() for row in rows]
-    tokens = tokenizer(labels, add_special_tokens=False).input_ids
-    return [[*label, tokenizer.eos_token_id][:max_length] for label in tokens]
+    labels = encode_inside(tokenizer, [" " + row["label"].strip() for row in rows])
+    return [[*label, tokenizer.eos_token_id][:max_length] for label in labels]
 
 
 def encode_prompts(
     tokenizer: PreTrainedTokenizerBase, rows: list[dict], max_length: int, instruction: str | None = None
 ) -> list[list[int]]:
-    """Prompts: what stands before "TL;DR:", its end cut off at max_length tokens, and "TL;DR:" again.
+    """Prompts: posts, their end cut off at max_length tokens, and "TL;DR:", which a post may have at its end already.
 
     With an instruction: a chat in which the user gives it and then the post, and the assistant is to answer.
     """
-    tokenizer.truncation_side = "right"
-    posts = [row["prompt"].split("TL;DR:")[0].strip() for row in rows]
-    special = instruction is None  # a chat template brings its own special tokens
-    posts = tokenizer(posts, truncation=True, max_length=max_length, add_special_tokens=special).input_ids
-    before, after = [], tokenizer(PROMPT_END, add_special_tokens=False).input_ids
-    if instruction is not None:
+    posts = [row["prompt"].strip().removesuffix("TL;DR:").strip() for row in rows]
+    if instruction is None:
+        before, (after,) = begin_tokens(tokenizer), encode_inside(tokenizer, [PROMPT_END])
+        posts = tokenizer(posts, add_special_tokens=False, verbose=False).input_ids
+    else:
         chat = [{"role": "user", "content": f"{instruction}\n\n{PROMPT_END}"}]  # PROMPT_END marks the post's place
         chat = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True).rsplit(PROMPT_END, 1)
-        before, after = tokenizer(chat, add_special_tokens=False).input_ids
-    return [before + post + after for post in posts]
+        before = tokenizer(chat[0], add_special_tokens=False).input_ids  # a chat template brings its special tokens
+        after, *posts = encode_inside(tokenizer, [chat[1], *posts])
+    return [before + post[:max_length] + after for post in posts]
 
 
-def continuation(tokenizer: PreTrainedTokenizerBase, prompt: list[int], response: list[int]) -> str:
+def continuation(tokenizer: PreTrainedTokenizerBase, prompt: list[int], response: list[int], ends: list[int]) -> str:
     """The response as text; decoded together with its prompt, since some tokenizers drop a leading space."""
+    response = response[:-1] if response[-1:] and response[-1] in ends else response  # not all ends count as special
     before = tokenizer.decode(prompt, skip_special_tokens=True)
     return tokenizer.decode(prompt + response, skip_special_tokens=True)[len(before) :]
 
 
-def pad(prompts: list[list[int]], responses: list[list[int]], device: torch.device) -> tuple[Tensor, ...]:
+def pad(
+    prompts: list[list[int]], responses: list[list[int]], device: torch.device, padding: int = 0
+) -> tuple[Tensor, ...]:
     """Prompts padded on the left and responses on the right, so that all responses begin in one column.
 
     Returns tokens and attention mask, both (batch, longest prompt + longest response), and the mask of the responses'
-    real tokens, (batch, longest response). Padding is token 0, which the masks keep out of everything.
+    real tokens, (batch, longest response). The masks keep padding out of everything, whatever token it is.
     """
     P, R = max(map(len, prompts)), max(map(len, responses))
-    tokens = [[0] * (P - len(p)) + p + r + [0] * (R - len(r)) for p, r in zip(prompts, responses)]
+    tokens = [[padding] * (P - len(p)) + p + r + [padding] * (R - len(r)) for p, r in zip(prompts, responses)]
     mask = [[0] * (P - len(p)) + [1] * (len(p) + len(r)) + [0] * (R - len(r)) for p, r in zip(prompts, responses)]
     tokens, mask = torch.tensor(tokens, device=device), torch.tensor(mask, device=device)
     return tokens, mask, mask[:, P:].bool()
@@ -237,6 +258,44 @@ def response_logprobs(lm: nn.Module, tokens: Tensor, attention_mask: Tensor, num
     return token_logprobs(out.logits[:, -num_actions - 1 : -1], tokens[:, -num_actions:])
 
 
+def num_positions(model: PreTrainedModel) -> int:
+    """Tokens that the model has room for. RoBERTa and its like number them from behind their padding token's id on."""
+    room = getattr(model.config.get_text_config(), "max_position_embeddings", None) or sys.maxsize
+    tables = [module for name, module in model.named_modules() if name.endswith("position_embeddings")]
+    first = [table.padding_idx + 1 for table in tables if getattr(table, "padding_idx", None) is not None]
+    return room - sum(first[:1])
+
+
+@torch.no_grad()
+def hidden_size(model: PreTrainedModel) -> int:
+    """Width of the last hidden states, which need not be the one inside the model."""
+    return model.base_model(torch.zeros(1, 1, dtype=torch.long, device=model.device)).last_hidden_state.shape[-1]
+
+
+@torch.no_grad()
+def check_padding(flag: str, name: str, model: PreTrainedModel, tolerance: float) -> None:
+    """Refuse a causal model that gives a short text other log-probabilities when it is padded than when it is alone."""
+    text = [i % model.get_input_embeddings().num_embeddings for i in range(3, 60, 3)]
+    tokens, mask, _ = pad([text[:3], text[:9]], [text[3:7], text[9:]], model.device)
+    padded = response_logprobs(model, tokens, mask, 10)[0, :4]
+    alone = tokens[:1, 6:13]
+    alone = token_logprobs(model(alone, use_cache=False).logits[:, 2:-1], alone[:, 3:])[0]
+    check_same(flag, name, padded, alone, tolerance)
+
+
+def check_same(flag: str, name: str, padded: Tensor, alone: Tensor, tolerance: float) -> None:
+    error = (padded - alone).abs().max().item()
+    instead = "give a model that padding leaves as it is (docs/language-models.md)"
+    require(error <= tolerance, f"--{flag} {name}: padding changes its numbers by {error:.2g}; {instead}")
+
+
+def end_tokens(policy: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Every token that ends a response, first the tokenizer's own; chat models list others for the end of a turn."""
+    listed, rows = policy.generation_config.eos_token_id, policy.get_input_embeddings().num_embeddings
+    listed = listed if isinstance(listed, list) else [listed]
+    return list(dict.fromkeys([tokenizer.eos_token_id, *(i for i in listed if i is not None and i < rows)]))
+
+
 class ActorCritic(nn.Module):
     """One base model with LoRA adapters for policy, value and perhaps reward; with all off, it is the reference.
 
@@ -249,7 +308,7 @@ class ActorCritic(nn.Module):
         self.lm = base  # the adapters are put into it
         self.adapters = get_peft_model(base, lora, adapter_name="policy_adapter")
         self.adapters.add_adapter("value_adapter", lora)
-        self.value_head = nn.Linear(base.config.hidden_size, 1)
+        self.value_head = nn.Linear(hidden_size(base), 1)
         self.switch_to("policy_adapter")
         for layer in base.modules() if args.gradient_checkpointing else ():
             if isinstance(layer, GradientCheckpointingLayer):  # transformers' own way needs training mode, with dropout
@@ -304,34 +363,50 @@ def reward_text(prompt: str, summary: str) -> str:
     return f"{prompt} {summary.strip()}"
 
 
-class ClassifierReward:
-    """Logit of a classifier with one label on prompt + summary + --reward-end; of a long text, the end counts."""
+class Classifier:
+    """A sequence classifier with its tokenizer; of a text that is too long, the end counts."""
 
     def __init__(self, args: Args, device: torch.device):
         name, auto_class = args.reward_model, AutoModelForSequenceClassification
         self.model = load_network(args, "reward-model", name, auto_class, dtype=torch.float32)  # not that of the file
         self.tokenizer = load_auto(args, "reward-model", name, AutoTokenizer)
         check_vocabulary("reward-model", name, self.tokenizer, self.model)
-        self.tokenizer.pad_token = self.tokenizer.pad_token or self.tokenizer.eos_token
-        require(self.tokenizer.pad_token, f"--reward-model {args.reward_model}: the tokenizer has no token to pad with")
-        self.model.config.pad_token_id = self.tokenizer.pad_token_id
-        labels = self.model.config.num_labels
-        require(labels == 1, f"--reward-model {args.reward_model} has {labels} labels; a reward is one number")
-        self.end, self.batch_size = args.reward_end, args.rollout_batch_size
-        room = getattr(self.model.config, "max_position_embeddings", None) or 2**30
-        self.max_length = min(self.tokenizer.model_max_length, room)
+        self.batch_size = args.rollout_batch_size
+        self.max_length = min(self.tokenizer.model_max_length, num_positions(self.model))
         self.tokenizer.truncation_side = "left"
         self.model.to(device).eval().requires_grad_(False)
+        padded, alone = self.logits(["a b", "a b " * 9])[:1], self.logits(["a b"])
+        check_same("reward-model", name, padded, alone, 1e-3 * (1 + alone.abs().max().item()))
 
     @torch.no_grad()
+    def logits(self, texts: list[str]) -> Tensor:
+        """(text, label). Where a model reads the last token that is not padding, it is the last one of the text."""
+        tokens = self.tokenizer(texts, truncation=True, max_length=self.max_length).input_ids if texts else []
+        lasts, vocabulary = {text[-1] for text in tokens}, self.model.get_input_embeddings().num_embeddings
+        candidates = [self.tokenizer.pad_token_id, *range(vocabulary)]
+        padding = next(i for i in candidates if i is not None and i not in lasts)
+        self.model.config.get_text_config().pad_token_id = padding
+        logits = torch.zeros(len(texts), self.model.config.num_labels)
+        for batch in batches([len(text) for text in texts], self.batch_size):
+            padded, mask, _ = pad([[]] * len(batch), [tokens[i] for i in batch], self.model.device, padding)
+            logits[batch] = self.model(padded, attention_mask=mask).logits.cpu()
+        return logits
+
+
+class ClassifierReward(Classifier):
+    """Logit of a classifier with one label on prompt + summary + --reward-end."""
+
+    def __init__(self, args: Args, device: torch.device):
+        super().__init__(args, device)
+        labels = self.model.config.num_labels
+        require(labels == 1, f"--reward-model {args.reward_model} has {labels} labels; a reward is one number")
+        self.end, end = args.reward_end, self.tokenizer.eos_token_id
+        if self.tokenizer(self.end).input_ids[-2:] == [end, end]:  # the tokenizer adds one itself
+            self.end = self.end.removesuffix(self.tokenizer.eos_token)
+
     def __call__(self, prompts: list[str], responses: list[str], rows: list[dict]) -> list[float]:
         texts = [reward_text(prompt, response) + self.end for prompt, response in zip(prompts, responses)]
-        scores = torch.zeros(len(texts))
-        options = {"truncation": True, "max_length": self.max_length, "padding": True, "return_tensors": "pt"}
-        for batch in batches([len(text) for text in texts], self.batch_size):
-            tokens = self.tokenizer([texts[i] for i in batch], **options).to(self.model.device)
-            scores[batch] = self.model(**tokens).logits.squeeze(-1).cpu()
-        return scores.tolist()
+        return self.logits(texts).squeeze(-1).tolist()
 
 
 class AdapterReward:
@@ -348,8 +423,8 @@ class AdapterReward:
         except ValueError as error:
             message = f"--reward-model {args.reward_model} does not fit --policy {args.policy}: {error}"
             raise Stop(message) from None
-        hidden_size = actor_critic.lm.config.hidden_size
-        heads = [name for name, x in weights.items() if "lora_" not in name and x.shape == (1, hidden_size)]
+        shape = 1, hidden_size(actor_critic.lm)
+        heads = [name for name, x in weights.items() if "lora_" not in name and x.shape == shape]
         require(len(heads) == 1, f"--reward-model {args.reward_model} has {len(heads)} scalar heads; it needs one")
         self.head = weights.pop(heads[0]).float()
         biases = [name for name, x in weights.items() if "lora_" not in name and x.shape == (1,)]
@@ -358,14 +433,15 @@ class AdapterReward:
         require(fits, f"--reward-model {args.reward_model} is an adapter for another model than --policy {args.policy}")
         actor_critic.switch_to("policy_adapter")
         self.actor_critic, self.tokenizer, self.batch_size = actor_critic, tokenizer, args.rollout_batch_size
-        self.room = getattr(actor_critic.lm.config, "max_position_embeddings", None) or sys.maxsize
+        self.room = num_positions(actor_critic.lm)
 
     @torch.no_grad()
     def __call__(self, prompts: list[str], responses: list[str], rows: list[dict]) -> list[float]:
         device, end = self.actor_critic.lm.device, self.tokenizer.eos_token_id
         texts = [f"<|startoftext|>{reward_text(prompt, response)}" for prompt, response in zip(prompts, responses)]
-        texts = self.tokenizer(texts).input_ids
-        texts = [[*text, end][-self.room :] for text in texts]  # the beginning goes, the summary stays
+        texts = self.tokenizer(texts, add_special_tokens=False, verbose=False).input_ids if texts else []
+        begin = begin_tokens(self.tokenizer)
+        texts = [[*begin, *text, end][-self.room :] for text in texts]  # the beginning goes, the summary stays
         scores = torch.zeros(len(texts))
         for batch in batches([len(text) for text in texts], self.batch_size):
             tokens, mask, _ = pad([texts[i] for i in batch], [[]] * len(batch), device)
@@ -377,7 +453,8 @@ class AdapterReward:
 class RewardFunction:
     """The function module:name, which is called with lists of prompts, responses (texts) and rows of the data set.
 
-    It returns as many floats. The module is in the working directory or installed.
+    It returns as many numbers. An evaluation calls it with empty responses as well. The module is in the working
+    directory or installed.
     """
 
     def __init__(self, name: str):
@@ -395,11 +472,13 @@ class RewardFunction:
 
     def __call__(self, prompts: list[str], responses: list[str], rows: list[dict]) -> list[float]:
         scores = self.function(prompts, responses, rows)
-        require(hasattr(scores, "__len__"), f"{self.flag} returned no list but {scores!r:.100}")
+        scores = scores.tolist() if hasattr(scores, "tolist") else scores  # of numpy or torch
+        is_list = hasattr(scores, "__len__") and not isinstance(scores, (Mapping, Set, str))
+        require(is_list, f"{self.flag} returned no list but {scores!r:.100}")
         require(len(scores) == len(rows), f"{self.flag} returned {len(scores)} rewards for {len(rows)} responses")
         for score in scores:
-            is_number = isinstance(score, Real) and np.isfinite(score)
-            require(is_number, f"{self.flag} returned {score!r:.100}, which is no finite number")
+            is_number = isinstance(score, Real) and abs(score) <= torch.finfo(torch.float32).max
+            require(is_number, f"{self.flag} returned {score!r:.100}, which is no finite number of 32 bits")
         return [float(score) for score in scores]
 
 
@@ -481,17 +560,15 @@ def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, gae_lambda:
     return advantages, advantages + values
 
 
-def generate(
-    policy: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: list[list[int]], batch_size: int, greedy: bool
-) -> list[list[int]]:
-    """A response to each prompt, with its end-of-text token where there is one; prompts of like length go together."""
-    responses = [[] for _ in prompts]
+def generate(policy: PreTrainedModel, prompts: list[list[int]], batch_size: int, greedy: bool) -> list[list[int]]:
+    """A response to each prompt, with the token that ends it where there is one; prompts of like length go together."""
+    responses, ends = [[] for _ in prompts], policy.generation_config.eos_token_id
     for batch in batches([len(prompt) for prompt in prompts], batch_size):
         tokens, mask, _ = pad([prompts[i] for i in batch], [[]] * len(batch), policy.device)
         output = policy.generate(tokens, attention_mask=mask, do_sample=not greedy)[:, tokens.shape[1] :].tolist()
         for i, response in zip(batch, output):
-            ended = tokenizer.eos_token_id in response
-            responses[i] = response[: response.index(tokenizer.eos_token_id) + 1] if ended else response
+            length = next((t + 1 for t, token in enumerate(response) if token in ends), len(response))
+            responses[i] = response[:length]
     return responses
 
 
@@ -508,16 +585,16 @@ def seed_everything(*entropy: int) -> None:
     torch.manual_seed(int(np.random.SeedSequence(entropy).generate_state(1)[0]))
 
 
-def generation_config(args: Args, tokenizer: PreTrainedTokenizerBase) -> GenerationConfig:
-    """Sampling as the arguments have it, and nothing of what the model's own folder says about it."""
+def generation_config(args: Args, ends: list[int]) -> GenerationConfig:
+    """Sampling as the arguments have it, and nothing of what the model's own folder says, but for the end tokens."""
     return GenerationConfig(
         do_sample=True,
         top_k=args.top_k,
         max_new_tokens=args.response_length,
         min_new_tokens=args.min_response_length,
         remove_invalid_values=True,  # a policy of NaNs is found out by its loss
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.eos_token_id,
+        eos_token_id=ends,
+        pad_token_id=ends[0],
     )
 
 
@@ -542,7 +619,14 @@ def load_base(args: Args, device: torch.device) -> PreTrainedModel:
         nf4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": torch.bfloat16}
         nf4["bnb_4bit_use_double_quant"] = args.double_quant
         options |= {"quantization_config": BitsAndBytesConfig(**nf4), "device_map": {"": device}}
-    return load_network(args, "policy", args.policy, AutoModelForCausalLM, **options)
+    return eval_mode(load_network(args, "policy", args.policy, AutoModelForCausalLM, **options))
+
+
+def eval_mode(model: nn.Module) -> nn.Module:
+    """Dropout is never active. In eval mode bitsandbytes has no gradient on CPUs with AVX512-BF16."""
+    for layer in model.modules():
+        layer.training = hasattr(layer, "quant_state")
+    return model
 
 
 class Learner:
@@ -562,6 +646,8 @@ class Learner:
         self.tokenizer = load_auto(args, flag, tokenizer, AutoTokenizer)
         base = load_base(args, self.device)
         check_vocabulary("policy", args.policy, self.tokenizer, base)
+        rounding = args.tf32 or args.base_precision != "float32"
+        check_padding("policy", args.policy, base, tolerance=0.5 if rounding else 1e-3)
         can_chat = args.instruction is None or self.tokenizer.chat_template
         require(can_chat, f"--instruction needs a chat template, and the tokenizer of --policy {args.policy} has none")
         torch.manual_seed(args.seed)  # the adapters and the value head are the same in every process
@@ -575,18 +661,20 @@ class Learner:
             self.reward = AdapterReward(*adapter_inputs) if adapter else ClassifierReward(args, self.device)
         models = (args.policy, tokenizer, *(() if args.reward_function else (args.reward_model,)))
         self.hub_commits = {name: hub_commit(args, name) for name in models} | {args.dataset: data_commit}
-        room = getattr(base.config, "max_position_embeddings", None) or sys.maxsize
-        end = self.tokenizer(PROMPT_END, add_special_tokens=False).input_ids
-        length = args.prompt_length + len(end) + args.response_length
-        require(length <= room, f"--prompt-length plus --response-length is {length}; the policy has {room} positions")
+        room = num_positions(base)
+        (frame,) = encode_prompts(self.tokenizer, [{"prompt": ""}], 0, args.instruction)
+        length = args.prompt_length + len(frame) + args.response_length
+        parts = f"--prompt-length plus --response-length is {length} with the {len(frame)} tokens around a post"
+        require(length <= room, f"{parts}; the policy has {room} positions")
         for split, rows in (("training", self.rows), ("validation", self.validation)):
             enough = len(rows) >= accelerator.num_processes
             require(enough, f"--dataset {args.dataset} has {len(rows)} {split} rows")
-        base.generation_config = generation_config(args, self.tokenizer)
-        self.actor_critic.to(self.device).eval()  # eval: dropout is never active
-        for layer in self.actor_critic.modules():
-            if hasattr(layer, "quant_state"):  # in eval mode bitsandbytes has no gradient on CPUs with AVX512-BF16
-                layer.training = True
+        references = "".join(row["label"].strip() for row in self.validation[: args.eval_samples or None])
+        enough = len(self.tokenizer(references, add_special_tokens=False, verbose=False).input_ids) > 1
+        require(enough, f"--dataset {args.dataset}: its references are empty, and perplexity would be that of nothing")
+        self.own_generation_config, self.ends = base.generation_config, end_tokens(base, self.tokenizer)
+        base.generation_config = generation_config(args, self.ends)
+        eval_mode(self.actor_critic.to(self.device))
         self.trained = {name: p for name, p in self.actor_critic.named_parameters() if p.requires_grad}
         groups = [
             {"params": [p for p in self.trained.values() if p.ndim > 1], "weight_decay": args.weight_decay},
@@ -594,6 +682,13 @@ class Learner:
         ]
         optimizer = torch.optim.AdamW(groups, args.learning_rate, eps=1e-5, fused=True)
         self.model, self.optimizer = accelerator.prepare(self.actor_critic, optimizer)
+
+    def score(self, prompts: list[str], responses: list[str], rows: list[dict]) -> list[float]:
+        """Rewards, which are finite: what a reward model does must not look like too high a learning rate."""
+        scores = self.reward(prompts, responses, rows)
+        for prompt, response, score in zip(prompts, responses, scores):
+            require(np.isfinite(score), f"the reward model gives {score} for {(prompt + response)[-100:]!r}", code=1)
+        return scores
 
     def sum(self, x: Tensor | float) -> Tensor:
         """Sum over all processes."""
@@ -628,12 +723,12 @@ def rollout(learner: Learner, rows: list[dict], args: Args) -> tuple[Rollout, di
     prompts = encode_prompts(tokenizer, rows, args.prompt_length, args.instruction)
     policy = learner.actor_critic.switch_to("policy_adapter")
     start = time.perf_counter()
-    responses = generate(policy, tokenizer, prompts, args.rollout_batch_size, greedy=False)
+    responses = generate(policy, prompts, args.rollout_batch_size, greedy=False)
     generation_seconds = time.perf_counter() - start
-    summaries = [continuation(tokenizer, p, r) for p, r in zip(prompts, responses)]
+    summaries = [continuation(tokenizer, p, r, learner.ends) for p, r in zip(prompts, responses)]
     posts = encode_prompts(tokenizer, rows, args.prompt_length)  # what a reward reads has no chat in it
     posts = [tokenizer.decode(post, skip_special_tokens=True) for post in posts]
-    scores = torch.tensor(learner.reward(posts, summaries, rows), device=device)
+    scores = torch.tensor(learner.score(posts, summaries, rows), device=device)
 
     # pi_old, V and pi_ref from a fresh forward pass: generation has other log-probabilities (top-k) and other kernels.
     mask = torch.zeros(len(prompts), args.response_length, dtype=torch.bool, device=device)
@@ -648,7 +743,7 @@ def rollout(learner: Learner, rows: list[dict], args: Args) -> tuple[Rollout, di
 
     rewards = token_rewards(scores, logprob, ref_logprob, mask, args.kl_coef)
     advantages, returns = gae(rewards, values, mask, args.gamma, args.gae_lambda)
-    kl, ended = (logprob - ref_logprob).sum(1), [r[-1] == tokenizer.eos_token_id for r in responses]
+    kl, ended = (logprob - ref_logprob).sum(1), [r[-1] in learner.ends for r in responses]
     sums = {
         "objective/scores": scores.sum(),
         "objective/kl": kl.sum(),
@@ -722,12 +817,14 @@ def train(args: Args, run_dir: Path, learner: Learner) -> None:
     start_time, commit = time.monotonic(), git_commit()
     accelerator, main_process = learner.accelerator, learner.accelerator.is_main_process
     names = "update rollout_tokens rollout_seconds generation_seconds update_seconds wall_seconds"
-    counters = dict.fromkeys(names.split(), 0) | {"curves": []}
+    counters = dict.fromkeys(names.split(), 0) | {"curves": [], "num_processes_from": {}}
     counters |= load_checkpoint(run_dir, learner)
     start_time -= counters["wall_seconds"]  # of the process or processes before
     update = counters["update"]
+    if [*counters["num_processes_from"].values()][-1:] != [accelerator.num_processes]:
+        counters["num_processes_from"][str(update)] = accelerator.num_processes
     log = RunLog(run_dir, args, counters["curves"], update or -1) if main_process else None
-    stop_signals = collect_signals()
+    stop_signals = collect_signals(main_process)
     if update == 0:
         counters["before"], _ = evaluate(learner, args)
         if main_process:
@@ -808,17 +905,19 @@ def evaluate(learner: Learner, args: Args) -> tuple[dict[str, float], list[dict]
     rows = [learner.validation[i] for i in index]
     prompts = encode_prompts(tokenizer, rows, args.prompt_length, args.instruction)
     policy = learner.actor_critic.switch_to("policy_adapter")
-    responses = generate(policy, tokenizer, prompts, args.rollout_batch_size, greedy=True)
+    responses = generate(policy, prompts, args.rollout_batch_size, greedy=True)
     posts = encode_prompts(tokenizer, rows, args.prompt_length)  # what a reward reads has no chat in it
     posts = [tokenizer.decode(post, skip_special_tokens=True) for post in posts]
     references = [row["label"].strip() for row in rows]
     summaries = {
-        "score": [continuation(tokenizer, p, r) for p, r in zip(prompts, responses)],
+        "score": [continuation(tokenizer, p, r, learner.ends) for p, r in zip(prompts, responses)],
         "score_reference": references,
         "score_empty": [""] * len(rows),
-        "score_truncated": [continuation(tokenizer, p, r[: len(r) // 2]) for p, r in zip(prompts, responses)],
+        "score_truncated": [
+            continuation(tokenizer, p, r[: len(r) // 2], learner.ends) for p, r in zip(prompts, responses)
+        ],
     }
-    scored = {name: learner.reward(posts, texts, rows) for name, texts in summaries.items()}
+    scored = {name: learner.score(posts, texts, rows) for name, texts in summaries.items()}
     rouge = [ROUGE.score(reference, text) for reference, text in zip(references, summaries["score"])]
     scored |= {name: [scores[name].fmeasure for scores in rouge] for name in ROUGE.rouge_types}
     columns = {"index": index, "prompt": posts, "response": [text.strip() for text in summaries["score"]]}
@@ -851,8 +950,9 @@ def perplexity(learner: Learner, policy: PreTrainedModel, texts: list[str]) -> f
 
     Of more than GPT-J's 2,048 positions no use is made; with fewer than 1,024 a stride is half of them.
     """
-    tokens = learner.tokenizer("\n\n".join(texts), verbose=False, return_tensors="pt").input_ids.to(learner.device)
-    room = min(getattr(policy.config, "max_position_embeddings", None) or 2048, 2048)
+    text = learner.tokenizer("\n\n".join(texts), add_special_tokens=False, verbose=False).input_ids
+    tokens = torch.tensor([begin_tokens(learner.tokenizer) + text], device=learner.device)
+    room = min(num_positions(policy), 2048)
     stride = min(512, room // 2)
     loss = torch.zeros((), dtype=torch.float64, device=learner.device)
     for start in learner.shard(range(0, tokens.shape[1], stride)):
@@ -883,7 +983,7 @@ def load_pretrained(args: Args, flag: str, name: str, from_pretrained: Callable,
     try:
         return from_pretrained(name, **options)
     except (OSError, ValueError, SafetensorError, DatasetsError, StrictDataclassError) as error:
-        reason = (str(error) or repr(error)).splitlines()[0]
+        reason = (str(error.__cause__ or error) or repr(error)).splitlines()[0]
         instead = "a hub id that can be reached from here, or a local folder, such as benchmark/rlhf_assets.py makes"
         raise Stop(f"--{flag} {name} cannot be loaded ({reason}): give {instead}") from None
 
@@ -911,6 +1011,22 @@ def hub_commit(args: Args, name: str) -> str | None:
             return Path(path).parent.name
 
 
+def read_file(file: str) -> datasets.DatasetDict:
+    """The data set in a CSV, Parquet or JSON file: a row a line, one list, or an object with lists of rows in it."""
+    path = Path(file)
+    if path.suffix == ".json":
+        with suppress(json.JSONDecodeError):  # a row a line
+            content = json.loads(path.read_text(encoding="utf-8"))
+            lists = content if isinstance(content, dict) else {}
+            lists = {key: x for key, x in lists.items() if isinstance(x, list) and x and isinstance(x[0], dict)}
+            if lists:
+                names = ["train"] if len(lists) == 1 else lists  # under whatever key
+                splits = {name: datasets.Dataset.from_list(x) for name, x in zip(names, lists.values())}
+                return datasets.DatasetDict(splits)
+    kind = {".csv": "csv", ".parquet": "parquet"}.get(path.suffix, "json")
+    return datasets.load_dataset(kind, data_files=file)
+
+
 def load_rows(args: Args, columns: Sequence[str]) -> tuple[list[dict], list[dict], str | None]:
     """Rows of the training and the validation split; without one, a fifth of the training split, drawn by the seed.
 
@@ -920,7 +1036,7 @@ def load_rows(args: Args, columns: Sequence[str]) -> tuple[list[dict], list[dict
     name, path = args.dataset, Path(args.dataset)
     require(not path.is_file() or path.stat().st_size, f"--dataset {name} is empty")
     if path.is_file():
-        data = load_pretrained(args, "dataset", name, lambda file: datasets.load_dataset("json", data_files=file))
+        data = load_pretrained(args, "dataset", name, read_file)
     elif (path / "dataset_dict.json").exists() or (path / "dataset_info.json").exists():
         data = load_pretrained(args, "dataset", name, datasets.load_from_disk)
     else:
@@ -930,14 +1046,21 @@ def load_rows(args: Args, columns: Sequence[str]) -> tuple[list[dict], list[dict
     train, validation = data["train"], data.get("validation", data.get("valid"))
     commit = re.search(r"/([0-9a-f]{40})/", str(train.cache_files))  # names a folder of the cache
     if validation is None:
+        others = ", ".join(split for split in data if split != "train")
+        if others and int(os.environ.get("RANK", 0)) == 0:
+            print(f"--dataset {name} has no split validation: a fifth of train is; {others} is not used")
         require(len(train) > 1, f"--dataset {name} has {len(train)} rows: too few for training and validation")
         train, validation = train.train_test_split(test_size=0.2, seed=args.seed).values()
-    for split in (train, validation):
-        missing = [column for column in columns if column not in split.column_names]
-        require(not missing, f"--dataset {name} has no column {', '.join(missing)}, only {split.column_names}")
-        texts = all(isinstance(cell, str) for column in columns for cell in split[column])
+    try:
+        train, validation = train.to_list(), validation.to_list()
+    except UnicodeDecodeError as error:
+        raise Stop(f"--dataset {name} has text that is not UTF-8: {error}") from None
+    for rows in (train, validation):
+        missing = ", ".join(column for column in columns if column not in rows[0])
+        require(not missing, f"--dataset {name} has no column {missing}, only {', '.join(rows[0])}")
+        texts = all(isinstance(row[column], str) for row in rows for column in columns)
         require(texts, f"--dataset {name} has rows in which {' or '.join(columns)} is no text")
-    return train.to_list(), validation.to_list(), commit and commit[1]
+    return train, validation, commit and commit[1]
 
 
 def check_vocabulary(flag: str, name: str, tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> None:
@@ -959,6 +1082,8 @@ def make_learner(args: Args) -> Learner:
     if args.num_threads:
         torch.set_num_threads(args.num_threads)
     torch.backends.cuda.matmul.allow_tf32 = args.tf32
+    for name in [name for name in os.environ if name.startswith("ACCELERATE_")]:
+        del os.environ[name]  # of accelerate launch, such as a mixed precision: the flags alone say what is done
     patient = InitProcessGroupKwargs(timeout=timedelta(hours=12))  # while one process downloads models and data
     accelerator = Accelerator(cpu=args.cpu or not torch.cuda.is_available(), kwargs_handlers=[patient])
     started, seen = int(os.environ.get("WORLD_SIZE", 1)), accelerator.num_processes
@@ -966,13 +1091,16 @@ def make_learner(args: Args) -> Learner:
     return Learner(args, accelerator)
 
 
-def collect_signals() -> list[int]:
-    """Ctrl-C and SIGTERM go into the returned list, so that the rollout ends with a checkpoint; a second one kills."""
+def collect_signals(main_process: bool) -> list[int]:
+    """Ctrl-C and SIGTERM go into the returned list, so that the update ends with a checkpoint; a second one kills."""
     received = []
 
     def handler(number: int, _) -> None:
         received.append(number)
         signal.signal(number, signal.SIG_DFL)
+        if main_process:
+            wait = "stopping when the running update has ended and is saved; once more stops at once"
+            print(wait, file=sys.stderr, flush=True)
 
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, handler)
@@ -985,6 +1113,9 @@ def write_atomic(path: Path, content: bytes | memoryview) -> None:
     try:
         temporary.write_bytes(content)
         os.replace(temporary, path)
+    except OSError as error:
+        error.filename = str(path)
+        raise
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -1006,6 +1137,8 @@ def create_run_dir(args: Args, run_dir: Path) -> None:
         run_dir.mkdir(parents=True, exist_ok=True)
         write_json(run_dir / "args.json", {"script": SCRIPT, "args": asdict(args) | {"run_dir": str(run_dir)}})
     except OSError as error:
+        if error.errno in DISK_FULL:
+            raise
         raise Stop(f"--run-dir {run_dir} cannot be made: {error.strerror}") from None
 
 
@@ -1092,6 +1225,7 @@ def save_results(
     seconds = counters["rollout_seconds"] + counters["update_seconds"]
     result["generation_time_share"] = counters["generation_seconds"] / seconds
     result["device"] = torch.cuda.get_device_name() if learner.device.type == "cuda" else "cpu"
+    result["num_processes_from"] = counters["num_processes_from"]  # update
     result |= {"num_processes": learner.accelerator.num_processes, "peak_memory_gib": counters["peak_memory_gib"]}
     result |= {"wall_seconds": counters["wall_seconds"], "versions": versions, "commit": commit}
     result["hub_commits"] = {name: commit for name, commit in learner.hub_commits.items() if commit}
@@ -1189,6 +1323,7 @@ def main() -> int:
     transformers.utils.logging.disable_progress_bar()
     huggingface_hub.utils.logging.set_verbosity_error()
     datasets.disable_progress_bars()
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)
     name = f"{Path(args.dataset).name}__{SCRIPT}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
     run_dir = Path(args.evaluate or args.resume or args.run_dir or f"runs/{name}")
     rank = int(os.environ.get("RANK", 0))
@@ -1215,7 +1350,7 @@ def main() -> int:
         stops = isinstance(error, Stop)  # a resumed run would come to the same end
         if not stops and not args.evaluate and (run_dir / "checkpoint.pt").exists():
             error.add_note(f"to go on: python {SCRIPT}.py --resume {run_dir}")
-        disk_full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        disk_full = isinstance(error, OSError) and error.errno in DISK_FULL
         memory_full = isinstance(error, torch.OutOfMemoryError)
         if not stops and not disk_full and not memory_full and not isinstance(error, KeyboardInterrupt):
             raise  # a bug: Python's own traceback, and the note below it

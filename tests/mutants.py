@@ -384,15 +384,15 @@ Atari: no fire in the evaluation | sppo_atari | atari -k first_game_alone
 
 # Language models
 rewards: cut at the wrong place | sppo_rlhf_tldr | rlhf -k adapter_reward
-- [[*text, end][-self.room :]
-+ [[*text, end][: self.room]
+- [[*begin, *text, end][-self.room :]
++ [[*begin, *text, end][: self.room]
 
 rewards: prompt left out | sppo_rlhf_imdb | rlhf -k probability
 - [prompt + response for prompt, response in zip(prompts, responses)]
 + [response for prompt, response in zip(prompts, responses)]
 
 4 bit: quantized layers in eval mode | sppo_rlhf_tldr | rlhf_cli -k 4_bits
-- layer.training = True
+- layer.training = hasattr(layer, "quant_state")
 + layer.training = False
 
 prompts: an instruction with the mark in it | sppo_rlhf_tldr | rlhf -k prompt_of_tldr

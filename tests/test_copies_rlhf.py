@@ -20,8 +20,8 @@ TAG = (
 FLAG = ("    vf_coef: float = ", "    value_scale: float = 1.0  # of the value loss\n    vf_coef: float = ")
 USE = ("args.vf_coef * value_loss", "args.vf_coef * args.value_scale * value_loss")
 NETWORK = (
-    "        self.value_head = nn.Linear({}.config.hidden_size, 1)\n",
-    "        size = {}.config.hidden_size\n"
+    "        self.value_head = nn.Linear(hidden_size({}), 1)\n",
+    "        size = hidden_size({})\n"
     "        self.value_head = nn.Sequential(nn.LayerNorm(size), nn.Linear(size, 1))\n"
     "        self.value_scale = nn.Parameter(torch.ones(1))\n",
 )

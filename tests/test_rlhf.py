@@ -10,7 +10,6 @@ from dataclasses import replace
 from functools import partial
 from itertools import chain
 from pathlib import Path
-from types import SimpleNamespace
 
 import datasets
 import numpy as np
@@ -209,7 +208,7 @@ def test_tf32_is_off_unless_asked_for(script, assets):
 @pytest.mark.parametrize("double_quant", [True, False])
 def test_base_in_4_bits_is_nf4_that_computes_in_bfloat16(monkeypatch, double_quant):
     seen = {}
-    monkeypatch.setattr(TLDR, "load_network", lambda *a, **options: seen.update(options))
+    monkeypatch.setattr(TLDR, "load_network", lambda *a, **options: seen.update(options) or torch.nn.Identity())
     flag = {} if double_quant else {"double_quant": False}
     TLDR.load_base(TLDR.Args(policy="base", **flag), torch.device("cuda", 3))
     config = seen["quantization_config"]
@@ -246,11 +245,10 @@ def test_a_model_that_gives_the_logits_of_all_tokens_whatever_it_is_asked_for_is
 @both
 @pytest.mark.parametrize("model", ["gpt2", "llama"])
 def test_left_padded_prompts_generate_what_each_generates_alone(script, model, assets):
-    tokenizer = AutoTokenizer.from_pretrained(assets / model)
     policy = AutoModelForCausalLM.from_pretrained(assets / model).eval()
     args = script.Args(top_k=1, response_length=8, min_response_length=0)
-    policy.generation_config = script.generation_config(args, tokenizer)
-    generate = partial(script.generate, policy, tokenizer, **({"greedy": False} if script is TLDR else {}))
+    policy.generation_config = script.generation_config(args, [0])
+    generate = partial(script.generate, policy, **({"greedy": False} if script is TLDR else {}))
     alone = [generate([prompt], batch_size=1)[0] for prompt in PROMPTS]
     assert generate(PROMPTS, batch_size=3) == alone == generate(PROMPTS, batch_size=2)
     assert len({tuple(response) for response in alone}) == 3
@@ -263,13 +261,12 @@ def test_responses_end_with_the_first_end_token_and_only_there(script, make_lear
     policy, counts = policy_of(learner), torch.zeros(learner.tokenizer.vocab_size)
     greedy = {"greedy": False} if script is TLDR else {}
     torch.manual_seed(0)
-    for response in script.generate(policy, learner.tokenizer, PROMPTS * 8, 24, **greedy):
+    for response in script.generate(policy, PROMPTS * 8, 24, **greedy):
         assert len(response) == 7 or response[-1] == 0
         counts[response] += 1
     end = counts[1:].argmax().item() + 1  # a token that is often sampled plays the end token
-    tokenizer = SimpleNamespace(eos_token_id=end)
-    policy.generation_config = script.generation_config(args, tokenizer)
-    responses = script.generate(policy, tokenizer, PROMPTS * 8, 24, **greedy)
+    policy.generation_config = script.generation_config(args, [end])
+    responses = script.generate(policy, PROMPTS * 8, 24, **greedy)
     ended = [response[-1] == end for response in responses]
     assert 0 < sum(ended) < len(ended)
     for response, end_sampled in zip(responses, ended):
@@ -300,7 +297,7 @@ def test_top_k_0_samples_among_all_tokens(script, make_learner):
     policy = policy_of(learner)
     torch.manual_seed(0)
     greedy = {"greedy": False} if script is TLDR else {}
-    responses = script.generate(policy, learner.tokenizer, [[5]] * 64, 64, **greedy)
+    responses = script.generate(policy, [[5]] * 64, 64, **greedy)
     with torch.no_grad():
         logits = policy(torch.tensor([[5]])).logits[0, -1]
     assert max((logits > logits[response[0]]).sum() for response in responses) > 60
@@ -590,7 +587,9 @@ def test_batches_of_a_rollout_have_the_results_of_the_whole_batch_and_like_lengt
     one, _, _ = script.rollout(learner, learner.rows[:8], replace(args, rollout_batch_size=1))
     all_, _, _ = script.rollout(learner, learner.rows[:8], replace(args, rollout_batch_size=8))
     pad, padded = script.pad, []
-    monkeypatch.setattr(script, "pad", lambda *inputs: padded.append(inputs[:2]) or pad(*inputs))
+    monkeypatch.setattr(
+        script, "pad", lambda *inputs: (padded.append(inputs[:2]) if len(inputs) == 3 else None) or pad(*inputs)
+    )
     script.rollout(learner, learner.rows[:8], replace(args, micro_batch_size=1, rollout_batch_size=3))
     lengths = [[len(p) + len(r) for p, r in zip(*batch)] for batch in padded if batch[1][0]]
     assert [len(batch) for batch in lengths] == [3, 3, 2] and [*chain(*lengths)] == sorted(chain(*lengths))
@@ -1017,7 +1016,7 @@ def test_evaluation_of_imdb_scores_the_full_first_half_and_the_continuation(scra
     learner, args = scrambled(IMDB, eval_samples=5)
     seen, tokenizer = [], learner.tokenizer
     monkeypatch.setattr(learner, "reward", lengths_as_rewards(IMDB, 1.0, seen))
-    monkeypatch.setattr(IMDB, "generate", lambda policy, tok, prompts, size: [tokenizer(" great cast").input_ids] * 5)
+    monkeypatch.setattr(IMDB, "generate", lambda policy, prompts, size: [tokenizer(" great cast").input_ids] * 5)
     metrics, samples = IMDB.evaluate(learner, args)
     reviews = [json.loads(line)["text"] for line in (Path(args.dataset) / "validation.jsonl").open()][:5]
     halves = [" ".join(review.split()[: len(review.split()) // 2]) for review in reviews]
@@ -1093,11 +1092,13 @@ def test_prompt_of_tldr_is_the_post_cut_off_at_its_end_and_tldr(assets):
     tokenizer = AutoTokenizer.from_pretrained(assets / "llama")
     end = tokenizer("\nTL;DR:").input_ids
     posts = ["the movie was good and the plot was dull", "fine", ""]
-    rows = [{"prompt": f" {post} \nTL;DR: what comes later TL;DR: is gone"} for post in posts]
+    rows = [{"prompt": f" {post} \nTL;DR: "} for post in posts]
     tokens = [tokenizer(post).input_ids for post in posts]
     assert TLDR.encode_prompts(tokenizer, rows, 50) == [t + end for t in tokens]
     assert TLDR.encode_prompts(tokenizer, rows, 3) == [t[:3] + end for t in tokens]
     assert TLDR.encode_prompts(tokenizer, [{"prompt": "fine"}], 3) == [tokens[1] + end]
+    middle = "my TL;DR: was good"  # which is a part of the post
+    assert TLDR.encode_prompts(tokenizer, [{"prompt": f"{middle}\nTL;DR:"}], 50) == [tokenizer(middle).input_ids + end]
     chat = "{% for m in messages %}<u>{{ m['content'] }}</u>{% endfor %}{% if add_generation_prompt %}<a>{% endif %}"
     tokenizer.chat_template = chat
     before, after = (tokenizer(text).input_ids for text in ("<u>In short\n\n", "</u><a>"))
@@ -1165,8 +1166,8 @@ def test_code_that_comes_with_a_model_is_never_run_nor_asked_about(script, asset
 def test_continuation_is_what_the_response_adds_to_the_text(script, assets):
     tokenizer = AutoTokenizer.from_pretrained(assets / "gpt2")
     prompt, response = tokenizer("the movie").input_ids, tokenizer(" was fine").input_ids
-    assert script.continuation(tokenizer, prompt, response + [0]) == " was fine"
-    assert script.continuation(tokenizer, prompt, [0]) == ""
+    assert script.continuation(tokenizer, prompt, response + [0], [0]) == " was fine"
+    assert script.continuation(tokenizer, prompt, [0], [0]) == ""
 
 
 ROWS = [{"text": f"review {i}", "label": str(i % 2)} for i in range(10)]

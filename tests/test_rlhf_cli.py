@@ -55,6 +55,7 @@ RESULT_KEYS = {
     "generation_time_share",
     "peak_memory_gib",
     "num_processes",
+    "num_processes_from",
     "device",
     "wall_seconds",
     "versions",
@@ -228,6 +229,7 @@ def test_result_has_the_agreed_keys(script, finished, assets):
     assert result["rollout_tokens_per_second"] > 1 and result["update_tokens_per_second"] > 1
     assert 0 < result["generation_time_share"] < 1
     assert result["hub_commits"] == {}  # all folders
+    assert result["num_processes_from"] == {"0": 1}
     assert result["num_processes"] == 1 and result["device"] == "cpu" and 0.1 < result["peak_memory_gib"] < 100
     assert result["versions"]["torch"] == torch.__version__ and "transformers" in result["versions"]
 
@@ -523,11 +525,28 @@ def test_signal_stops_after_the_running_update_with_a_checkpoint(script, finishe
     with patch.object(script, "rollout", signal_in_the_second_update):
         code, _, err = call(script, tmp_path, flags)
     assert code == 130 and len(updates) == 2
-    assert err == f"stopped\nto go on: python {script.SCRIPT}.py --resume run\n"
+    wait = "stopping when the running update has ended and is saved; once more stops at once\n"
+    assert err == f"{wait}stopped\nto go on: python {script.SCRIPT}.py --resume run\n"
     assert read_checkpoint(tmp_path / "run")["counters"]["update"] == 2
     assert not (tmp_path / "run" / "result.json").exists()
     assert call(script, tmp_path, ["--resume", "run"])[0] == 0
     assert_same_run(tmp_path / "run", finished)
+
+
+@pytest.mark.parametrize("function", ["evaluate", "rollout"])
+def test_first_signal_says_at_once_what_it_waits_for(script, assets, tmp_path, function):
+    original, said = getattr(script, function), []
+
+    def interrupted(*args):
+        if not said:
+            os.kill(os.getpid(), signal.SIGINT)
+            said.append(sys.stderr.getvalue())
+        return original(*args)
+
+    with patch.object(script, function, interrupted):
+        assert call(script, tmp_path, tiny.flags(script.SCRIPT, assets) | RUN)[0] == 130
+    assert said == ["stopping when the running update has ended and is saved; once more stops at once\n"]
+    assert read_checkpoint(tmp_path / "run")["counters"]["update"] == 1
 
 
 def test_checkpoint_holds_what_is_trained_and_not_what_is_frozen(unfinished):
@@ -605,7 +624,7 @@ def test_another_process_says_what_may_have_happened_to_it_alone(script, finishe
 def test_full_disk_stops_the_run_in_one_line(script, finished, assets, tmp_path):
     with largest_file(20_000):
         code, _, err = call(script, tmp_path, tiny.flags(script.SCRIPT, assets) | RUN | {"eval_every": 2})
-    assert code == 1 and err == "error: [Errno 27] File too large\n"  # no checkpoint yet
+    assert code == 1 and err == "error: [Errno 27] File too large: 'run/checkpoint.pt'\n"  # none yet
     assert not list(tmp_path.rglob("*.tmp"))
     assert call(script, tmp_path, ["--resume", "run"])[0] == 0
     assert_same_run(tmp_path / "run", finished)
@@ -627,6 +646,19 @@ def test_full_disk_for_the_policy_loses_nothing(script, finished, assets, tmp_pa
     assert not list((tmp_path / "run").glob("policy*"))
     assert call(script, tmp_path, ["--resume", "run"])[0] == 0
     assert_same_run(tmp_path / "run", finished)
+
+
+def test_full_disk_at_the_start_is_no_wrong_argument_and_names_the_file(script, assets, tmp_path):
+    with largest_file(10):
+        code, _, err = call(script, tmp_path, tiny.flags(script.SCRIPT, assets) | RUN)
+    assert (code, err) == (1, "error: [Errno 27] File too large: 'run/args.json'\n")
+
+
+def test_resume_with_another_number_of_processes_is_in_the_result(script, unfinished):
+    change_checkpoint(unfinished, lambda c: c["counters"].update(num_processes_from={"0": 4}))
+    assert call(script, unfinished.parent, ["--resume", "run"])[0] == 0
+    result = read_result(unfinished)
+    assert result["num_processes"] == 1 and result["num_processes_from"] == {"0": 4, "1": 1}
 
 
 def test_resume_takes_smaller_batches(script, unfinished):
@@ -741,6 +773,7 @@ BAD_TLDR_FLAGS = [
     ({"reward_model": "bad_adapter"}, "--reward-model bad_adapter"),
     ({"lora_targets": "c_attn"}, "--lora-targets c_attn"),
     ({"lora_rank": 0}, "--lora-rank", "at least 1"),
+    ({"dataset": "no_references"}, "--dataset no_references", "references are empty"),
     ({"lora_alpha": 0}, "--lora-alpha", "at least 1"),
 ]
 
@@ -753,6 +786,8 @@ def bad_assets(assets, tmp_path_factory):
     tiny.write_jsonl(folder / "words.jsonl", [{"words": "a b c"}] * 3)
     tiny.write_jsonl(folder / "empty.jsonl", [])
     tiny.write_jsonl(folder / "short.jsonl", [{"text": "short"}] * 9)
+    for split in ("train", "validation"):
+        tiny.write_jsonl(folder / "no_references" / f"{split}.jsonl", [{"prompt": "a post", "label": " "}] * 9)
     tokenizer = AutoTokenizer.from_pretrained(assets / "gpt2")
     small = len(tokenizer) - 5
     tiny.gpt2(small).save_pretrained(folder / "other_tokens")
@@ -985,6 +1020,7 @@ def test_changed_loss_that_is_wrong_ends_in_its_own_traceback(script, assets, tm
 
 REWARDS = """
 import numpy as np
+import torch
 
 CALLS = []
 
@@ -1001,6 +1037,14 @@ def buggy(prompts, responses, rows):
 short = lambda prompts, responses, rows: [1.0]
 nothing = lambda prompts, responses, rows: None
 words = lambda prompts, responses, rows: ["good"] * len(rows)
+by_row = lambda prompts, responses, rows: {i: 0.5 for i in range(len(rows))}
+one_number = lambda prompts, responses, rows: torch.tensor(0.5)
+too_large = lambda prompts, responses, rows: [1e39] * len(rows)
+larger = lambda prompts, responses, rows: [10**60] * len(rows)
+generator = lambda prompts, responses, rows: (1.0 for _ in rows)
+unordered = lambda prompts, responses, rows: set(range(len(rows)))
+text = lambda prompts, responses, rows: "1" * len(rows)
+tensor = lambda prompts, responses, rows: torch.tensor([len(response) / 10 for response in responses])
 infinite = lambda prompts, responses, rows: [float("nan")] * len(rows)
 number = 3
 """
@@ -1047,6 +1091,16 @@ def test_function_is_called_with_prompts_responses_and_rows_and_gives_the_reward
     assert code == 0 and out.startswith(f"score {result['eval_score']:.4f}")
 
 
+def test_function_may_return_a_tensor(script, assets, tmp_path, rewards):
+    results = []
+    for name in ("length", "tensor"):
+        flags = with_function(script, assets, f"my_rewards:{name}") | {"run_dir": name}
+        code, _, err = call(script, tmp_path, flags)
+        assert (code, err) == (0, "")
+        results.append(read_result(tmp_path / name)["eval_scores"])
+    assert results[0] == results[1] != [0.0] * 8
+
+
 def test_function_sees_columns_that_no_script_asks_for(assets, tmp_path, rewards):
     code, _, err = call(IMDB, tmp_path, with_function(IMDB, assets, "my_rewards:by_label"))
     assert (code, err) == (0, "") and read_result(tmp_path / "run")["eval_score"] == 1
@@ -1064,6 +1118,13 @@ def test_function_sees_columns_that_no_script_asks_for(assets, tmp_path, rewards
         ("my_rewards:nothing", "no list but None"),
         ("my_rewards:words", "'good', which is no finite number"),
         ("my_rewards:infinite", "nan, which is no finite number"),
+        ("my_rewards:by_row", "no list but {0: 0.5"),
+        ("my_rewards:one_number", "no list but 0.5"),
+        ("my_rewards:too_large", "1e+39, which is no finite number of 32 bits"),
+        ("my_rewards:larger", "00000, which is no finite number of 32 bits"),
+        ("my_rewards:generator", "no list but <generator"),
+        ("my_rewards:unordered", "no list but {"),
+        ("my_rewards:text", "no list but '11111111'"),
     ],
 )
 def test_wrong_reward_function_is_refused_in_one_line(script, assets, tmp_path, rewards, name, words):

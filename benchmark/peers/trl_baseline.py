@@ -191,7 +191,7 @@ def train(args: Args, run_dir: Path) -> dict:
     log.log.write(0, before)
     make_trainer(args, run_dir, learner, log).train()
     gc.collect()
-    sampling = script.generation_config(settings(args), learner.tokenizer)
+    sampling = script.generation_config(settings(args), learner.ends)
     learner.actor_critic.policy.generation_config = sampling  # TRL has changed it
     metrics, samples = script.evaluate(learner, settings(args))
     log.log.write(args.num_updates, metrics)

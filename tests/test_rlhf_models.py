@@ -1,0 +1,443 @@
+"""What models, tokenizers and settings of others do to the language scripts. What is right is computed beside them."""
+
+import json
+import os
+from pathlib import Path
+
+import datasets
+import pytest
+import tiny
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from conftest import import_scripts
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers.processors import TemplateProcessing
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    BartConfig,
+    Gemma3Config,
+    Gemma3TextConfig,
+    GenerationConfig,
+    GPT2Config,
+    GPT2ForSequenceClassification,
+    OPTConfig,
+    PreTrainedTokenizerFast,
+    RecurrentGemmaConfig,
+    RobertaConfig,
+    RobertaForSequenceClassification,
+    RwkvConfig,
+    SiglipVisionConfig,
+)
+
+IMDB, TLDR = (param.values[0] for param in import_scripts("sppo_rlhf_*.py"))
+both = pytest.mark.parametrize("script", import_scripts("sppo_rlhf_*.py"))
+
+
+@pytest.fixture
+def make_learner(assets):
+    def make(script, **changes):
+        args = script.Args(**tiny.flags(script.SCRIPT, assets) | {key: value for key, value in changes.items()})
+        return script.Learner(args, Accelerator(cpu=True)), args
+
+    return make
+
+
+def policy_of(learner):
+    ac = learner.actor_critic
+    return ac.switch_to("policy_adapter") if hasattr(ac, "switch_to") else ac.policy
+
+
+# The end of a response
+
+
+def generate_alone(model, prompt, ends, num_tokens):
+    options = {"do_sample": False, "max_new_tokens": num_tokens, "eos_token_id": ends, "pad_token_id": 0}
+    tokens = torch.tensor([prompt])
+    return model.generate(tokens, attention_mask=torch.ones_like(tokens), **options)[0, len(prompt) :].tolist()
+
+
+@both
+def test_every_end_token_that_a_model_lists_ends_a_response(script, assets, make_learner, tmp_path):
+    """As in transformers' own generate(), one prompt at a time; "special" or not, an end is no part of the text."""
+    name = Path(tiny.flags(script.SCRIPT, assets)["policy"]).name
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(assets / name), AutoTokenizer.from_pretrained(assets / name)
+    tiny.randomize(model.named_parameters(), 0.3)
+    learner, args = make_learner(script)
+    rows = learner.rows[:8]
+    prompts = script.encode_prompts(tokenizer, rows, args.prompt_length)
+    free = [generate_alone(model, prompt, [0], 6) for prompt in prompts]
+    ends = [0, free[0][0], free[1][2], 10**6]  # the second makes an empty response; the last is in no vocabulary
+    expected = [generate_alone(model, prompt, ends[:3], 6) for prompt in prompts]
+    assert {len(response) for response in expected} > {1}
+    model.generation_config = GenerationConfig(eos_token_id=ends, temperature=0.7, do_sample=True, max_new_tokens=99)
+    model.save_pretrained(tmp_path / "policy")
+    tokenizer.save_pretrained(tmp_path / "policy")
+    learner, args = make_learner(script, policy=str(tmp_path / "policy"), top_k=1)
+    texts = []
+    learner.reward = lambda prompts, responses, rows: texts.append(responses) or [0.0] * len(rows)
+    rollout, metrics, _ = script.rollout(learner, rows, args)
+    assert rollout.responses == expected
+    ended = [response[-1] in ends for response in expected]
+    assert metrics["val/eos_rate"] == sum(ended) / 8 > 0 and rollout.mask.sum(1).tolist() == [*map(len, expected)]
+    shown = [r[:-1] if e else r for r, e in zip(expected, ended)]
+    assert texts[0] == [tokenizer.decode(p + r)[len(tokenizer.decode(p)) :] for p, r in zip(prompts, shown)]
+    assert "" in texts[0]
+    script.save_policy(learner, tmp_path)
+    if script is IMDB:  # nothing of the run's settings, all of the model's own
+        assert GenerationConfig.from_pretrained(tmp_path / "policy").to_dict() == model.generation_config.to_dict()
+
+
+@both
+def test_no_end_token_is_sampled_before_the_shortest_length(script, assets, make_learner, tmp_path):
+    name = Path(tiny.flags(script.SCRIPT, assets)["policy"]).name
+    model = AutoModelForCausalLM.from_pretrained(assets / name)
+    model.generation_config.eos_token_id = [0, *range(1, 300)]
+    model.save_pretrained(tmp_path / "policy")
+    AutoTokenizer.from_pretrained(assets / name).save_pretrained(tmp_path / "policy")
+    learner, args = make_learner(script, policy=str(tmp_path / "policy"), min_response_length=3)
+    responses = script.rollout(learner, learner.rows[:8], args)[0].responses
+    assert all(token >= 300 for response in responses for token in response[:3])
+    assert all(token >= 300 for response in responses for token in response[3:-1])
+
+
+# What a reward model reads
+
+
+def causal_classifier(folder, labels, **changes):
+    """A GPT-2 that scores the last token of a text; its tokenizer has nothing but the end token to pad with."""
+    torch.manual_seed(1)
+    tokenizer = tiny.byte_level_tokenizer()
+    names = {"id2label": dict(enumerate(labels)), "label2id": {label: i for i, label in enumerate(labels)}}
+    options = {"n_positions": 64, "n_embd": 16, "n_layer": 1, "n_head": 2, "initializer_range": 0.3, "pad_token_id": 0}
+    config = GPT2Config(vocab_size=len(tokenizer), eos_token_id=0, bos_token_id=0, **options | names | changes)
+    GPT2ForSequenceClassification(config).save_pretrained(folder)
+    return tokenizer
+
+
+def logits_alone(folder, tokens):
+    """Logits of texts, each alone and at its last token, by the head itself."""
+    model = AutoModelForSequenceClassification.from_pretrained(folder).eval()
+    with torch.no_grad():
+        return torch.cat([model.score(model.transformer(torch.tensor([t])).last_hidden_state[:, -1]) for t in tokens])
+
+
+TEXTS = ["the movie was good", "so bad", "the cast was a pain to watch again again", "all fine", "x" * 300 + " plot"]
+
+
+def add_end(tokenizer, begin=""):
+    special = [(tiny.END, tokenizer.eos_token_id)]
+    single = f"{begin} $A {tiny.END}".strip()
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single=single, special_tokens=special)
+    return tokenizer
+
+
+@pytest.mark.parametrize("padding", [None, tiny.END])
+@pytest.mark.parametrize("adds_end", [False, True])
+def test_reward_end_is_what_a_classifier_scores_whatever_pads(make_learner, tmp_path, padding, adds_end):
+    tokenizer = causal_classifier(tmp_path, ["reward"])
+    plain = [[*tokenizer(f"{text[0]} {text[1:]}").input_ids[-63:], 0] for text in TEXTS]
+    tokenizer.pad_token = padding
+    (add_end(tokenizer) if adds_end else tokenizer).save_pretrained(tmp_path)
+    expected = logits_alone(tmp_path, plain).squeeze(-1).tolist()
+    learner, _ = make_learner(TLDR, reward_model=str(tmp_path), reward_end=tiny.END)
+    actual = learner.reward([text[0] for text in TEXTS], [text[1:] for text in TEXTS], [{}] * 5)
+    assert actual == pytest.approx(expected, abs=1e-5)
+
+
+def test_classifier_of_imdb_is_read_at_the_end_token_that_its_tokenizer_adds(make_learner, tmp_path):
+    tokenizer = causal_classifier(tmp_path, ["POSITIVE", "NEGATIVE"])
+    plain = [[*tokenizer(text).input_ids[-63:], 0] for text in TEXTS]
+    tokenizer.pad_token = tiny.END
+    add_end(tokenizer).save_pretrained(tmp_path)
+    learner, _ = make_learner(IMDB, reward_model=str(tmp_path))
+    expected = logits_alone(tmp_path, plain).softmax(-1)[:, 0].tolist()
+    assert learner.reward(TEXTS, [""] * 5, [{}] * 5) == pytest.approx(expected, abs=1e-5)
+
+
+@pytest.mark.parametrize("labels", [["POSITIVE"], ["NEGATIVE", "POSITIVE", "MIXED"]])
+def test_independent_outputs_of_a_classifier_are_sigmoids(make_learner, tmp_path, labels):
+    tokenizer = causal_classifier(tmp_path, labels, problem_type="multi_label_classification")
+    tokenizer.save_pretrained(tmp_path)
+    learner, _ = make_learner(IMDB, reward_model=str(tmp_path))
+    tokens = [tokenizer(text).input_ids[-64:] for text in TEXTS]
+    expected = logits_alone(tmp_path, tokens).sigmoid()[:, labels.index("POSITIVE")].tolist()
+    assert learner.reward(TEXTS, [""] * 5, [{}] * 5) == pytest.approx(expected, abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    "labels, problem_type",
+    [(["POSITIVE"], None), (["POSITIVE"], "regression"), (["POSITIVE", "NEGATIVE"], "regression")],
+)
+def test_classifier_whose_outputs_are_no_probabilities_is_refused(make_learner, tmp_path, labels, problem_type):
+    causal_classifier(tmp_path, labels, problem_type=problem_type).save_pretrained(tmp_path)
+    with pytest.raises(BaseException, match=rf"--reward-model .*problem_type {problem_type}"):
+        make_learner(IMDB, reward_model=str(tmp_path))
+
+
+@both
+def test_reward_model_that_gives_nan_is_named(script, make_learner):
+    learner, args = make_learner(script)
+    learner.reward = lambda prompts, responses, rows: [0.5] * 7 + [float("nan")]
+    for function in (lambda: script.rollout(learner, learner.rows[:8], args), lambda: script.evaluate(learner, args)):
+        with pytest.raises(BaseException, match="the reward model gives nan for '"):
+            function()
+
+
+@both
+def test_classifier_with_fewer_tokens_than_positions_reads_the_end_of_a_long_text(script, make_learner, tmp_path):
+    """RoBERTa counts positions from 2 on; its tokenizer may know of no limit."""
+    torch.manual_seed(1)
+    tokenizer = tiny.byte_level_tokenizer()
+    labels = ["POSITIVE", "NEGATIVE"] if script is IMDB else ["reward"]
+    names = {"id2label": dict(enumerate(labels)), "label2id": {label: i for i, label in enumerate(labels)}}
+    options = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    config = RobertaConfig(vocab_size=len(tokenizer), max_position_embeddings=66, pad_token_id=1, **options | names)
+    model = RobertaForSequenceClassification(config).eval()
+    model.save_pretrained(tmp_path)
+    tokenizer.model_max_length = 10**30
+    tokenizer.save_pretrained(tmp_path)
+    learner, _ = make_learner(script, reward_model=str(tmp_path))
+    texts = ["the movie was good", "x" * 300 + " the plot"]
+    join = str.__add__ if script is IMDB else TLDR.reward_text
+    tokens = [tokenizer(join(text, "fine")).input_ids[-64:] for text in texts]
+    with torch.no_grad():
+        logits = torch.cat([model(torch.tensor([t])).logits for t in tokens])
+    expected = logits.softmax(-1)[:, 0] if script is IMDB else logits[:, 0]
+    assert learner.reward(texts, ["fine"] * 2, [{}] * 2) == pytest.approx(expected.tolist(), abs=1e-5)
+
+
+# Tokenizers
+
+
+def sentencepiece_like(prepend: str) -> PreTrainedTokenizerFast:
+    """As Llama's: words begin with a mark, which is also put before a text."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=prepend, split=True)
+    tokenizer.decoder = decoders.Metaspace(prepend_scheme=prepend, split=True)
+    special = ["<s>", "</s>"]
+    trainer = trainers.BpeTrainer(vocab_size=300, special_tokens=special, show_progress=False)
+    tokenizer.train_from_iterator([f"{text}\nTL;DR: [INST] [/INST] In short\n\n" for text in tiny.POSTS], trainer)
+    tokenizer.post_processor = TemplateProcessing(single="<s> $A </s>", special_tokens=[("<s>", 0), ("</s>", 1)])
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>")
+
+
+@pytest.mark.parametrize("prepend", ["always", "first"])
+def test_prompts_begin_with_what_begins_a_text_and_have_no_end_in_them_and_no_stray_space(prepend):
+    tokenizer = sentencepiece_like(prepend)
+    tokens = tokenizer.convert_ids_to_tokens
+    post = "the movie was good"
+    (prompt,) = TLDR.encode_prompts(tokenizer, [{"prompt": f"{post}\nTL;DR:"}], 50)
+    assert prompt == [0, *tokenizer(f"{post}\nTL;DR:", add_special_tokens=False).input_ids]
+    assert tokenizer.decode(prompt, skip_special_tokens=True) == f"{post}\nTL;DR:"
+    (label,) = TLDR.encode_labels(tokenizer, [{"label": " the plot"}], 50)
+    assert prompt + label == [0, *tokenizer(f"{post}\nTL;DR: the plot", add_special_tokens=False).input_ids, 1]
+    tokenizer.chat_template = "{{ bos_token }}[INST] {{ messages[0]['content'] }} [/INST]"
+    (prompt,) = TLDR.encode_prompts(tokenizer, [{"prompt": f"{post}\nTL;DR:"}], 50, "In short")
+    assert "".join(tokens(prompt)).replace("▁", " ").replace("<s> ", "<s>") == f"<s>[INST] In short\n\n{post} [/INST]"
+    rows = [{"text": f"{post} and the other half"}]
+    whole = tokenizer(post, add_special_tokens=False).input_ids
+    assert IMDB.encode_prompts(tokenizer, rows, 50) == [[0, *whole]]
+    assert IMDB.encode_prompts(tokenizer, rows, 3) == [[0, *whole[-2:]]]
+    assert IMDB.encode_prompts(tokenizer, rows, 1) == [[0]]
+
+
+@both
+def test_a_tokenizer_that_adds_an_end_changes_nothing(script, assets, make_learner, tmp_path):
+    """Prompts, rewards and perplexity are those of the tokenizer without it."""
+    name = Path(tiny.flags(script.SCRIPT, assets)["policy"]).name
+    AutoModelForCausalLM.from_pretrained(assets / name).save_pretrained(tmp_path)
+    add_end(AutoTokenizer.from_pretrained(assets / name)).save_pretrained(tmp_path)
+    metrics = []
+    for folder in (assets / name, tmp_path):
+        learner, args = make_learner(script, policy=str(folder), target_coef=0.1)
+        torch.manual_seed(0)
+        rollout, means, _ = script.rollout(learner, learner.rows[:8], args)
+        del means["perf/generation_seconds"]
+        metrics.append((rollout.prompts, rollout.targets, means, script.evaluate(learner, args)))
+    assert metrics[0] == metrics[1]
+
+
+# Models
+
+
+@both
+def test_widths_and_positions_are_those_of_the_loaded_model(script, assets, make_learner, tmp_path):
+    """A multimodal model keeps them in text_config; OPT-350m's last hidden states are narrower than the others."""
+    text = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "head_dim": 8}
+    text |= {"num_key_value_heads": 1, "max_position_embeddings": 96, "vocab_size": 320, "eos_token_id": 0}
+    vision = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    vision = SiglipVisionConfig(image_size=28, patch_size=14, **vision)
+    gemma = Gemma3Config(text_config=Gemma3TextConfig(**text), vision_config=vision, mm_tokens_per_image=4)
+    gemma.boi_token_index, gemma.eoi_token_index, gemma.image_token_index = 317, 318, 319
+    opt = OPTConfig(
+        vocab_size=320,
+        hidden_size=24,
+        word_embed_proj_dim=16,
+        ffn_dim=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=96,
+        do_layer_norm_before=False,
+        pad_token_id=1,
+        eos_token_id=0,
+    )
+    for i, config in enumerate((gemma, opt)):
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(config).eval()
+        folder = tmp_path / str(i)
+        model.save_pretrained(folder)
+        AutoTokenizer.from_pretrained(assets / "gpt2").save_pretrained(folder)
+        changes = {"policy": str(folder)} | ({"reward_model": str(assets / "scalar")} if script is TLDR else {})
+        learner, args = make_learner(script, **changes)
+        rollout, metrics, _ = script.rollout(learner, learner.rows[:8], args)
+        assert abs(metrics["objective/kl"]) < 1e-4
+        for prompt, response, logprob in zip(rollout.prompts, rollout.responses, rollout.logprob):
+            with torch.no_grad():
+                logits = model(torch.tensor([prompt + response])).logits[0, len(prompt) - 1 : -1]
+            expected = logits.log_softmax(-1).gather(-1, torch.tensor(response).unsqueeze(-1)).squeeze(-1)
+            torch.testing.assert_close(logprob[: len(response)], expected, rtol=1e-4, atol=1e-4)
+        losses = script.backward(learner, rollout, list(range(8)), args)
+        assert losses["val/ratio"] == pytest.approx(1, abs=1e-4)
+        with pytest.raises(BaseException, match="the policy has 96 positions"):
+            make_learner(script, prompt_length=95, **changes)
+
+
+PADDING_MATTERS = {
+    "recurrent state": RwkvConfig(
+        vocab_size=320, hidden_size=16, attention_hidden_size=16, num_hidden_layers=2, context_length=96, eos_token_id=0
+    ),
+    "recurrent blocks": RecurrentGemmaConfig(
+        vocab_size=320,
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=3,
+        num_attention_heads=2,
+        lru_width=16,
+        attention_window_size=32,
+        eos_token_id=0,
+        pad_token_id=0,
+    ),
+    "decoder of an encoder-decoder": BartConfig(
+        vocab_size=320,
+        d_model=16,
+        encoder_layers=1,
+        decoder_layers=2,
+        encoder_attention_heads=2,
+        decoder_attention_heads=2,
+        encoder_ffn_dim=32,
+        decoder_ffn_dim=32,
+        max_position_embeddings=96,
+        init_std=0.3,
+        eos_token_id=0,
+        pad_token_id=1,
+        is_decoder=True,
+    ),
+}
+
+
+@both
+@pytest.mark.parametrize("kind", PADDING_MATTERS)
+def test_policy_whose_numbers_padding_changes_is_refused_by_name(script, assets, make_learner, tmp_path, kind):
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(PADDING_MATTERS[kind])
+    tiny.randomize(model.named_parameters(), 0.2)
+    model.save_pretrained(tmp_path)
+    AutoTokenizer.from_pretrained(assets / "gpt2").save_pretrained(tmp_path)
+    changes = {"reward_model": str(assets / "scalar")} if script is TLDR else {}
+    with pytest.raises(BaseException, match=rf"--policy {tmp_path}: padding changes its numbers by \d"):
+        make_learner(script, policy=str(tmp_path), **changes)
+
+
+def test_a_chat_template_counts_among_the_positions(assets, make_learner, tmp_path):
+    AutoModelForCausalLM.from_pretrained(assets / "llama").save_pretrained(tmp_path)
+    tokenizer = AutoTokenizer.from_pretrained(assets / "llama")
+    tokenizer.chat_template = "<u>{{ messages[0]['content'] }}</u>"
+    tokenizer.save_pretrained(tmp_path)
+    instruction = "Summarize this in one line"
+    around = len(tokenizer(f"<u>{instruction}\n\n").input_ids) + len(tokenizer("</u>").input_ids)
+    fits = {"policy": str(tmp_path), "instruction": instruction, "prompt_length": 96 - 6 - around}
+    learner, args = make_learner(TLDR, **fits)
+    rows = [{"prompt": "good " * 200, "label": " fine"}] * 8
+    assert len(TLDR.rollout(learner, rows, args)[0].prompts[0]) == 90
+    with pytest.raises(BaseException, match=rf"is 97 with the {around} tokens around a post; the policy has 96"):
+        make_learner(TLDR, **fits | {"prompt_length": fits["prompt_length"] + 1})
+
+
+# Settings from outside
+
+
+@both
+def test_settings_of_accelerate_launch_change_nothing(script, assets, monkeypatch):
+    args, results = script.Args(**tiny.flags(script.SCRIPT, assets)), []
+    for outside in ({}, {"ACCELERATE_MIXED_PRECISION": "bf16", "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "4"}):
+        AcceleratorState._reset_state(True)
+        for name, value in outside.items():
+            monkeypatch.setenv(name, value)
+        learner = script.make_learner(args)
+        torch.manual_seed(0)
+        rollout, metrics, _ = script.rollout(learner, learner.rows[:8], args)
+        script.backward(learner, rollout, list(range(8)), args)
+        grads = [p.grad.clone() for p in learner.trained.values() if p.grad is not None]
+        results.append((rollout.logprob, metrics["objective/kl"], grads))
+    AcceleratorState._reset_state(True)
+    (logprob, kl, grads), (other_logprob, other_kl, other_grads) = results
+    assert torch.equal(logprob, other_logprob) and kl == other_kl == 0
+    assert len(grads) > 2 and all(map(torch.equal, grads, other_grads))
+    assert not any(name.startswith("ACCELERATE_") for name in os.environ)
+
+
+# Data
+
+
+ROWS = [{"text": f"review {i} of a café", "label": str(i)} for i in range(10)]
+FILES = {
+    "a.csv": lambda path: datasets.Dataset.from_list(ROWS).to_csv(path),
+    "a.parquet": lambda path: datasets.Dataset.from_list(ROWS).to_parquet(path),
+    "list.json": lambda path: path.write_text(json.dumps(ROWS, indent=1)),
+    "lines.json": lambda path: tiny.write_jsonl(path, ROWS),
+    "key.json": lambda path: path.write_text(json.dumps({"version": "1", "tags": ["x"], "data": ROWS}, indent=1)),
+}
+
+
+@both
+@pytest.mark.parametrize("name", FILES)
+def test_rows_of_a_file_are_read_whatever_its_format(script, tmp_path, name):
+    FILES[name](tmp_path / name)
+    train, validation, _ = script.load_rows(script.Args(dataset=str(tmp_path / name)), ["text"])
+    assert len(train) == 8 and sorted(row["text"] for row in train + validation) == [row["text"] for row in ROWS]
+
+
+@both
+def test_splits_of_one_json_file_are_its_keys(script, tmp_path):
+    path = tmp_path / "splits.json"
+    path.write_text(json.dumps({"train": ROWS[:7], "validation": ROWS[7:], "test": ROWS}))
+    assert script.load_rows(script.Args(dataset=str(path)), ["text"])[:2] == (ROWS[:7], ROWS[7:])
+
+
+@both
+@pytest.mark.parametrize("name", ["a.csv", "a.jsonl", "a.json", "folder/train.jsonl"])
+def test_text_that_is_not_utf_8_is_refused_by_that_name(script, tmp_path, name, capsys):
+    path = tmp_path / name
+    path.parent.mkdir(exist_ok=True)
+    lines = [
+        f"{row['text']},{row['label']}" if name == "a.csv" else json.dumps(row, ensure_ascii=False) for row in ROWS
+    ]
+    path.write_bytes("\n".join(["text,label"] * (name == "a.csv") + lines).encode("latin-1"))
+    dataset = path.parent if "/" in name else path
+    with pytest.raises(BaseException, match=rf"--dataset {dataset}.*'utf-8' codec can't decode"):
+        script.load_rows(script.Args(dataset=str(dataset)), ["text"])
+
+
+@both
+def test_a_split_that_is_not_used_is_named(script, tmp_path, capsys):
+    for split in ("train", "test", "unsupervised"):
+        tiny.write_jsonl(tmp_path / f"{split}.jsonl", ROWS)
+    datasets.DatasetDict(
+        {split: datasets.Dataset.from_list(ROWS) for split in ("train", "test", "unsupervised")}
+    ).save_to_disk(tmp_path / "disk")
+    train, validation, _ = script.load_rows(script.Args(dataset=str(tmp_path / "disk")), ["text"])
+    assert (len(train), len(validation)) == (8, 2)
+    assert "no split validation: a fifth of train is; test, unsupervised is not used" in capsys.readouterr().out
