@@ -646,7 +646,7 @@ def main() -> None:
     except (OSError, MemoryError, torch.OutOfMemoryError) as error:
         if getattr(error, "errno", errno.ENOSPC) not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise  # neither the disk nor the memory is full
-        fail(error, code=1)
+        fail(f"{args.run_dir}: {error}", code=1)
 
 
 if __name__ == "__main__":

@@ -1,18 +1,8 @@
 # /// script
 # requires-python = ">=3.11"
-# dependencies = [
-#     "torch==2.13.0",
-#     "numpy==2.4.6",
-#     "safetensors==0.8.0",
-#     "tensorboard==2.21.0",
-#     "tyro==1.0.17",
-#     "transformers==5.23.0",
-#     "datasets==5.2.0",
-#     "peft==0.21.2",
-#     "accelerate==1.15.0",
-#     "rouge_score==0.1.2",
-#     "huggingface_hub==2.4.0",
-# ]
+# dependencies = ["torch==2.13.0", "numpy==2.4.6", "safetensors==0.8.0", "tensorboard==2.21.0", "tyro==1.0.17",
+#     "transformers==5.23.0", "datasets==5.2.0", "peft==0.21.2", "accelerate==1.15.0", "rouge_score==0.1.2",
+#     "huggingface_hub==2.4.0"]
 # ///
 """Symmetric PPO (SPPO) for summarization: a language model with LoRA adapters learns to write TL;DRs of Reddit posts.
 
@@ -28,13 +18,14 @@ memory, and the base with its adapters off is the reference.
 
 import csv
 import errno
+import fcntl
 import importlib
 import io
 import json
 import os
-import pickle
 import re
 import resource
+import shlex
 import shutil
 import signal
 import subprocess
@@ -43,14 +34,14 @@ import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence, Set
 from contextlib import nullcontext, suppress
-from dataclasses import asdict, dataclass, fields, replace
-from datetime import timedelta
+from dataclasses import asdict, dataclass, replace
+from datetime import datetime, timedelta
 from functools import partial
 from importlib.metadata import distributions
 from importlib.util import find_spec
 from numbers import Real
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NoReturn
 
 import datasets
 import huggingface_hub
@@ -82,9 +73,10 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils.peft_utils import find_adapter_config_file
 
 SCRIPT = Path(__file__).stem
-VERSION = 2  # of the format of checkpoint.pt
+VERSION = 3  # of the format of checkpoint.pt
+RANK, WORLD_SIZE = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1)))
 TRAINING, EVALUATION = 0, 1  # streams of random numbers
-MAY_CHANGE = ("micro_batch_size", "rollout_batch_size")  # on resume and for an evaluation
+MAY_CHANGE = ("--micro-batch-size", "--rollout-batch-size")  # on resume and for an evaluation
 OOM_HINT = (
     "lower --micro-batch-size and --rollout-batch-size, which --resume takes as well, "
     "or begin anew with --gradient-checkpointing or a smaller --base-precision"
@@ -146,28 +138,13 @@ class Args:
     eval_every: int = 0  # updates between evaluations during training; 0: only before and after
     eval_samples: int = 100  # validation prompts of an evaluation; 0: all. Perplexity is that of their references
     checkpoint_every: int = 10  # updates between checkpoints
-    track: bool = False  # log to Weights & Biases as well (pip install wandb)
-    wandb_project_name: str = "symmetric-rl"  # Weights & Biases project
-    wandb_entity: str | None = None  # Weights & Biases team
+    track: bool = False  # log to Weights & Biases as well; WANDB_PROJECT and WANDB_ENTITY say where (pip install wandb)
     tf32: bool = False  # on CUDA, multiply float32 matrices in TF32: faster, with 10 bits of mantissa
     cpu: bool = False  # stay on the CPU where there is a GPU
     num_threads: int = 0  # CPU threads of torch; 0: as torch chooses
 
     def __post_init__(self):
         self.lora_targets = tuple(self.lora_targets)  # JSON has made a list of it
-
-
-class Stop(Exception):
-    """Ends the script in one line: exit code 2 for a wrong argument, 1 for what a run can meet, such as a full disk."""
-
-    def __init__(self, message: str, code: int = 2):
-        super().__init__(message)
-        self.code = code
-
-
-def require(condition: bool, message: str, code: int = 2) -> None:
-    if not condition:
-        raise Stop(message, code)
 
 
 def begin_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:
@@ -422,7 +399,7 @@ class AdapterReward:
             actor_critic.adapters.add_adapter("reward_adapter", config)
         except ValueError as error:
             message = f"--reward-model {args.reward_model} does not fit --policy {args.policy}: {error}"
-            raise Stop(message) from None
+            fail(message)
         shape = 1, hidden_size(actor_critic.lm)
         heads = [name for name, x in weights.items() if "lora_" not in name and x.shape == shape]
         require(len(heads) == 1, f"--reward-model {args.reward_model} has {len(heads)} scalar heads; it needs one")
@@ -467,7 +444,7 @@ class RewardFunction:
         except ModuleNotFoundError as error:
             if not f"{module}.".startswith(f"{error.name}."):  # an import in the module that fails
                 raise
-            raise Stop(f"{self.flag}: there is no module {error.name} in the working directory or installed") from None
+            fail(f"{self.flag}: there is no module {error.name} in the working directory or installed")
         require(callable(self.function), f"{self.flag}: {module} has no function {function}")
 
     def __call__(self, prompts: list[str], responses: list[str], rows: list[dict]) -> list[float]:
@@ -633,7 +610,7 @@ class Learner:
     """Data and networks of a run on this process: the base model with its adapters, and the reward."""
 
     def __init__(self, args: Args, accelerator: Accelerator):
-        """Raises Stop when something cannot be loaded or does not fit together."""
+        """Ends when something cannot be loaded or does not fit together."""
         self.accelerator, self.device = accelerator, accelerator.device
         self.reward = RewardFunction(args.reward_function) if args.reward_function else None
         with accelerator.main_process_first():  # the others find the data set prepared
@@ -654,7 +631,7 @@ class Learner:
         try:
             self.actor_critic = ActorCritic(base, args)
         except ValueError as error:  # peft names the layers it did not find
-            raise Stop(f"--lora-targets {' '.join(args.lora_targets)}: {error}") from None
+            fail(f"--lora-targets {' '.join(args.lora_targets)}: {error}")
         if not self.reward:
             adapter = load_pretrained(args, "reward-model", args.reward_model, find_adapter_config_file)
             adapter_inputs = args, self.actor_critic, self.tokenizer
@@ -703,11 +680,7 @@ class Learner:
         return {"model": weights, "optimizer": self.optimizer.state_dict()}
 
     @torch.no_grad()
-    def load_state(self, state: dict, path: Path) -> None:
-        models = self.trained, state["model"]
-        shapes, saved_shapes = ({name: x.shape for name, x in model.items()} for model in models)
-        differ = ", ".join(sorted({name for name, _ in shapes.items() ^ saved_shapes.items()})[:5])
-        require(not differ, f"{path} does not fit the networks of this {SCRIPT}.py: {differ}")
+    def load_state(self, state: dict) -> None:
         for name, p in self.trained.items():
             p.copy_(state["model"][name])
         self.optimizer.load_state_dict(state["optimizer"])
@@ -812,24 +785,23 @@ def backward(learner: Learner, trajectories: Rollout, rows: list[int], args: Arg
     return dict(zip(sums, learner.sum(torch.stack(list(sums.values()))).tolist()))
 
 
-def train(args: Args, run_dir: Path, learner: Learner) -> None:
+def train(args: Args, learner: Learner) -> None:
     """Train from the checkpoint in run_dir where there is one, and leave a result.json."""
     start_time, commit = time.monotonic(), git_commit()
     accelerator, main_process = learner.accelerator, learner.accelerator.is_main_process
     names = "update rollout_tokens rollout_seconds generation_seconds update_seconds wall_seconds"
-    counters = dict.fromkeys(names.split(), 0) | {"curves": [], "num_processes_from": {}}
-    counters |= load_checkpoint(run_dir, learner)
+    counters = dict.fromkeys(names.split(), 0) | {"num_processes_from": {}} | load_checkpoint(args, learner)
     start_time -= counters["wall_seconds"]  # of the process or processes before
     update = counters["update"]
     if [*counters["num_processes_from"].values()][-1:] != [accelerator.num_processes]:
         counters["num_processes_from"][str(update)] = accelerator.num_processes
-    log = RunLog(run_dir, args, counters["curves"], update or -1) if main_process else None
-    stop_signals = collect_signals(main_process)
+    log = RunLog(args.run_dir, update or -1) if main_process else None
+    stop_signals = collect_signals()
     if update == 0:
         counters["before"], _ = evaluate(learner, args)
         if main_process:
             log.write(0, counters["before"])
-            print(f"before training: {summary(counters['before'])}", flush=True)
+            say(f"before training: {summary(counters['before'])}")
 
     while update < args.num_updates:
         # Rollout
@@ -868,29 +840,33 @@ def train(args: Args, run_dir: Path, learner: Learner) -> None:
         metrics["perf/update_tokens_per_second"] = num_tokens * args.update_epochs / update_seconds
         if args.eval_every and update % args.eval_every == 0 and update < args.num_updates:
             metrics |= evaluate(learner, args)[0]
+        counters["metrics"] = metrics
         if main_process:
             log.writer.add_text("samples", "\n\n".join(samples), update)
-            log.write(update, metrics)
+            if update < args.num_updates:  # the last row has the final evaluation as well
+                log.write(update, metrics)
             seconds = (counters["rollout_seconds"] + counters["update_seconds"]) / update * (args.num_updates - update)
-            text = f"score {metrics['objective/scores']:.4f}  KL {metrics['objective/kl']:.3f}"
-            print(f"update {update} of {args.num_updates}  {text}  {timedelta(seconds=int(seconds))} left", flush=True)
+            progress = f"score {metrics['objective/scores']:.4f}  KL {metrics['objective/kl']:.3f}"
         stopped = learner.sum(len(stop_signals)) > 0  # in any process
         if main_process and (update % args.checkpoint_every == 0 or update == args.num_updates or stopped):
-            save_checkpoint(run_dir, learner, counters)
+            save_checkpoint(args, learner, counters)
+        if main_process:  # after the files
+            say(f"update {update} of {args.num_updates}  {progress}  {timedelta(seconds=int(seconds))} left")
         if stopped:
             accelerator.wait_for_everyone()  # a process that ends makes torchrun stop the one that writes
             raise KeyboardInterrupt
 
     for number in (signal.SIGINT, signal.SIGTERM):  # from here on a stop loses nothing
         signal.signal(number, signal.default_int_handler)
+    if main_process:  # before the evaluation, in which a reward may fail
+        save_policy(learner, args)
+        say("trained and saved; evaluating")
     metrics, samples = evaluate(learner, args)
     counters["peak_memory_gib"] = learner.sum(peak_memory(learner.device)).item()
     counters["wall_seconds"] = time.monotonic() - start_time
     if main_process:
-        save_policy(learner, run_dir)
-        save_results(learner, args, run_dir, metrics, samples, counters, commit)
-        log.write(args.num_updates, metrics)
-        log.close()
+        log.write(args.num_updates, counters["metrics"] | metrics)
+        save_results(learner, args, metrics, samples, counters, commit)
 
 
 def evaluate(learner: Learner, args: Args) -> tuple[dict[str, float], list[dict]]:
@@ -932,11 +908,11 @@ def evaluate(learner: Learner, args: Args) -> tuple[dict[str, float], list[dict]
     return metrics, samples
 
 
-def evaluate_saved(args: Args, run_dir: Path) -> dict[str, float]:
-    """Metrics of a finished run's policy, on the posts of its final evaluation. Raises Stop when there is none."""
-    path = run_dir / "policy"
+def evaluate_saved(args: Args) -> dict[str, float]:
+    """Metrics of a finished run's policy, on the posts of its final evaluation. Ends when there is none."""
+    path = Path(args.run_dir, "policy")
     has_adapter = (path / "adapter_model.safetensors").exists()
-    require(has_adapter, f"{run_dir} holds no policy: it is written when the run has finished")
+    require(has_adapter, f"{args.run_dir} holds no policy: it is written at the end of training")
     weights = load_pretrained(args, "evaluate", str(path), load_peft_weights, device="cpu")
     learner = make_learner(args)
     fits = learner.actor_critic.load_adapter("policy_adapter", weights)
@@ -976,8 +952,61 @@ def peak_memory(device: torch.device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)
 
 
+# Nothing below knows the algorithm.
+
+RULES = """
+--num-updates >= 1, --prompt-length >= 1, --response-length >= 1, --num-trajectories >= 1, --update-epochs >= 1
+--minibatch-size >= 1, --micro-batch-size >= 1, --rollout-batch-size >= 1, --checkpoint-every >= 1, --lora-rank >= 1
+--lora-alpha >= 1, --top-k >= 0, --eval-every >= 0, --eval-samples >= 0, --num-threads >= 0, 0 <= --seed < 2**63
+0 < --alpha < inf, 0 <= --beta < inf, -inf < --Z < 0, 0 <= --kl-coef < inf, 0 <= --target-coef < inf
+0 < --clip-coef < inf, 0 < --clip-coef-value < inf, 0 <= --vf-coef < inf, 0 < --max-grad-norm < inf
+0 < --learning-rate < inf, 0 <= --weight-decay < inf, 0 <= --gamma <= 1, 0 <= --gae-lambda <= 1
+0 <= --min-response-length <= --response-length, --num-trajectories % --minibatch-size == 0
+--minibatch-size % WORLD_SIZE == 0, --eval-samples == 0 or --eval-samples >= WORLD_SIZE
+"""  # of arguments, in the flags' spelling: the one that does not hold is the error message
+
+
+def fail(message: object, code: int = 2) -> NoReturn:
+    """End in one line: code 2 for a wrong argument, 1 for what a run can meet. A bug keeps Python's traceback."""
+    if RANK == 0:
+        say(f"error: {' '.join(str(message).split())}", sys.stderr)
+    raise SystemExit(code)
+
+
+def require(condition: object, message: object, code: int = 2) -> None:
+    if not condition:
+        fail(message, code)
+
+
+def say(text: str, file=None) -> None:
+    """Print. A reader that has gone, as behind | head, does not stop a run."""
+    file = file or sys.stdout
+    try:
+        print(text, file=file, flush=True)
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), file.fileno())
+
+
+def check_args(args: Args) -> None:
+    for rule in RULES.strip().replace("\n", ", ").split(", "):
+        values = re.sub(r"--([\w-]+)", lambda flag: str(getattr(args, flag[1].replace("-", "_"))), rule)
+        if not eval(values, {"inf": np.inf, "nan": np.nan, "WORLD_SIZE": WORLD_SIZE}):
+            fail(f"{rule} must hold, and {values} does not".replace("WORLD_SIZE", f"{WORLD_SIZE} processes"))
+    for name in args.revision or {}:
+        tokenizer = args.tokenizer or TOKENIZERS.get(args.policy)
+        used = name in (args.policy, tokenizer, args.reward_model, args.dataset) and not Path(name).exists()
+        require(used, f"--revision {name} is no hub id among --policy, --tokenizer, --reward-model and --dataset")
+    for wanted, flag, package in (
+        (args.track, "--track", "wandb"),
+        (args.base_precision == "4bit", "--base-precision 4bit", "bitsandbytes"),
+    ):
+        spec = find_spec(package)
+        if wanted and (spec is None or spec.origin is None):  # an empty folder has a spec, but no origin
+            fail(f"{flag} needs {package}: pip install {package}")
+
+
 def load_pretrained(args: Args, flag: str, name: str, from_pretrained: Callable, **options):
-    """from_pretrained(name), hub id or local folder. Raises Stop with one line that says what to give instead."""
+    """from_pretrained(name), hub id or local folder. Ends with one line that says what to give instead."""
     if name in (args.revision or {}):
         options["revision"] = args.revision[name]
     try:
@@ -985,7 +1014,7 @@ def load_pretrained(args: Args, flag: str, name: str, from_pretrained: Callable,
     except (OSError, ValueError, SafetensorError, DatasetsError, StrictDataclassError) as error:
         reason = (str(error.__cause__ or error) or repr(error)).splitlines()[0]
         instead = "a hub id that can be reached from here, or a local folder, such as benchmark/rlhf_assets.py makes"
-        raise Stop(f"--{flag} {name} cannot be loaded ({reason}): give {instead}") from None
+        fail(f"--{flag} {name} cannot be loaded ({reason}): give {instead}")
 
 
 def load_auto(args: Args, flag: str, name: str, auto_class: type, **options):
@@ -994,7 +1023,7 @@ def load_auto(args: Args, flag: str, name: str, auto_class: type, **options):
 
 
 def load_network(args: Args, flag: str, name: str, auto_class: type, **options) -> PreTrainedModel:
-    """A model by load_auto. Raises Stop where it lacks weights, which transformers would draw at random."""
+    """A model by load_auto. Ends where it lacks weights, which transformers would draw at random."""
     model, info = load_auto(args, flag, name, auto_class, output_loading_info=True, **options)
     missing = ", ".join(sorted(info["missing_keys"])[:5])
     require(not missing, f"--{flag} {name} has no weights for {missing} of {type(model).__name__}")
@@ -1030,7 +1059,7 @@ def read_file(file: str) -> datasets.DatasetDict:
 def load_rows(args: Args, columns: Sequence[str]) -> tuple[list[dict], list[dict], str | None]:
     """Rows of the training and the validation split; without one, a fifth of the training split, drawn by the seed.
 
-    Third is the commit on the hub. Raises Stop when there is no such data set, none of these columns, no row, or
+    Third is the commit on the hub. Ends when there is no such data set, none of these columns, no row, or
     something else than text in these columns.
     """
     name, path = args.dataset, Path(args.dataset)
@@ -1054,7 +1083,7 @@ def load_rows(args: Args, columns: Sequence[str]) -> tuple[list[dict], list[dict
     try:
         train, validation = train.to_list(), validation.to_list()
     except UnicodeDecodeError as error:
-        raise Stop(f"--dataset {name} has text that is not UTF-8: {error}") from None
+        fail(f"--dataset {name} has text that is not UTF-8: {error}")
     for rows in (train, validation):
         missing = ", ".join(column for column in columns if column not in rows[0])
         require(not missing, f"--dataset {name} has no column {missing}, only {', '.join(rows[0])}")
@@ -1064,7 +1093,7 @@ def load_rows(args: Args, columns: Sequence[str]) -> tuple[list[dict], list[dict
 
 
 def check_vocabulary(flag: str, name: str, tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> None:
-    """Raise Stop when the tokenizer has tokens that the model has no embedding for, or no end-of-text token.
+    """End when the tokenizer has tokens that the model has no embedding for, or no end-of-text token.
 
     For a folder without a tokenizer, transformers makes an empty one of some families.
     """
@@ -1078,7 +1107,7 @@ def check_vocabulary(flag: str, name: str, tokenizer: PreTrainedTokenizerBase, m
 
 
 def make_learner(args: Args) -> Learner:
-    """Data and networks on this process. Raises Stop when Accelerate does not see the others."""
+    """Data and networks on this process. Ends when Accelerate does not see the others."""
     if args.num_threads:
         torch.set_num_threads(args.num_threads)
     torch.backends.cuda.matmul.allow_tf32 = args.tf32
@@ -1091,16 +1120,15 @@ def make_learner(args: Args) -> Learner:
     return Learner(args, accelerator)
 
 
-def collect_signals(main_process: bool) -> list[int]:
+def collect_signals() -> list[int]:
     """Ctrl-C and SIGTERM go into the returned list, so that the update ends with a checkpoint; a second one kills."""
     received = []
 
     def handler(number: int, _) -> None:
         received.append(number)
         signal.signal(number, signal.SIG_DFL)
-        if main_process:
-            wait = "stopping when the running update has ended and is saved; once more stops at once"
-            print(wait, file=sys.stderr, flush=True)
+        if RANK == 0:
+            say("stopping when this update has ended and is saved; once more stops at once", sys.stderr)
 
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, handler)
@@ -1110,91 +1138,59 @@ def collect_signals(main_process: bool) -> list[int]:
 def write_atomic(path: Path, content: bytes | memoryview) -> None:
     """Write, then rename: a kill or a full disk leaves the old file or the new one."""
     temporary = path.with_name(path.name + ".tmp")
-    try:
-        temporary.write_bytes(content)
-        os.replace(temporary, path)
-    except OSError as error:
-        error.filename = str(path)
-        raise
-    finally:
-        temporary.unlink(missing_ok=True)
+    temporary.write_bytes(content)
+    temporary.replace(path)
 
 
-def write_json(path: Path, content: dict) -> None:
-    write_atomic(path, (json.dumps(content, indent=2) + "\n").encode())
+class RunLog:
+    """TensorBoard and curves.csv of a run. Rows after global_step, of a killed run, go."""
+
+    def __init__(self, run_dir: str, global_step: int):
+        self.writer = SummaryWriter(run_dir, purge_step=global_step + 1)
+        self.path, self.columns, self.rows = Path(run_dir, "curves.csv"), {}, []
+        if self.path.exists():
+            rows = csv.DictReader(self.path.read_text().splitlines())  # one that a kill cut short lacks its last values
+            self.rows = [row for row in rows if None not in row.values() and int(row["global_step"]) <= global_step]
+
+    def write(self, global_step: int, metrics: dict[str, float]) -> None:
+        """Log {tag: value}, any tags. curves.csv gets one more row, and is written anew where a tag is new."""
+        row, text = {"global_step": global_step} | {tag: f"{x:.6g}" for tag, x in metrics.items()}, io.StringIO()
+        self.rows.append(row)
+        if row.keys() <= self.columns.keys():
+            with self.path.open("a", newline="") as file:
+                csv.DictWriter(file, self.columns, lineterminator="\n").writerow(row)
+        else:
+            self.columns = dict.fromkeys(tag for row in self.rows for tag in row)
+            writer = csv.DictWriter(text, self.columns, lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(self.rows)
+            write_atomic(self.path, text.getvalue().encode())
+        for tag, value in metrics.items():
+            self.writer.add_scalar(tag, value, global_step)
+        self.writer.flush()  # a kill loses nothing that a later checkpoint counts as written
 
 
-def check_unused(run_dir: Path) -> None:
-    """Raise Stop when run_dir is in use: before models are loaded, which may take minutes."""
-    unused = not run_dir.exists() or (run_dir.is_dir() and not any(run_dir.iterdir()))
-    require(unused, f"--run-dir {run_dir} is in use: continue it with --resume {run_dir}, or name another")
-
-
-def create_run_dir(args: Args, run_dir: Path) -> None:
-    """Make run_dir with args.json in it. Raises Stop when it is in use or cannot be made."""
-    check_unused(run_dir)
-    try:
-        run_dir.mkdir(parents=True, exist_ok=True)
-        write_json(run_dir / "args.json", {"script": SCRIPT, "args": asdict(args) | {"run_dir": str(run_dir)}})
-    except OSError as error:
-        if error.errno in DISK_FULL:
-            raise
-        raise Stop(f"--run-dir {run_dir} cannot be made: {error.strerror}") from None
-
-
-def open_run_dir(run_dir: Path) -> Args:
-    """Arguments of the run in run_dir. Raises Stop when there is none of this script."""
-    path = run_dir / "args.json"
-    require(path.exists(), f"{run_dir} holds no run: there is no args.json in it")
-    try:
-        content = dict(json.loads(path.read_text()))
-    except (ValueError, TypeError):
-        raise Stop(f"{path} is damaged") from None
-    return saved_args(path, content.get("script"), content.get("args"))
-
-
-def saved_args(path: Path, script: str | None, saved: dict) -> Args:
-    """Arguments of a run or model; new ones get their defaults. Raises Stop where they do not fit this script."""
-    require(script == SCRIPT, f"{path} is of {script or 'something else'}, not of {SCRIPT}")
-    require(isinstance(saved, dict), f"{path} is damaged")
-    unknown = ", ".join(saved.keys() - {f.name for f in fields(Args)})
-    require(not unknown, f"{path} was written by a version of {SCRIPT}.py with other arguments: {unknown}")
-    return Args(**saved)
-
-
-def changed_args(saved: Args, *allowed: str) -> Args:
-    """Saved arguments with the command line's over them. Raises Stop when others than allowed change."""
-    args = tyro.cli(Args, description=__doc__, default=saved)
-    changed = [f.name for f in fields(Args) if getattr(args, f.name) != getattr(saved, f.name)]
-    extra = ", ".join("--" + name.replace("_", "-") for name in changed if name not in allowed)
-    require(not extra, f"--{allowed[0]} takes its arguments from the run: drop {extra}")
-    return args
-
-
-def save_checkpoint(run_dir: Path, learner: Learner, counters: dict) -> None:
+def save_checkpoint(args: Args, learner: Learner, counters: dict) -> None:
     buffer = io.BytesIO()
     torch.save({"version": VERSION, "learner": learner.state(), "counters": counters}, buffer)
-    write_atomic(run_dir / "checkpoint.pt", buffer.getbuffer())
+    write_atomic(Path(args.run_dir, "checkpoint.pt"), buffer.getbuffer())
 
 
-def load_checkpoint(run_dir: Path, learner: Learner) -> dict:
-    """Load the run's last checkpoint into learner and return its counters, {} before the first. May raise Stop."""
-    path = run_dir / "checkpoint.pt"
-    try:
-        checkpoint = dict(torch.load(path, map_location="cpu", weights_only=True))
-    except FileNotFoundError:
+def load_checkpoint(args: Args, learner: Learner) -> dict:
+    """Load the run's last checkpoint into learner and return its counters, {} before the first."""
+    path = Path(args.run_dir, "checkpoint.pt")
+    if not path.exists():
         return {}
-    except (RuntimeError, EOFError, OSError, ValueError, TypeError, LookupError, pickle.UnpicklingError) as error:
-        raise Stop(f"{path} cannot be read as a checkpoint ({type(error).__name__})") from None
-    version = checkpoint.get("version", 1)
-    require(version == VERSION, f"{path} was written by version {version} of {SCRIPT}.py: continue it with that one")
-    learner.load_state(checkpoint["learner"], path)
-    return checkpoint["counters"]
+    state = torch.load(path, map_location="cpu", weights_only=True)
+    if state.get("version") != VERSION:
+        fail(f"{path} was written by version {state.get('version', 1)} of {SCRIPT}.py: continue it with that one")
+    learner.load_state(state["learner"])
+    return state["counters"]
 
 
-def save_policy(learner: Learner, run_dir: Path) -> None:
+def save_policy(learner: Learner, args: Args) -> None:
     """The policy's adapter as a folder that peft loads (safetensors, configuration), with the tokenizer."""
-    folder, temporary = run_dir / "policy", run_dir / "policy.tmp"
+    folder, temporary = Path(args.run_dir, "policy"), Path(args.run_dir, "policy.tmp")
     for old in (folder, temporary):
         shutil.rmtree(old, ignore_errors=True)  # of an attempt that was killed
     try:
@@ -1208,9 +1204,10 @@ def save_policy(learner: Learner, run_dir: Path) -> None:
 
 
 def save_results(
-    learner: Learner, args: Args, run_dir: Path, metrics: dict, samples: list[dict], counters: dict, commit: str | None
+    learner: Learner, args: Args, metrics: dict, samples: list[dict], counters: dict, commit: str | None
 ) -> None:
     """What a finished run leaves besides its policy: eval_samples.jsonl and result.json, and no checkpoint."""
+    run_dir = Path(args.run_dir)
     lines = "".join(json.dumps(sample) + "\n" for sample in samples)
     write_atomic(run_dir / "eval_samples.jsonl", lines.encode())
     versions = {"python": sys.version.split()[0]} | {d.name: d.version for d in distributions() if d.name in PACKAGES}
@@ -1229,140 +1226,106 @@ def save_results(
     result |= {"num_processes": learner.accelerator.num_processes, "peak_memory_gib": counters["peak_memory_gib"]}
     result |= {"wall_seconds": counters["wall_seconds"], "versions": versions, "commit": commit}
     result["hub_commits"] = {name: commit for name, commit in learner.hub_commits.items() if commit}
-    write_json(run_dir / "result.json", result)
+    write_atomic(run_dir / "result.json", (json.dumps(result, indent=2) + "\n").encode())
     (run_dir / "checkpoint.pt").unlink()  # it is several times as large as the policy
-    print(f"seed {args.seed}: {counters['update']} updates, {summary(metrics)}")
-    print(f"  everything is in {run_dir}; evaluate again with --evaluate {run_dir}")
+    say(f"seed {args.seed}: {counters['update']} updates, {summary(metrics)}")
+    say(f"everything is in {run_dir}")
 
 
 def git_commit() -> str | None:
     """Commit of the repository this file is in, with "-dirty" when this file differs; None outside a repository."""
-    git = ["git", "-C", str(Path(__file__).parent)]
-    commands = [*git, "rev-parse", "HEAD"], [*git, "status", "--porcelain", "--", __file__]
+    git = f"git rev-parse HEAD && git status --porcelain -- {shlex.quote(__file__)}"
+    done = subprocess.run(git, shell=True, cwd=Path(__file__).parent, capture_output=True, text=True)
+    commit, _, changes = done.stdout.strip().partition("\n")
+    return f"{commit}-dirty" if changes else commit or None
+
+
+def saved_args(path: Path, script: str | None, saved: dict) -> Args:
+    """Arguments of the run or model in path: new ones have their defaults, those that are no more are ignored."""
+    if script != SCRIPT:
+        fail(f"{path} is of {script or 'something else'}, not of {SCRIPT}")
+    return Args(**{name: value for name, value in saved.items() if name in vars(Args())})
+
+
+def find_run(args: Args, typed: set[str]) -> Args:
+    """The arguments of the run in --resume or --evaluate, with what may change; else args and a free place."""
+    name = f"{Path(args.dataset).name}__{SCRIPT}__{args.seed}__{datetime.now():%Y%m%d-%H%M%S-%f}"
+    run_dir = Path(args.resume or args.evaluate or args.run_dir or f"runs/{name}")
+    if args.resume is None and args.evaluate is None:  # before models are loaded, which may take minutes
+        unused = not run_dir.exists() or (run_dir.is_dir() and not any(run_dir.iterdir()))
+        require(unused, f"--run-dir {run_dir} is in use: name another, or see whether --resume {run_dir} continues it")
+        return replace(args, run_dir=str(run_dir))
+    require((run_dir / "args.json").exists(), f"{run_dir}: there is no run, no args.json")
+    content = json.loads((run_dir / "args.json").read_text())
+    changed = {flag[2:].replace("-", "_") for flag in typed & {"--resume", "--evaluate", *MAY_CHANGE}}
+    saved = saved_args(run_dir, content["script"], content["args"])
+    return replace(saved, run_dir=str(run_dir), **{name: getattr(args, name) for name in changed})
+
+
+def open_run(args: Args) -> None:
+    """Make the run directory with args.json, or take that of --resume. No other process can write there."""
+    path = Path(args.run_dir, "args.json")
     try:
-        commit, changes = (subprocess.run(c, capture_output=True, text=True).stdout.strip() for c in commands)
-    except FileNotFoundError:
-        return None
-    return (f"{commit}-dirty" if changes else commit) or None
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = os.open(path, os.O_RDWR | (os.O_CREAT | os.O_EXCL if args.resume is None else 0))
+    except OSError as error:
+        fail(f"{path} cannot be made: {error.strerror}", code=1 if error.errno in DISK_FULL else 2)
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the system drops it with the process
+    except OSError as error:
+        if error.errno in (errno.EACCES, errno.EAGAIN):  # and is no file system without locks
+            fail(f"{args.run_dir} is being trained by another process")
+    if args.resume is None:
+        os.write(file, json.dumps({"script": SCRIPT, "args": asdict(args)}, indent=2).encode())
 
 
-class RunLog:
-    """TensorBoard, curves.csv and Weights & Biases of one run. rows: those of curves.csv so far; new ones are added."""
-
-    def __init__(self, run_dir: Path, args: Args, rows: list[dict], global_step: int):
-        self.path, self.rows, self.wandb = run_dir / "curves.csv", rows, None
-        self.writer = SummaryWriter(run_dir, purge_step=global_step + 1)
-        if args.track:
-            import wandb
-
-            id_file = run_dir / "wandb_id.txt"
-            if not id_file.exists():
-                id_file.write_text(os.urandom(8).hex())
-            options = {"project": args.wandb_project_name, "entity": args.wandb_entity, "config": asdict(args)}
-            options |= {"name": run_dir.name, "id": id_file.read_text(), "resume": "allow", "reinit": "create_new"}
-            self.wandb = wandb.init(dir=run_dir, **options)
-
-    def write(self, global_step: int, metrics: dict[str, float]) -> None:
-        """Log {tag: value}, any tags. curves.csv is written anew, whole, with a column for every tag so far."""
-        self.rows.append({"global_step": global_step} | {tag: f"{value:.6g}" for tag, value in metrics.items()})
-        columns, text = dict.fromkeys(tag for row in self.rows for tag in row), io.StringIO()
-        lines = [columns, *([row.get(tag, "") for tag in columns] for row in self.rows)]
-        csv.writer(text, lineterminator="\n").writerows(lines)
-        write_atomic(self.path, text.getvalue().encode())
-        for tag, value in metrics.items():
-            self.writer.add_scalar(tag, value, global_step)
-        self.writer.flush()  # a kill loses nothing that a later checkpoint counts as written
-        if self.wandb:
-            self.wandb.log(metrics, step=global_step)
-
-    def close(self) -> None:
-        self.writer.close()
-        if self.wandb:
-            self.wandb.finish()
-
-
-def validate(args: Args) -> None:
-    """Raise Stop with one line that says what is wrong and what is allowed."""
-    counts = "num_updates prompt_length response_length num_trajectories update_epochs minibatch_size "
-    counts += "micro_batch_size rollout_batch_size checkpoint_every"
-    others = "beta kl_coef target_coef vf_coef weight_decay top_k min_response_length eval_every eval_samples "
-    others += "num_threads"
-    for allowed, is_allowed, names in (
-        ("at least 1", lambda x: x >= 1, counts + " lora_rank lora_alpha"),
-        ("above 0", lambda x: 0 < x < np.inf, "alpha learning_rate clip_coef clip_coef_value max_grad_norm"),
-        ("0 or above", lambda x: 0 <= x < np.inf, others),
-        ("0 or above, below 2**63", lambda x: 0 <= x < 2**63, "seed"),
-        ("between 0 and 1", lambda x: 0 <= x <= 1, "gamma gae_lambda"),
-        ("below 0", lambda x: -np.inf < x < 0, "Z"),
-    ):
-        for name in names.split():
-            value = getattr(args, name)
-            require(is_allowed(value), f"--{name.replace('_', '-')} must be {allowed}, got {value}")
-    shortest, longest = args.min_response_length, args.response_length
-    require(shortest <= longest, f"--min-response-length {shortest} is more than --response-length {longest}")
-    divides = args.num_trajectories % args.minibatch_size == 0
-    require(divides, f"--num-trajectories must be a multiple of --minibatch-size {args.minibatch_size}")
-    num_processes = int(os.environ.get("WORLD_SIZE", 1))
-    divides = args.minibatch_size % num_processes == 0
-    require(divides, f"--minibatch-size {args.minibatch_size} does not divide among {num_processes} processes")
-    enough = args.eval_samples == 0 or args.eval_samples >= num_processes
-    require(enough, f"--eval-samples must be 0 (all) or at least {num_processes} (processes), got {args.eval_samples}")
-    can_quantize = find_spec("bitsandbytes") or args.base_precision != "4bit"
-    require(can_quantize, "--base-precision 4bit needs bitsandbytes: pip install -r requirements-4bit.txt")
-    for name in args.revision or {}:
-        tokenizer = args.tokenizer or TOKENIZERS.get(args.policy)
-        used = name in (args.policy, tokenizer, args.reward_model, args.dataset) and not Path(name).exists()
-        require(used, f"--revision {name} is no hub id among --policy, --tokenizer, --reward-model and --dataset")
-    require(not args.track or find_spec("wandb"), "--track needs Weights & Biases: pip install wandb")
-
-
-def main() -> int:
+def main() -> None:
+    sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115 (standard output was closed)
     args = tyro.cli(Args, description=__doc__)
+    typed = {flag.partition("=")[0].replace("_", "-") for flag in sys.argv[1:] if flag.startswith("--")}
+    for flag in ("--resume", "--evaluate"):
+        if flag in typed and (extra := typed - {flag, *MAY_CHANGE}):
+            fail(f"{flag} takes its arguments from the run: drop {', '.join(sorted(extra))}")
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     huggingface_hub.utils.logging.set_verbosity_error()
     datasets.disable_progress_bars()
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)
-    name = f"{Path(args.dataset).name}__{SCRIPT}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
-    run_dir = Path(args.evaluate or args.resume or args.run_dir or f"runs/{name}")
-    rank = int(os.environ.get("RANK", 0))
+    args = find_run(args, typed)
+    check_args(args)
     try:
-        require("" not in (args.run_dir, args.resume, args.evaluate), "--run-dir, --resume and --evaluate need a path")
-        if args.evaluate or args.resume:
-            args = changed_args(open_run_dir(run_dir), "evaluate" if args.evaluate else "resume", *MAY_CHANGE)
-        else:
-            check_unused(run_dir)
-        validate(args)
-        if args.evaluate:
-            metrics = evaluate_saved(args, run_dir)
-            if rank == 0:
-                print(summary(metrics))
-        elif not (run_dir / "result.json").exists():
-            learner = make_learner(args)
-            if rank == 0 and not args.resume:  # one process writes; in others a default name may have another second
-                create_run_dir(args, run_dir)
-            train(replace(args, run_dir=str(run_dir), resume=None), run_dir, learner)
-        elif rank == 0:
-            print(f"{run_dir} has finished; evaluate again with --evaluate")
-        return 0
-    except (Exception, KeyboardInterrupt) as error:
-        stops = isinstance(error, Stop)  # a resumed run would come to the same end
-        if not stops and not args.evaluate and (run_dir / "checkpoint.pt").exists():
-            error.add_note(f"to go on: python {SCRIPT}.py --resume {run_dir}")
-        disk_full = isinstance(error, OSError) and error.errno in DISK_FULL
-        memory_full = isinstance(error, torch.OutOfMemoryError)
-        if not stops and not disk_full and not memory_full and not isinstance(error, KeyboardInterrupt):
-            raise  # a bug: Python's own traceback, and the note below it
-        code = 130 if isinstance(error, KeyboardInterrupt) else getattr(error, "code", 1)
-        reason = f"the GPU is out of memory: {OOM_HINT}" if memory_full else " ".join(str(error).split())
-        message = "stopped" if code == 130 else f"error: {reason}"
-        if rank == 0:
-            print(message, *getattr(error, "__notes__", ()), sep="\n", file=sys.stderr)
-        elif disk_full or memory_full:  # which may be so of this process alone
-            print(f"process {rank}: {message}", file=sys.stderr)
-        return code
+        if args.evaluate is not None:
+            metrics = evaluate_saved(args)
+            return say(summary(metrics)) if RANK == 0 else None
+        if Path(args.run_dir, "result.json").exists():
+            return say(f"{args.run_dir} has finished; --evaluate evaluates its policy again") if RANK == 0 else None
+        if RANK == 0 and args.resume is not None:
+            open_run(args)
+        learner = make_learner(args)
+        if RANK == 0 and args.resume is None:  # when everything is loaded and fits
+            open_run(args)
+        if RANK == 0:
+            resume = [*sys.orig_argv[: len(sys.orig_argv) - len(sys.argv) + 1], "--resume", args.run_dir]
+            say(f"run directory {args.run_dir}; should it stop, go on with: {shlex.join(resume)}")
+        if RANK == 0 and args.track:
+            import wandb
+
+            wandb.init(dir=args.run_dir, config=asdict(args), sync_tensorboard=True, resume="auto")
+        train(replace(args, resume=None), learner)
+    except KeyboardInterrupt:
+        fail("stopped", code=130)
+    except (OSError, torch.OutOfMemoryError) as error:
+        if getattr(error, "errno", errno.ENOSPC) not in DISK_FULL:
+            raise  # neither the disk nor the memory is full
+        hint = (
+            f"the GPU is out of memory: {OOM_HINT}"
+            if isinstance(error, torch.OutOfMemoryError)
+            else f"{args.run_dir}: {error}"
+        )
+        say(f"error: {f'process {RANK}: ' * (RANK > 0)}{hint}", sys.stderr)
+        sys.exit(1)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()
