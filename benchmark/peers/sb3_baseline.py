@@ -34,7 +34,7 @@ except ModuleNotFoundError as error:
     sys.exit(2)
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from sppo_continuous_discretized import EVAL_EPISODES, EVALUATION, env_seeds, git_commit, make_env, write_json
+from sppo_continuous_discretized import EVAL_EPISODES, EVALUATION, git_commit, make_env, write_atomic
 
 SCRIPT = Path(__file__).stem
 PACKAGES = ("stable_baselines3", "torch", "gymnasium", "mujoco", "Box2D", "numpy")
@@ -176,7 +176,7 @@ def train(args: Args, run_dir: Path) -> dict:
 def evaluate(model: PPO | A2C, normalize: VecNormalize, args: Args) -> np.ndarray:
     """Raw returns (10,) of one episode in each of 10 environments of its own, as in our scripts."""
     returns = []
-    for seed in env_seeds([args.seed], EVAL_EPISODES, EVALUATION):
+    for seed in np.random.SeedSequence([args.seed, EVALUATION]).generate_state(EVAL_EPISODES).tolist():  # as ours
         env = make(args)
         obs, _ = env.reset(seed=seed)
         total, done = 0.0, False
@@ -213,10 +213,11 @@ def main() -> int:
         return 2
     temporary = run_dir.with_name(f".{run_dir.name}.{os.getpid()}")
     temporary.mkdir(parents=True)
-    write_json(temporary / "args.json", {"script": SCRIPT, "args": asdict(args)})
+    (temporary / "args.json").write_text(json.dumps({"script": SCRIPT, "args": asdict(args)}, indent=2))
     os.replace(temporary, run_dir)
     try:
-        write_json(run_dir / "result.json", train(args, run_dir))
+        result = json.dumps(train(args, run_dir), indent=2) + "\n"
+        write_atomic(run_dir / "result.json", result.encode())
     except KeyboardInterrupt:
         print("\nstopped; this script cannot resume", file=sys.stderr)
         return 130
