@@ -104,7 +104,7 @@ def runs(script, tmp_path_factory):
     for name, choice in [("batch", BATCH)] + [(seed, f"--seed {seed}") for seed in SEEDS]:
         with pytest.MonkeyPatch.context() as patch, redirect_stdout(io.StringIO()) as out:
             envs = record(script, patch)
-            assert run_main(script, train_flags(script), choice, "--run-dir", top / str(name)) == 0
+            assert run_main(script, train_flags(script), choice, "--eval-every 96 --run-dir", top / str(name)) == 0
         seen[name] = (top / str(name), envs, out.getvalue())
     return seen
 
@@ -150,13 +150,13 @@ def file_names(run_dir):
 
 
 def test_environments_of_a_batch_get_the_seeds_of_the_single_runs(runs):
-    for stage, envs_per_agent in ((0, 2), (1, 10)):  # training, evaluation
+    stages = [2, 10, 10]  # environments of an agent in training, its evaluation at step 96 and the final one
+    assert len(runs["batch"][1]) == len(stages)
+    for stage, envs_per_agent in enumerate(stages):
         batch = np.reshape(first_seeds(runs["batch"][1][stage]), (3, envs_per_agent))
         for i, seed in enumerate(SEEDS):
             assert batch[i].tolist() == first_seeds(runs[seed][1][stage])
-        assert len(np.unique(batch)) == batch.size
-    training, evaluation = (set(first_seeds(envs)) for envs in runs["batch"][1])
-    assert not training & evaluation
+    assert len({seed for envs in runs["batch"][1] for seed in first_seeds(envs)}) == 3 * sum(stages)  # none twice
 
 
 def test_agents_of_a_batch_act_as_their_single_runs(runs):
@@ -362,3 +362,9 @@ def test_killed_batch_resumes_to_the_same_total(script, monkeypatch, tmp_path, p
         columns = len(old_rows[0].split(","))  # a later tag adds one
         assert [row.split(",")[:columns] for row in rows[:3]] == [row.split(",") for row in old_rows[:3]]
         assert [int(row.split(",")[0]) for row in rows[1:]] == [32, 64, 96, 128, 160]
+
+
+@pytest.mark.parametrize("script", import_scripts("*_atari.py"))
+def test_no_evaluation_of_a_game_starts_where_training_did(script):
+    streams = (script.TRAINING, 0), (script.TRAINING, 2048), (script.EVALUATION,), (script.EVALUATION, 2048)
+    assert len({seed for stream in streams for seed in script.env_seeds(3, 10, *stream)}) == 40
