@@ -151,21 +151,21 @@ class Envs:
     def reset(self, seeds: range, *stream: int) -> np.ndarray:
         """Observations. Each stream (training, evaluation, a resumed run) has episodes of its own."""
         states = [np.random.SeedSequence([seed, *stream]).generate_state(self.shape[1]) for seed in seeds]
-        obs = [env.reset(seed=int(seed))[0] for env, seed in zip(self.envs, np.concatenate(states))]
+        obs = [np.array(env.reset(seed=int(seed))[0]) for env, seed in zip(self.envs, np.concatenate(states))]
         return np.array(obs).reshape(*self.shape, -1)
 
     def step(self, actions: np.ndarray) -> tuple[np.ndarray, ...]:
         """Take bins (num_agents, num_envs, action_dim); the last array is the observations before any reset."""
         values = self.bins[actions, np.arange(self.action_dim)].reshape(-1, *self.action_space.shape)
-        rows = []  # one per environment
+        rows = []  # one per environment, which may write into the same array again
         for env, value in zip(self.envs, values):
-            obs, reward, terminated, truncated, _ = env.step(value)
-            final_obs = obs
+            obs, *numbers, _ = env.step(value)
+            reward, terminated, truncated = (np.asarray(x).item() for x in numbers)  # of arrays and lists as well
+            obs = final_obs = np.array(obs)
             if terminated or truncated:
-                final_obs, obs = np.copy(obs), env.reset()[0]  # reset may write into the same array
+                obs = np.array(env.reset()[0])
             rows.append((obs, reward, terminated, truncated, final_obs))
         obs, rewards, terminated, truncated, final_obs = map(np.array, zip(*rows))
-        # Numbers may come as arrays of one element.
         rewards, terminated, truncated = (x.reshape(self.shape) for x in (rewards, terminated, truncated))
         shape = (*self.shape, self.obs_dim)
         return obs.reshape(shape), rewards, terminated.astype(bool), truncated.astype(bool), final_obs.reshape(shape)
