@@ -661,7 +661,8 @@ def evaluate_model(args: Args) -> None:
 
 
 def main() -> None:
-    sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115 (standard output was closed)
+    std = sys.stdin, sys.stdout, sys.stderr  # the number of a closed one must not go to a file of the run
+    sys.stdin, sys.stdout, sys.stderr = (file or open(os.devnull, "w") for file in std)  # noqa: SIM115
     args = tyro.cli(Args, description=__doc__)
     typed = {flag.partition("=")[0].replace("_", "-") for flag in sys.argv[1:] if flag.startswith("--")}
     for flag, others in (("--resume", ()), ("--evaluate", ("--capture-video", "--cuda", "--no-cuda"))):
