@@ -118,7 +118,10 @@ def make_env(env_id: str, video_dir: Path | None = None) -> gym.Env:
     space = env.observation_space
     if isinstance(space, gym.spaces.Box) and len(space.shape) == 1:
         return env
-    return gym.wrappers.FlattenObservation(env) if space.is_np_flattenable else fail(f"--env-id {env_id}: {space}")
+    if space.is_np_flattenable:
+        return gym.wrappers.FlattenObservation(env)
+    with closing(env):
+        fail(f"--env-id {env_id}: observations of {space} are no vector of numbers")
 
 
 def action_bins(space: gym.Space, num_bins: int) -> np.ndarray:
