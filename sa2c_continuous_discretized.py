@@ -636,8 +636,8 @@ def open_run(args: Args) -> Args:
         if error.errno in (errno.EACCES, errno.EAGAIN):  # and is no file system without locks
             fail(f"{run_dir} is being trained by another process")
     if args.resume is not None:
-        saved = json.loads(os.read(file, 2**20))
-        return replace(saved_args(run_dir, saved["script"], saved["args"]), run_dir=str(run_dir))
+        saved = json.loads(os.read(file, 2**20) or "{}")  # a kill in the first moment leaves it empty
+        return replace(saved_args(run_dir, saved.get("script"), saved.get("args")), run_dir=str(run_dir))
     args = replace(args, run_dir=str(run_dir))
     os.write(file, json.dumps({"script": SCRIPT, "args": asdict(args)}, indent=2).encode())
     return args
