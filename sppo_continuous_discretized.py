@@ -129,7 +129,7 @@ def action_bins(space: gym.Space, num_bins: int) -> np.ndarray:
     if isinstance(space, gym.spaces.Box) and np.issubdtype(space.dtype, np.floating):
         with np.errstate(over="ignore", invalid="ignore"):  # where the difference of the bounds is infinite
             bins = np.linspace(space.low.flatten(), space.high.flatten(), num_bins, dtype=space.dtype)
-        if np.isfinite(bins).all():
+        if bins.size and np.isfinite(bins).all():
             return bins
     fail(f"--env-id: bins need a Box of floating point actions between finite bounds, not {space}")
 
