@@ -518,10 +518,8 @@ class RunLog:
 
 
 def save_checkpoint(args: Args, parts: dict, progress: dict) -> None:
-    buffer = io.BytesIO()
-    torch.save(
-        {name: part.state_dict() for name, part in parts.items()} | {"version": VERSION, "progress": progress}, buffer
-    )
+    state, buffer = {name: part.state_dict() for name, part in parts.items()}, io.BytesIO()
+    torch.save(state | {"version": VERSION, "progress": progress}, buffer)
     write_atomic(Path(args.run_dir, "checkpoint.pt"), buffer.getbuffer())
 
 
@@ -546,9 +544,8 @@ def save_model(args: Args, agent: Agent) -> None:
 
 
 def save_result(args: Args, progress: dict, commit: str | None) -> None:
-    versions = {"python": sys.version.split()[0]} | {
-        d.name: d.version for d in metadata.distributions() if d.name in PACKAGES
-    }
+    versions = {d.name: d.version for d in metadata.distributions() if d.name in PACKAGES}
+    versions["python"] = sys.version.split()[0]
     returns, last = progress["eval_returns"], progress["last_returns"]
     result = {"script": SCRIPT, "env_id": args.env_id, "seed": args.seed, "args": asdict(args)}
     result |= {"total_timesteps": progress["global_step"], "eval_returns": returns, "eval_mean": np.mean(returns)}

@@ -554,10 +554,8 @@ class RunLog:
 
 
 def save_checkpoint(args: Args, parts: dict, progress: dict) -> None:
-    buffer = io.BytesIO()
-    torch.save(
-        {name: part.state_dict() for name, part in parts.items()} | {"version": VERSION, "progress": progress}, buffer
-    )
+    state, buffer = {name: part.state_dict() for name, part in parts.items()}, io.BytesIO()
+    torch.save(state | {"version": VERSION, "progress": progress}, buffer)
     write_atomic(Path(args.run_dir, "checkpoint.pt"), buffer.getbuffer())
 
 
@@ -587,9 +585,8 @@ def save_models(args: Args, agent: Agent, normalizer: Normalizer) -> None:
 
 def save_results(args: Args, progress: dict, commit: str | None) -> None:
     """result.json of every agent that has a model."""
-    versions = {"python": sys.version.split()[0]} | {
-        d.name: d.version for d in metadata.distributions() if d.name in PACKAGES
-    }
+    versions = {d.name: d.version for d in metadata.distributions() if d.name in PACKAGES}
+    versions["python"] = sys.version.split()[0]
     for own_args, returns, last in zip(args.split(), progress["eval_returns"], progress["last_returns"]):
         folder, steps = Path(own_args.run_dir), progress["global_step"]
         if not (folder / "model.safetensors").exists():
