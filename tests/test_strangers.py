@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 import time
-from contextlib import closing
+from contextlib import closing, suppress
 from pathlib import Path
 
 import numpy as np
@@ -32,12 +32,23 @@ def small(script: str, env_id: str | None = None, total: int = 64) -> list[str]:
     return [*SMALL[script].split(), "--env-id", env_id or ENV[script], "--total-timesteps", str(total)]
 
 
-def start(script: str, *flags: str, cwd: Path, redirect: str = "") -> subprocess.Popen:
-    """A process of its own, begun by a shell with a redirection."""
-    command = shlex.join([sys.executable, str(ROOT / f"{script}.py"), *flags])
-    environment = os.environ | {"PYTHONPATH": str(ROOT / "tests"), "OMP_NUM_THREADS": "1"}
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    return subprocess.Popen(["bash", "-c", f"exec {command} {redirect}"], cwd=cwd, env=environment, **pipes)
+@pytest.fixture
+def start(tmp_path):
+    """Start a script, or a command, by a shell with a redirection, in an empty folder; none survives the test."""
+    processes = []
+
+    def start(script: str, *flags: str, redirect: str = "") -> subprocess.Popen:
+        command = script if " " in script else shlex.join([sys.executable, str(ROOT / f"{script}.py"), *flags])
+        environment = os.environ | {"PYTHONPATH": str(ROOT / "tests"), "OMP_NUM_THREADS": "1"}
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "start_new_session": True}
+        bash = ["bash", "-c", f"exec {command} {redirect}"]
+        processes.append(subprocess.Popen(bash, cwd=tmp_path, env=environment, **pipes))
+        return processes[-1]
+
+    yield start
+    for process in processes:
+        with suppress(ProcessLookupError):  # behind head the script outlives the shell
+            os.killpg(process.pid, signal.SIGKILL)
 
 
 @pytest.fixture
@@ -124,19 +135,19 @@ def test_model_survives_a_game_that_cannot_be_opened(script, call, capsys, monke
 
 
 @by_name
-def test_a_run_has_one_writer_until_its_process_is_gone(script, tmp_path):
-    first = start(script, *small(script, total=10**7), "--run-dir", "run", cwd=tmp_path)
+def test_a_run_has_one_writer_until_its_process_is_gone(script, start):
+    first = start(script, *small(script, total=10**7), "--run-dir", "run")
     assert "run directory run" in first.stdout.readline()
     for flags in (["--resume", "run"], [*small(script), "--run-dir", "run"]):
-        second = start(script, *flags, cwd=tmp_path)
-        _, err = second.communicate(timeout=60)
+        second = start(script, *flags)
+        _, err = second.communicate(timeout=300)
         assert second.returncode == 2 and is_one_line(err), err
     first.kill()  # there may be no checkpoint yet
     first.wait()
-    third = start(script, "--resume", "run", cwd=tmp_path)
+    third = start(script, "--resume", "run")
     assert "run directory run" in third.stdout.readline()
     third.send_signal(signal.SIGINT)
-    assert third.wait(60) == 130
+    assert third.wait(300) == 130
 
 
 @control
@@ -269,10 +280,10 @@ def test_bins_of_unusual_boxes_are_actions_of_theirs(script, box):
 
 @by_name
 @pytest.mark.parametrize("redirect", [">&-", "2>&-", "<&- >&- 2>&-", "2>&1 | head -1", ">/dev/full 2>&1"])
-def test_a_run_whose_reader_has_gone_ends_with_all_its_files(script, redirect, tmp_path):
-    process = start(script, *small(script, total=256), "--run-dir", "run", cwd=tmp_path, redirect=redirect)
-    process.communicate(timeout=100)
-    deadline = time.monotonic() + 100  # behind head the shell does not wait
+def test_a_run_whose_reader_has_gone_ends_with_all_its_files(script, redirect, start, tmp_path):
+    process = start(script, *small(script, total=256), "--run-dir", "run", redirect=redirect)
+    process.communicate(timeout=300)
+    deadline = time.monotonic() + 300  # behind head the shell does not wait
     while not (tmp_path / "run/result.json").exists() and time.monotonic() < deadline:
         time.sleep(0.1)
     assert json.loads((tmp_path / "run/result.json").read_text())["total_timesteps"] == 256
@@ -298,24 +309,15 @@ def test_an_empty_folder_is_no_package(script, flag, package, monkeypatch, tmp_p
 
 
 @by_name
-def test_hints_can_be_pasted(script, tmp_path):
+def test_hints_can_be_pasted(script, start):
     run_dir = "it's ü $HOME"
-    process = start(script, *small(script, total=10**7), "--run-dir", run_dir, cwd=tmp_path)
+    process = start(script, *small(script, total=10**7), "--run-dir", run_dir)
     hint = process.stdout.readline().partition("go on with: ")[2].strip()
     process.kill()
     process.wait()
-    process = start(script, *small(script), "--run-dir", run_dir, cwd=tmp_path)
-    assert f"--resume {shlex.quote(run_dir)}" in process.communicate(timeout=60)[1]
-    pasted = subprocess.Popen(
-        ["bash", "-c", f"exec {hint}"],
-        cwd=tmp_path,
-        stdout=subprocess.PIPE,
-        text=True,
-        env=os.environ | {"PYTHONPATH": str(ROOT / "tests"), "OMP_NUM_THREADS": "1"},
-    )
-    assert f"run directory {run_dir}" in pasted.stdout.readline()
-    pasted.kill()
-    pasted.wait()
+    process = start(script, *small(script), "--run-dir", run_dir)
+    assert f"--resume {shlex.quote(run_dir)}" in process.communicate(timeout=300)[1]
+    assert f"run directory {run_dir}" in start(hint).stdout.readline()
 
 
 # Memory of videos
