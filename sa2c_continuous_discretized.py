@@ -586,11 +586,12 @@ def save_models(args: Args, agent: Agent, normalizer: Normalizer) -> None:
 def save_results(args: Args, progress: dict, commit: str | None) -> None:
     """result.json of every agent that has a model."""
     versions = {d.name: d.version for d in metadata.distributions() if d.name in PACKAGES}
-    versions["python"] = sys.version.split()[0]
+    versions["python"], failed = sys.version.split()[0], []
     for own_args, returns, last in zip(args.split(), progress["eval_returns"], progress["last_returns"]):
         folder, steps = Path(own_args.run_dir), progress["global_step"]
         if not (folder / "model.safetensors").exists():
-            fail(f"no result of seed {own_args.seed}: its loss is not finite", code=1)
+            failed.append(own_args.seed)
+            continue
         result = {"script": SCRIPT, "env_id": args.env_id, "seed": own_args.seed, "args": asdict(own_args)}
         result |= {"total_timesteps": steps, "eval_returns": returns, "eval_mean": np.mean(returns)}
         result |= {"train_last10_mean": np.mean(last) if last else None, "sps": progress["sps"] or None}
@@ -598,6 +599,8 @@ def save_results(args: Args, progress: dict, commit: str | None) -> None:
         result["device"] = torch.cuda.get_device_name() if args.device == "cuda" else "cpu"
         write_atomic(folder / "result.json", (json.dumps(result, indent=2) + "\n").encode())
         say(f"everything is in {folder}")
+    if failed:
+        fail(f"no result of seed {', '.join(map(str, failed))}: the loss is not finite", code=1)
 
 
 def git_commit() -> str | None:

@@ -112,6 +112,18 @@ class Tired(Toy):
         return super().step(action)
 
 
+class FirstNan(Toy):
+    """The first copy, of the first seed, has no numbers."""
+
+    def __init__(self, render_mode=None):
+        super().__init__(render_mode)
+        self.first = Toy.opened == 1
+
+    def step(self, action):
+        obs, reward, *rest = super().step(action)
+        return obs, float("nan") if self.first else reward, *rest
+
+
 class Children(Toy):
     """With a child process, and a thread that keeps the process alive, until it is closed."""
 
@@ -210,6 +222,7 @@ TOYS = {
     "Licence": Licence,
     "Port": Port,
     "Tired": Tired,
+    "FirstNan": FirstNan,
     "Children": Children,
     "ChildrenNan": ChildrenNan,
     "ChildrenSequence": ChildrenSequence,

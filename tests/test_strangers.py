@@ -131,6 +131,14 @@ def test_model_survives_a_game_that_cannot_be_opened(script, call, capsys, monke
     assert code == 0 and "seed 1: " in out, err
 
 
+@continuous
+def test_seeds_beside_one_that_fails_leave_their_results(script, call):
+    flags = [*small(script.__name__, "strange_envs:FirstNan-v0"), "--num-seeds", "3", "--run-dir", "run"]
+    code, _, err = call(script, *flags)
+    assert code == 1 and "no result of seed 1:" in err
+    assert [Path(f"run/seed{seed}/result.json").exists() for seed in (1, 2, 3)] == [False, True, True]
+
+
 # One writer
 
 
