@@ -83,7 +83,7 @@ class Args:
     evaluate: str | None = None  # run directory or model.safetensors to evaluate instead of training
     eval_every: int = 0  # steps between evaluations during training; 0: only the final one
     track: bool = False  # log to Weights & Biases as well; WANDB_PROJECT and WANDB_ENTITY say where (pip install wandb)
-    capture_video: bool = False  # record the first game of every evaluation (pip install imageio-ffmpeg)
+    capture_video: bool = False  # record the first game of every evaluation (pip install moviepy)
     compile: bool = False  # compile the gradient computation with torch.compile (needs a C++ compiler)
     cuda: bool = True  # use a GPU where there is one
     num_threads: int = min(4, os.cpu_count() or 1)  # CPU threads of torch, and of the emulators
