@@ -78,7 +78,7 @@ class Args:
     evaluate: str | None = None  # run directory or model.safetensors to evaluate instead of training
     eval_every: int = 0  # steps between evaluations during training; 0: only the final one
     track: bool = False  # log to Weights & Biases as well; WANDB_PROJECT and WANDB_ENTITY say where (pip install wandb)
-    capture_video: bool = False  # record the first game of every evaluation (pip install imageio-ffmpeg)
+    capture_video: bool = False  # record the first game of every evaluation (pip install moviepy)
     compile: bool = False  # compile the gradient computation with torch.compile (needs a C++ compiler)
     cuda: bool = True  # use a GPU where there is one
     num_threads: int = min(4, os.cpu_count() or 1)  # CPU threads of torch, and of the emulators
@@ -518,10 +518,8 @@ class RunLog:
 
 
 def save_checkpoint(args: Args, parts: dict, progress: dict) -> None:
-    buffer = io.BytesIO()
-    torch.save(
-        {name: part.state_dict() for name, part in parts.items()} | {"version": VERSION, "progress": progress}, buffer
-    )
+    state, buffer = {name: part.state_dict() for name, part in parts.items()}, io.BytesIO()
+    torch.save(state | {"version": VERSION, "progress": progress}, buffer)
     write_atomic(Path(args.run_dir, "checkpoint.pt"), buffer.getbuffer())
 
 
@@ -546,9 +544,8 @@ def save_model(args: Args, agent: Agent) -> None:
 
 
 def save_result(args: Args, progress: dict, commit: str | None) -> None:
-    versions = {"python": sys.version.split()[0]} | {
-        d.name: d.version for d in metadata.distributions() if d.name in PACKAGES
-    }
+    versions = {d.name: d.version for d in metadata.distributions() if d.name in PACKAGES}
+    versions["python"] = sys.version.split()[0]
     returns, last = progress["eval_returns"], progress["last_returns"]
     result = {"script": SCRIPT, "env_id": args.env_id, "seed": args.seed, "args": asdict(args)}
     result |= {"total_timesteps": progress["global_step"], "eval_returns": returns, "eval_mean": np.mean(returns)}
@@ -582,7 +579,7 @@ def open_run(args: Args) -> Args:
         if args.resume is None:
             run_dir.mkdir(parents=True, exist_ok=True)
             if any(run_dir.iterdir()):
-                fail(f"--run-dir {run_dir} is in use: name another, or see whether --resume {run_dir} continues it")
+                fail(f"--run-dir {run_dir} is in use: name another, or try --resume {shlex.quote(str(run_dir))}")
         file = os.open(run_dir / "args.json", os.O_RDWR | (os.O_CREAT if args.resume is None else 0))
     except OSError as error:
         fail(f"{run_dir} cannot be opened as a run directory: {error.strerror}")
@@ -592,8 +589,8 @@ def open_run(args: Args) -> Args:
         if error.errno in (errno.EACCES, errno.EAGAIN):  # and is no file system without locks
             fail(f"{run_dir} is being trained by another process")
     if args.resume is not None:
-        saved = json.loads(os.read(file, 2**20))
-        return replace(saved_args(run_dir, saved["script"], saved["args"]), run_dir=str(run_dir))
+        saved = json.loads(os.read(file, 2**20) or "{}")  # a kill in the first moment leaves it empty
+        return replace(saved_args(run_dir, saved.get("script"), saved.get("args")), run_dir=str(run_dir))
     args = replace(args, run_dir=str(run_dir))
     os.write(file, json.dumps({"script": SCRIPT, "args": asdict(args)}, indent=2).encode())
     return args
@@ -617,7 +614,8 @@ def evaluate_model(args: Args) -> None:
 
 
 def main() -> None:
-    sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115 (standard output was closed)
+    std = sys.stdin, sys.stdout, sys.stderr  # the number of a closed one must not go to a file of the run
+    sys.stdin, sys.stdout, sys.stderr = (file or open(os.devnull, "w") for file in std)  # noqa: SIM115
     args = tyro.cli(Args, description=__doc__)
     typed = {flag.partition("=")[0].replace("_", "-") for flag in sys.argv[1:] if flag.startswith("--")}
     for flag, others in (("--resume", ()), ("--evaluate", ("--capture-video", "--cuda", "--no-cuda"))):

@@ -118,7 +118,10 @@ def make_env(env_id: str, video_dir: Path | None = None) -> gym.Env:
     space = env.observation_space
     if isinstance(space, gym.spaces.Box) and len(space.shape) == 1:
         return env
-    return gym.wrappers.FlattenObservation(env) if space.is_np_flattenable else fail(f"--env-id {env_id}: {space}")
+    if space.is_np_flattenable:
+        return gym.wrappers.FlattenObservation(env)
+    with closing(env):
+        fail(f"--env-id {env_id}: observations of {space} are no vector of numbers")
 
 
 def action_bins(space: gym.Space, num_bins: int) -> np.ndarray:
@@ -126,7 +129,7 @@ def action_bins(space: gym.Space, num_bins: int) -> np.ndarray:
     if isinstance(space, gym.spaces.Box) and np.issubdtype(space.dtype, np.floating):
         with np.errstate(over="ignore", invalid="ignore"):  # where the difference of the bounds is infinite
             bins = np.linspace(space.low.flatten(), space.high.flatten(), num_bins, dtype=space.dtype)
-        if np.isfinite(bins).all():
+        if bins.size and np.isfinite(bins).all():
             return bins
     fail(f"--env-id: bins need a Box of floating point actions between finite bounds, not {space}")
 
@@ -151,21 +154,21 @@ class Envs:
     def reset(self, seeds: range, *stream: int) -> np.ndarray:
         """Observations. Each stream (training, evaluation, a resumed run) has episodes of its own."""
         states = [np.random.SeedSequence([seed, *stream]).generate_state(self.shape[1]) for seed in seeds]
-        obs = [env.reset(seed=int(seed))[0] for env, seed in zip(self.envs, np.concatenate(states))]
+        obs = [np.array(env.reset(seed=int(seed))[0]) for env, seed in zip(self.envs, np.concatenate(states))]
         return np.array(obs).reshape(*self.shape, -1)
 
     def step(self, actions: np.ndarray) -> tuple[np.ndarray, ...]:
         """Take bins (num_agents, num_envs, action_dim); the last array is the observations before any reset."""
         values = self.bins[actions, np.arange(self.action_dim)].reshape(-1, *self.action_space.shape)
-        rows = []  # one per environment
+        rows = []  # one per environment, which may write into the same array again
         for env, value in zip(self.envs, values):
-            obs, reward, terminated, truncated, _ = env.step(value)
-            final_obs = obs
+            obs, *numbers, _ = env.step(value)
+            reward, terminated, truncated = (np.asarray(x).item() for x in numbers)  # of arrays and lists as well
+            obs = final_obs = np.array(obs)
             if terminated or truncated:
-                final_obs, obs = np.copy(obs), env.reset()[0]  # reset may write into the same array
+                obs = np.array(env.reset()[0])
             rows.append((obs, reward, terminated, truncated, final_obs))
         obs, rewards, terminated, truncated, final_obs = map(np.array, zip(*rows))
-        # Numbers may come as arrays of one element.
         rewards, terminated, truncated = (x.reshape(self.shape) for x in (rewards, terminated, truncated))
         shape = (*self.shape, self.obs_dim)
         return obs.reshape(shape), rewards, terminated.astype(bool), truncated.astype(bool), final_obs.reshape(shape)
@@ -581,10 +584,8 @@ class RunLog:
 
 
 def save_checkpoint(args: Args, parts: dict, progress: dict) -> None:
-    buffer = io.BytesIO()
-    torch.save(
-        {name: part.state_dict() for name, part in parts.items()} | {"version": VERSION, "progress": progress}, buffer
-    )
+    state, buffer = {name: part.state_dict() for name, part in parts.items()}, io.BytesIO()
+    torch.save(state | {"version": VERSION, "progress": progress}, buffer)
     write_atomic(Path(args.run_dir, "checkpoint.pt"), buffer.getbuffer())
 
 
@@ -614,13 +615,13 @@ def save_models(args: Args, agent: Agent, normalizer: Normalizer) -> None:
 
 def save_results(args: Args, progress: dict, commit: str | None) -> None:
     """result.json of every agent that has a model."""
-    versions = {"python": sys.version.split()[0]} | {
-        d.name: d.version for d in metadata.distributions() if d.name in PACKAGES
-    }
+    versions = {d.name: d.version for d in metadata.distributions() if d.name in PACKAGES}
+    versions["python"], failed = sys.version.split()[0], []
     for own_args, returns, last in zip(args.split(), progress["eval_returns"], progress["last_returns"]):
         folder, steps = Path(own_args.run_dir), progress["global_step"]
         if not (folder / "model.safetensors").exists():
-            fail(f"no result of seed {own_args.seed}: its loss is not finite", code=1)
+            failed.append(own_args.seed)
+            continue
         result = {"script": SCRIPT, "env_id": args.env_id, "seed": own_args.seed, "args": asdict(own_args)}
         result |= {"total_timesteps": steps, "eval_returns": returns, "eval_mean": np.mean(returns)}
         result |= {"train_last10_mean": np.mean(last) if last else None, "sps": progress["sps"] or None}
@@ -628,6 +629,8 @@ def save_results(args: Args, progress: dict, commit: str | None) -> None:
         result["device"] = torch.cuda.get_device_name() if args.device == "cuda" else "cpu"
         write_atomic(folder / "result.json", (json.dumps(result, indent=2) + "\n").encode())
         say(f"everything is in {folder}")
+    if failed:
+        fail(f"no result of seed {', '.join(map(str, failed))}: the loss is not finite", code=1)
 
 
 def git_commit() -> str | None:
@@ -653,7 +656,7 @@ def open_run(args: Args) -> Args:
         if args.resume is None:
             run_dir.mkdir(parents=True, exist_ok=True)
             if any(run_dir.iterdir()):
-                fail(f"--run-dir {run_dir} is in use: name another, or see whether --resume {run_dir} continues it")
+                fail(f"--run-dir {run_dir} is in use: name another, or try --resume {shlex.quote(str(run_dir))}")
         file = os.open(run_dir / "args.json", os.O_RDWR | (os.O_CREAT if args.resume is None else 0))
     except OSError as error:
         fail(f"{run_dir} cannot be opened as a run directory: {error.strerror}")
@@ -663,8 +666,8 @@ def open_run(args: Args) -> Args:
         if error.errno in (errno.EACCES, errno.EAGAIN):  # and is no file system without locks
             fail(f"{run_dir} is being trained by another process")
     if args.resume is not None:
-        saved = json.loads(os.read(file, 2**20))
-        return replace(saved_args(run_dir, saved["script"], saved["args"]), run_dir=str(run_dir))
+        saved = json.loads(os.read(file, 2**20) or "{}")  # a kill in the first moment leaves it empty
+        return replace(saved_args(run_dir, saved.get("script"), saved.get("args")), run_dir=str(run_dir))
     args = replace(args, run_dir=str(run_dir))
     os.write(file, json.dumps({"script": SCRIPT, "args": asdict(args)}, indent=2).encode())
     return args
@@ -691,7 +694,8 @@ def evaluate_model(args: Args) -> None:
 
 
 def main() -> None:
-    sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115 (standard output was closed)
+    std = sys.stdin, sys.stdout, sys.stderr  # the number of a closed one must not go to a file of the run
+    sys.stdin, sys.stdout, sys.stderr = (file or open(os.devnull, "w") for file in std)  # noqa: SIM115
     args = tyro.cli(Args, description=__doc__)
     typed = {flag.partition("=")[0].replace("_", "-") for flag in sys.argv[1:] if flag.startswith("--")}
     for flag, others in (("--resume", ()), ("--evaluate", ("--capture-video", "--cuda", "--no-cuda"))):

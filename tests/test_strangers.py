@@ -1,0 +1,348 @@
+"""What strangers bring: environments, ids, folders, terminals and second processes that the scripts have not seen."""
+
+import json
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from contextlib import closing, suppress
+from pathlib import Path
+
+import numpy as np
+import pytest
+import strange_envs
+from conftest import CONTINUOUS, CONTROL, ROOT, import_scripts, wait_for_the_next_second
+
+SMALL = {
+    "sppo_continuous_discretized": "--num-steps 32 --num-envs 2 --num-minibatches 2 --update-epochs 1",
+    "sa2c_continuous_discretized": "--num-steps 32 --num-envs 2",
+    "sppo_atari": "--num-steps 32 --num-envs 2 --num-minibatches 2 --update-epochs 1 --no-cuda --num-threads 1",
+    "sa2c_atari": "--num-steps 32 --num-envs 2 --no-cuda --num-threads 1",
+}
+ENV = {name: "strange_envs:Chatty-v0" if name in CONTINUOUS else "Breakout" for name in CONTROL}
+continuous = pytest.mark.parametrize("script", import_scripts("*_continuous_discretized.py"))
+atari = pytest.mark.parametrize("script", import_scripts("*_atari.py"))
+control = pytest.mark.parametrize("script", import_scripts("s*2c_*.py") + import_scripts("sppo_[ac]*.py"))
+by_name = pytest.mark.parametrize("script", CONTROL)
+
+
+def small(script: str, env_id: str | None = None, total: int = 64) -> list[str]:
+    return [*SMALL[script].split(), "--env-id", env_id or ENV[script], "--total-timesteps", str(total)]
+
+
+@pytest.fixture
+def start(tmp_path):
+    """Start a script, or a command, by a shell with a redirection, in an empty folder; none survives the test."""
+    processes = []
+
+    def start(script: str, *flags: str, redirect: str = "") -> subprocess.Popen:
+        command = script if " " in script else shlex.join([sys.executable, str(ROOT / f"{script}.py"), *flags])
+        environment = os.environ | {"PYTHONPATH": str(ROOT / "tests"), "OMP_NUM_THREADS": "1"}
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "start_new_session": True}
+        bash = ["bash", "-c", f"exec {command} {redirect}"]
+        processes.append(subprocess.Popen(bash, cwd=tmp_path, env=environment, **pipes))
+        return processes[-1]
+
+    yield start
+    for process in processes:
+        with suppress(ProcessLookupError):  # behind head the script outlives the shell
+            os.killpg(process.pid, signal.SIGKILL)
+
+
+@pytest.fixture
+def call(monkeypatch, capsys, tmp_path):
+    """Run a script's main in an empty folder; its exit code, standard output and standard error."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(strange_envs.Toy, "opened", 0)
+
+    def call(script, *flags: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", [f"{script.__name__}.py", *flags])
+        code = 0
+        try:
+            script.main()
+        except SystemExit as error:
+            code = error.code
+        return code, *capsys.readouterr()
+
+    return call
+
+
+def is_one_line(err: str) -> bool:
+    return "Traceback" not in err and [line[:7] for line in err.splitlines()].count("error: ") == 1
+
+
+# Regular numbers
+
+
+@continuous
+@pytest.mark.parametrize("form", ["Array", "Deep", "Scalar", "NumpyBool", "List", "OneBuffer"])
+def test_numbers_in_any_form_are_the_same_numbers(script, form):
+    def play(env_id: str) -> list[np.ndarray]:
+        with closing(script.Envs(script.Args(env_id=env_id), 3)) as envs:
+            arrays = [envs.reset(range(1, 2), 0)]
+            for t in range(12):
+                arrays += envs.step(np.full((1, 3, 2), t % 11))
+        return arrays
+
+    for expected, array in zip(play("strange_envs:Toy-v0"), play(f"strange_envs:{form}-v0"), strict=True):
+        assert array.shape == expected.shape and np.allclose(array, expected)
+    assert (expected[0] != expected[0, 0]).any()  # final observations of copies differ
+
+
+@continuous
+@pytest.mark.parametrize("form", ["Array", "Mixed", "Int", "Bool", "Half"])
+def test_numbers_in_any_form_train_and_evaluate(script, call, form):
+    code, out, err = call(script, *small(script.__name__, f"strange_envs:{form}-v0"), "--run-dir", "run")
+    assert code == 0, err
+    assert np.isfinite(json.loads(Path("run/result.json").read_text())["eval_returns"]).all()
+    assert "were cut off" not in out
+
+
+# A trained model is never lost
+
+
+@continuous
+@pytest.mark.parametrize("habit, error", [("Licence", RuntimeError), ("Port", OSError), ("Tired", RuntimeError)])
+def test_model_survives_an_evaluation_that_cannot_be_played(script, call, capsys, monkeypatch, habit, error):
+    with pytest.raises(error):  # with its traceback
+        call(script, *small(script.__name__, f"strange_envs:{habit}-v0"), "--run-dir", "run")
+    assert "evaluation, final" in capsys.readouterr().out  # says what it is at
+    monkeypatch.setattr(strange_envs.Toy, "opened", -100)  # mended
+    code, out, err = call(script, "--evaluate", "run")
+    assert code == 0 and "seed 1: " in out, err
+
+
+@atari
+def test_model_survives_a_game_that_cannot_be_opened(script, call, capsys, monkeypatch):
+    class Unopened(script.Envs):
+        def __init__(self, args, num_envs, **options):
+            if num_envs == script.EVAL_EPISODES:
+                raise RuntimeError("no memory for the games")
+            super().__init__(args, num_envs, **options)
+
+    monkeypatch.setattr(script, "EVAL_EPISODES", 3)
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError):
+        patch.setattr(script, "Envs", Unopened)
+        call(script, *small(script.__name__), "--run-dir", "run")
+    assert "evaluation, final" in capsys.readouterr().out
+    code, out, err = call(script, "--evaluate", "run")
+    assert code == 0 and "seed 1: " in out, err
+
+
+@continuous
+def test_seeds_beside_one_that_fails_leave_their_results(script, call):
+    flags = [*small(script.__name__, "strange_envs:FirstNan-v0"), "--num-seeds", "3", "--run-dir", "run"]
+    code, _, err = call(script, *flags)
+    assert code == 1 and "no result of seed 1:" in err
+    assert [Path(f"run/seed{seed}/result.json").exists() for seed in (1, 2, 3)] == [False, True, True]
+
+
+# One writer
+
+
+@by_name
+def test_a_run_has_one_writer_until_its_process_is_gone(script, start):
+    first = start(script, *small(script, total=10**7), "--run-dir", "run")
+    assert "run directory run" in first.stdout.readline()
+    for flags in (["--resume", "run"], [*small(script), "--run-dir", "run"]):
+        second = start(script, *flags)
+        _, err = second.communicate(timeout=300)
+        assert second.returncode == 2 and is_one_line(err), err
+    first.kill()  # there may be no checkpoint yet
+    first.wait()
+    third = start(script, "--resume", "run")
+    assert "run directory run" in third.stdout.readline()
+    third.send_signal(signal.SIGINT)
+    assert third.wait(300) == 130
+
+
+@control
+@pytest.mark.parametrize("text", ["", '{"lr": 1}'])
+def test_a_folder_that_a_kill_or_another_program_left_is_refused_in_one_line(script, call, text):
+    Path("run").mkdir()
+    Path("run/args.json").write_text(text)
+    code, _, err = call(script, "--resume", "run")
+    assert code == 2 and is_one_line(err)
+    assert Path("run/args.json").read_text() == text
+
+
+# A default name is free
+
+
+@control
+def test_runs_of_the_same_second_have_names_of_their_own(script, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    wait_for_the_next_second()
+    assert len({script.open_run(script.Args()).run_dir for _ in range(3)}) == 3
+
+
+# Environments are closed however the script ends
+
+
+@continuous
+@pytest.mark.parametrize("end", ["", "Nan", "Raise", "Sequence", "Integer"])
+def test_environments_are_closed_however_the_script_ends(script, call, end):
+    try:
+        code, *_ = call(script, *small(script.__name__, f"strange_envs:Children{end}-v0"), "--run-dir", "run")
+        assert code == {"": 0, "Nan": 1, "Sequence": 2, "Integer": 2}[end]
+    except RuntimeError:
+        assert end == "Raise"
+    assert strange_envs.Children.running == []
+
+
+@control
+@pytest.mark.parametrize("end", ["run directory in use", "loss not finite", "Ctrl-C"])
+def test_games_and_environments_are_closed_at_an_early_end(script, call, monkeypatch, end):
+    opened, closed = [], []
+
+    class Counted(script.Envs):
+        def __init__(self, *args, **options):
+            super().__init__(*args, **options)
+            opened.append(self)
+            close, self.close = self.close, lambda: (closed.append(self), close())
+
+    def stop(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(script, "Envs", Counted)
+    Path("used").mkdir()
+    Path("used/file").touch()
+    if end == "Ctrl-C":
+        monkeypatch.setattr(script, "gae", stop)
+    infinite = ["--learning-rate", "1e38"] if end == "loss not finite" else []
+    run_dir = "used" if end == "run directory in use" else "run"
+    code, _, err = call(script, *small(script.__name__, total=256), *infinite, "--run-dir", run_dir)
+    assert code == {"run directory in use": 2, "loss not finite": 1, "Ctrl-C": 130}[end] and is_one_line(err), err
+    assert closed == opened != []
+
+
+# What an id can be
+
+IDS = [
+    "",
+    " ",
+    ":",
+    ":Hopper-v4",
+    "Hopper-v4:",
+    "a:b:Hopper-v4",
+    "os.nope:Hopper-v4",
+    "a-b:Hopper-v4",
+    "HalfCheetah-v2",
+]
+IDS += ["Hopper-v99", "nope/Hopper-v4", "../Hopper-v4", "Pusher-v4", "CartPole-v1", "BreakoutNoFrameskip-v4"]
+IDS += ["phys2d/Pendulum-v0", "strange_envs:NoModule-v0", "strange_envs:ChildrenSequence-v0"]
+GAMES = ["", " ", "ALE/", "NoFrameskip-v4", "Hopper-v4", "Breakout-v4", "Breakout-ram-v4", "../breakout"]
+GAMES += ["combat", "JoustNoFrameskip-v4", "Warlords", "maze_craze", "BreakoutNoFrameskip-v0", "ALE/Breakout-v5"]
+
+
+@continuous
+@pytest.mark.parametrize("env_id", IDS)
+def test_ids_that_cannot_be_played_are_refused_in_one_line(script, env_id, call):
+    code, _, err = call(script, *small(script.__name__), "--env-id", env_id)
+    assert code == 2 and is_one_line(err) and not os.listdir()
+
+
+@atari
+@pytest.mark.parametrize("env_id", GAMES)
+def test_ids_of_games_that_cannot_be_played_are_refused_in_one_line(script, env_id, call, monkeypatch):
+    # A game without an emulator kills the process that opens it, which is this one.
+    monkeypatch.setattr(script, "Envs", lambda *args: pytest.fail("was opened"))
+    code, _, err = call(script, *small(script.__name__), "--env-id", env_id)
+    assert code == 2 and is_one_line(err) and not os.listdir()
+
+
+@atari
+def test_ids_that_promise_sticky_actions_are_played_with_them(script):
+    for env_id in ("BreakoutNoFrameskip-v0", "ALE/Breakout-v5"):
+        assert script.find_game(script.Args(env_id=env_id, sticky_actions=True)) == "breakout"
+
+
+@continuous
+@pytest.mark.parametrize("habit", ["NoMode", "Text", "Unrenderable"])
+def test_video_of_what_cannot_be_rendered_is_refused_in_one_line(script, habit, call):
+    pytest.importorskip("moviepy")
+    code, _, err = call(script, *small(script.__name__, f"strange_envs:{habit}-v0"), "--capture-video")
+    assert code == 2 and is_one_line(err) and not os.listdir()
+
+
+# Bounds
+
+
+@continuous
+@pytest.mark.parametrize(
+    "box", ["IntegerBox", "BoolBox", "Uint8Box", "Overflow", "Doubles", "OneSided", "PartlyOneSided", "Empty"]
+)
+def test_boxes_that_have_no_even_bins_are_refused_in_one_line(script, box, call):
+    code, _, err = call(script, *small(script.__name__, f"strange_envs:{box}-v0"))
+    assert code == 2 and is_one_line(err) and "finite bounds" in err and not os.listdir()
+
+
+@continuous
+@pytest.mark.parametrize("box", ["HalfFloats", "Wide", "Point"])
+def test_bins_of_unusual_boxes_are_actions_of_theirs(script, box):
+    args = script.Args(env_id=f"strange_envs:{box}-v0")
+    with closing(script.Envs(args, 1)) as envs:
+        low, high = envs.action_space.low.flatten(), envs.action_space.high.flatten()
+        assert np.array_equal(envs.bins[[0, -1]], [low, high]) and (np.diff(envs.bins, axis=0) > 0).all()
+
+
+# Where output goes
+
+
+@by_name
+@pytest.mark.parametrize("redirect", [">&-", "2>&-", "<&- >&- 2>&-", "2>&1 | head -1", ">/dev/full 2>&1"])
+def test_a_run_whose_reader_has_gone_ends_with_all_its_files(script, redirect, start, tmp_path):
+    process = start(script, *small(script, total=256), "--run-dir", "run", redirect=redirect)
+    process.communicate(timeout=300)
+    deadline = time.monotonic() + 300  # behind head the shell does not wait
+    while not (tmp_path / "run/result.json").exists() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert json.loads((tmp_path / "run/result.json").read_text())["total_timesteps"] == 256
+    assert json.loads((tmp_path / "run/args.json").read_text())["script"] == script
+    assert {"curves.csv", "checkpoint.pt", "model.safetensors"} < set(os.listdir(tmp_path / "run"))
+
+
+# Packages that are not there
+
+
+@control
+@pytest.mark.parametrize("flag, package", [("track", "wandb"), ("capture_video", "moviepy")])
+def test_an_empty_folder_is_no_package(script, flag, package, monkeypatch, tmp_path, capsys):
+    (tmp_path / package).mkdir()
+    monkeypatch.setattr(sys, "path", [str(tmp_path)])
+    monkeypatch.delitem(sys.modules, package, raising=False)
+    with pytest.raises(SystemExit) as end:
+        script.check_args(script.Args(**{flag: True, "num_threads": 1}))
+    assert end.value.code == 2 and f"pip install {package}" in capsys.readouterr().err
+
+
+# Hints that can be pasted
+
+
+@by_name
+def test_hints_can_be_pasted(script, start):
+    run_dir = "it's ü $HOME"
+    process = start(script, *small(script, total=10**7), "--run-dir", run_dir)
+    hint = process.stdout.readline().partition("go on with: ")[2].strip()
+    process.kill()
+    process.wait()
+    process = start(script, *small(script), "--run-dir", run_dir)
+    assert f"--resume {shlex.quote(run_dir)}" in process.communicate(timeout=300)[1]
+    assert f"run directory {run_dir}" in start(hint).stdout.readline()
+
+
+# Memory of videos
+
+
+@continuous
+def test_one_environment_of_all_is_recorded(script, tmp_path):
+    pytest.importorskip("moviepy")
+    args = script.Args(env_id="strange_envs:Toy-v0", num_seeds=3)
+    with closing(script.Envs(args, 4, tmp_path)) as envs:
+        envs.reset(args.seeds, 0)
+        assert [env.render_mode for env in envs.envs] == ["rgb_array"] + 11 * [None]
+        for _ in range(25):
+            envs.step(np.zeros((3, 4, 2), int))
+        assert len(envs.envs[0].recorded_frames) <= 11  # of its first episode at most
