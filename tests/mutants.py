@@ -415,6 +415,118 @@ observations: a vector of switches is not flattened | sppo_continuous_discretize
 models: of another script | sppo_continuous_discretized | copies -k another_copy
 - if script != SCRIPT:
 + if script is None:
+
+# What strangers bring
+regular numbers: as they come | sppo_continuous_discretized | strangers -k any_form
+- (np.asarray(x).item() for x in numbers)
++ numbers
+
+regular numbers: not copied | sa2c_continuous_discretized | strangers -k any_form
+- obs = final_obs = np.array(obs)
++ final_obs = obs
+
+lost model: saved after the final evaluation | sppo_continuous_discretized | strangers -k survives
+-         if finished:  # before the evaluation, where an environment may fail
+-             save_models(args, agent, normalizer)
+-         if evaluate_now:
+-             progress["eval_returns"] = evaluate(args, agent, normalizer, None if finished else global_step).tolist()
++         if evaluate_now:
++             progress["eval_returns"] = evaluate(args, agent, normalizer, None if finished else global_step).tolist()
++         if finished:
++             save_models(args, agent, normalizer)
+
+lost model: saved after the final evaluation | sa2c_atari | strangers -k survives
+-         if finished:  # before the evaluation, where a game may fail
+-             save_model(args, agent)
+-         if evaluate_now:
+-             progress["eval_returns"] = evaluate(args, agent, None if finished else global_step).tolist()
++         if evaluate_now:
++             progress["eval_returns"] = evaluate(args, agent, None if finished else global_step).tolist()
++         if finished:
++             save_model(args, agent)
+
+lost model: of the seeds after one that failed | sppo_continuous_discretized | strangers -k beside
+-             failed.append(own_args.seed)
+-             continue
++             fail(f"no result of seed {own_args.seed}", code=1)
+
+one writer: no lock | sppo_atari | strangers -k writer
+- fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
++ pass
+
+default name: of a second | sa2c_continuous_discretized | strangers -k same_second
+- %Y%m%d-%H%M%S-%f}
++ %Y%m%d-%H%M%S}
+
+closed: not after a failure | sppo_continuous_discretized | strangers -k closed
+- with closing(Envs(args, args.num_envs)) as envs:
++ if envs := Envs(args, args.num_envs):
+
+closed: not after a failure | sppo_atari | strangers -k closed
+- with closing(Envs(args, args.num_envs)) as envs:
++ if envs := Envs(args, args.num_envs):
+
+closed: not where it is refused | sa2c_continuous_discretized | strangers -k closed
+-     with closing(env):
+-         fail(f"--env-id {env_id}: observations
++     if True:
++         fail(f"--env-id {env_id}: observations
+
+ids: a missing package | sppo_continuous_discretized | strangers -k ids
+- except (gym.error.Error, ImportError) as error:
++ except gym.error.Error as error:
+
+ids: an empty module | sa2c_continuous_discretized | strangers -k ids
+- if colon and not all(
++ if module and not all(
+
+ids: a game without an emulator | sppo_atari | strangers -k ids
+- ale_py.ALEInterface.isSupportedROM(ale_py.roms.get_rom_path(rom))
++ True
+
+ids: sticky actions forgotten | sa2c_atari | strangers -k ids
+- if match[2] in ("NoFrameskip-v0", "-v5")
++ if match[2] in ("-v5",)
+
+ids: rendered unseen | sppo_continuous_discretized | strangers -k rendered
+- if not isinstance(frames, np.ndarray):
++ if frames is None:
+
+bounds: bins that are no numbers | sppo_continuous_discretized | strangers -k boxes
+- if bins.size and np.isfinite(bins).all():
++ if bins.size:
+
+bounds: whole numbers rounded | sa2c_continuous_discretized | strangers -k boxes
+- isinstance(space, gym.spaces.Box) and np.issubdtype(space.dtype, np.floating)
++ isinstance(space, gym.spaces.Box)
+
+output: a reader that has gone | sa2c_continuous_discretized | strangers -k reader
+- except OSError:
++ except FileNotFoundError:
+
+output: the number of standard error goes to a file | sppo_continuous_discretized | strangers -k reader
+- (file or open(os.devnull, "w") for file in std)
++ std
+
+packages: an empty folder | sppo_atari | strangers -k empty_folder
+- (spec is None or spec.origin is None)
++ spec is None
+
+hints: not quoted | sppo_continuous_discretized | strangers -k pasted
+- {shlex.join(resume)}
++ {' '.join(resume)}
+
+hints: not quoted where a directory is in use | sa2c_atari | strangers -k pasted
+- {shlex.quote(str(run_dir))}
++ {run_dir}
+
+videos: of every environment | sa2c_continuous_discretized | strangers -k recorded
+- None if i else video_dir
++ video_dir
+
+resume: of a folder that a kill left | sa2c_atari | strangers -k kill_or
+- or "{}")
++ )
 """
 
 
