@@ -185,8 +185,8 @@ bootstrap: of the observation after the reset | sa2c_continuous_discretized | re
 + agent.value(tensor(normalizer.obs(raw_obs)))
 
 bootstrap: final observations overwritten | sppo_continuous_discretized | references
-- np.copy(obs), env.reset()[0]
-+ obs, env.reset()[0]
+- obs = final_obs = np.array(obs)
++ obs = final_obs = np.asarray(obs)
 
 GAE: lambda missing | sppo_continuous_discretized | references
 - decay = gamma * gae_lambda * ~dones
