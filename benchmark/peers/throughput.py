@@ -27,7 +27,7 @@ import time
 import warnings
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Literal
@@ -166,7 +166,7 @@ def language(side: str, paths: dict[str, str], updates: int, threads: int, lengt
             trl_baseline.train(trl_baseline.Args(folder, **settings), Path(folder))
         else:
             args = script.Args(**settings, alpha=1.0, beta=0.0, top_k=0, min_response_length=0, max_grad_norm=1e9)
-            script.train(args, Path(folder), script.make_learner(args))
+            script.train(replace(args, run_dir=folder), script.make_learner(args))
     wall, cpu = np.array(marks[-1]) - marks[0]
     total = LANGUAGE["num_trajectories"] * lengths["response_length"] * updates
     return Speed(total / wall, total / cpu, memory=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)
@@ -175,13 +175,14 @@ def language(side: str, paths: dict[str, str], updates: int, threads: int, lengt
 def environments_alone(script: str, env_id: str, steps: int, num_seeds: int) -> Speed:
     """The training environments of num_seeds agents in one process, actions constant."""
     module = importlib.import_module(script)
-    envs = module.make_envs(env_id, num_seeds * module.Args().num_envs)
-    actions = np.zeros(envs.action_space.shape, envs.action_space.dtype)
-    envs.reset(seed=list(range(envs.num_envs)))
+    args = module.Args(env_id=env_id, num_seeds=num_seeds)
+    envs = module.Envs(args, args.num_envs)
+    actions = np.zeros((*envs.shape, envs.action_dim), np.int64)
+    envs.reset(args.seeds, 0)
     wall, cpu = time.perf_counter(), time.process_time()
     for _ in range(steps):
         envs.step(actions)
-    total = steps * envs.num_envs
+    total = steps * num_seeds * args.num_envs
     return Speed(total / (time.perf_counter() - wall), total / (time.process_time() - cpu))
 
 
@@ -191,7 +192,7 @@ def ours(script: str, env_id: str, steps: int, threads: int, num_seeds: int, com
     train calls perf_counter before and after each iteration; the CPU time is taken there too.
     """
     module = importlib.import_module(script)
-    marks, seconds, perf_counter = [], {}, time.perf_counter
+    marks, seconds, busy, perf_counter = [], {}, [], time.perf_counter
 
     def clock() -> float:
         now = perf_counter()
@@ -205,37 +206,37 @@ def ours(script: str, env_id: str, steps: int, threads: int, num_seeds: int, com
         method = getattr(owner, name)
 
         def timed(*inputs, **options):
-            if torch.compiler.is_compiling() or torch.is_grad_enabled():  # the update's forward passes
+            if busy or torch.compiler.is_compiling() or torch.is_grad_enabled():  # the update's forward passes
                 return method(*inputs, **options)
+            busy.append(part)  # what it calls is in its own time
             start = perf_counter()
             result = method(*inputs, **options)
             seconds[part] = seconds.get(part, 0.0) + perf_counter() - start
+            busy.clear()
             return result
 
         setattr(owner, name, timed)
 
     time.perf_counter = clock
-    module.evaluate = lambda learner, args, *_: np.zeros((num_seeds, 10) if hasattr(args, "num_seeds") else 10)
+    module.evaluate = lambda args, *_: np.zeros((num_seeds, 10) if hasattr(args, "num_seeds") else 10)
     if script.endswith("atari"):
-        time_method(module.Games, "step", "environment")
+        time_method(module.Envs, "step", "environment")
         time_method(module.Agent, "forward", "policy")
     else:
         time_method(module.Envs, "step", "environment")
         time_method(module.Agent, "logits", "policy")
-        time_method(module.Normalizer, "obs", "normalization")
-        time_method(module.Normalizer, "reward", "normalization")
+        for name in ("count", "obs", "rewards"):
+            time_method(module.Normalizer, name, "normalization")
     with tempfile.TemporaryDirectory() as folder:
         run_dir = Path(folder) / "run"
         sys.argv = [script, "--env-id", env_id, "--run-dir", str(run_dir), "--total-timesteps", str(steps)]
         sys.argv += ["--num-threads", str(threads), *["--compile"] * compiled]
         sys.argv += ["--num-seeds", str(num_seeds)] if num_seeds > 1 else []
         with contextlib.redirect_stdout(io.StringIO()):
-            code = module.main()
-        if code:
-            raise RuntimeError(f"{script} ended with exit code {code}")
+            module.main()
         results = [json.loads(path.read_text()) for path in run_dir.rglob("result.json")]
     seconds_of = iterations(marks)
-    counted = len(seconds_of) / (len(seconds_of) + compiled)  # the first one compiles
+    counted = len(seconds_of) / (len(seconds_of) + 1)  # the first one is not timed: it may compile
     wall, cpu = seconds_of.sum(0)
     total = num_seeds * results[0]["total_timesteps"] * counted
     if abs(sum(result["sps"] for result in results) / (total / wall) - 1) > 0.01:
@@ -247,7 +248,7 @@ def ours(script: str, env_id: str, steps: int, threads: int, num_seeds: int, com
 
 
 def iterations(marks: list[tuple[float, float]]) -> np.ndarray:
-    """Seconds by the clock and of CPU of each timed iteration; one that compiles has a start and no end."""
+    """Seconds by the clock and of CPU of each timed iteration; the first has a start and no end."""
     ends = np.array(marks[len(marks) % 2 :]).reshape(-1, 2, 2)
     return ends[:, 1] - ends[:, 0]
 

@@ -57,7 +57,8 @@ def update_shares(env_id: str, threads: int, minibatches: int) -> dict[str, floa
     args = script.Args(env_id=env_id, num_threads=threads)
     torch.set_num_threads(threads)
     script.keep_memory()
-    learner = script.Learner(args, script.Games(args, 1).num_actions)
+    agent = script.Agent(script.Envs(args, 1).num_actions, torch.Generator().manual_seed(1))
+    optimizer = torch.optim.Adam(agent.parameters(), args.learning_rate, eps=1e-5, fused=True)
     size = args.num_envs * args.num_steps // args.num_minibatches
     frames = torch.randint(0, 255, (size, 84, 84, 4), dtype=torch.uint8).permute(0, 3, 1, 2)
     actions, chosen = torch.zeros(size, dtype=torch.int64), torch.ones(size)
@@ -65,10 +66,8 @@ def update_shares(env_id: str, threads: int, minibatches: int) -> dict[str, floa
 
     def update(times: int) -> None:
         for _ in range(times):
-            grads, _ = script.gradients(learner.agent, batch, torch.tensor(args.clip_coef), args)
-            for p, g in zip(learner.agent.parameters(), grads):
-                p.grad = g
-            learner.optimizer.step()
+            script.backward(agent, batch, torch.tensor(args.clip_coef), args)
+            optimizer.step()
 
     update(5)
     with torch.profiler.profile() as profile:
@@ -97,7 +96,7 @@ def rollouts(parts: int, env_id: str, threads: int, num_steps: int) -> tuple[Spe
     torch.set_num_threads(threads)
     script.keep_memory()
     rows = np.array_split(np.arange(args.num_envs), parts)
-    games = [script.Games(args, len(part)) for part in rows]
+    games = [script.Envs(args, len(part)) for part in rows]
     agent = script.Agent(games[0].num_actions, torch.Generator().manual_seed(1))
     shape = num_steps, args.num_envs, games[0].num_actions
     gumbel = -torch.empty(shape).exponential_(generator=torch.Generator().manual_seed(1)).log()

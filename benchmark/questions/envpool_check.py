@@ -30,7 +30,8 @@ except ModuleNotFoundError as error:
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from gymnasium.envs.box2d.lunar_lander import heuristic
 
-from sppo_continuous_discretized import make_env, make_envs
+from sppo_continuous_discretized import Args as ScriptArgs
+from sppo_continuous_discretized import Envs, make_env
 
 warnings.filterwarnings("ignore")  # the v4 ids are deprecated
 LANDER = "LunarLanderContinuous-v3"
@@ -124,13 +125,15 @@ def check_resets(env_id: str, steps: int) -> str:
 
 def coarse_speed(env_id: str, steps: int, num_envs: int) -> str:
     """Steps per CPU second on one thread, both with resets within the step; one run each, alternating tenths."""
-    pool, envs = envpool.make_gymnasium(env_id, num_envs=num_envs, num_threads=1, seed=1), make_envs(env_id, num_envs)
+    pool = envpool.make_gymnasium(env_id, num_envs=num_envs, num_threads=1, seed=1)
+    envs = Envs(ScriptArgs(env_id=env_id), num_envs)
     pool.reset()
-    envs.reset(seed=list(range(num_envs)))
-    actions = np.zeros((num_envs, *envs.single_action_space.shape), envs.single_action_space.dtype)
+    envs.reset(range(1), 0)
+    bins = np.zeros((*envs.shape, envs.action_dim), np.int64)
+    actions = np.zeros((num_envs, *envs.action_space.shape), envs.action_space.dtype)
     seconds = np.zeros(2)
     for _ in range(10):
-        for i, step in enumerate((lambda: step_pool(pool, actions), lambda: envs.step(actions))):
+        for i, step in enumerate((lambda: step_pool(pool, actions), lambda: envs.step(bins))):
             start = time.process_time()
             for _ in range(steps // 10):
                 step()

@@ -14,11 +14,10 @@ return, bit for bit; EnvPool's environments are others (envpool_check.py).
 import importlib
 import sys
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Literal
 
 import numpy as np
@@ -47,59 +46,50 @@ class Args:
     """threads or processes that share the environments"""
 
 
-def join(parts: list[tuple]) -> tuple:
-    """One result of step from those of the workers."""
-    *arrays, infos = zip(*parts)
-    final_obs = np.concatenate([info["final_obs"] for info in infos])
-    return *map(np.concatenate, arrays), {"final_obs": final_obs}
-
-
-def serve(connection, env_id: str, num_envs: int) -> None:
+def serve(connection, args, num_envs: int) -> None:
     """A worker process: resets or steps its environments for every message until the other end is closed."""
-    envs = importlib.import_module(SCRIPT).make_envs(env_id, num_envs)
+    envs = importlib.import_module(SCRIPT).Envs(args, num_envs)
     try:
         while True:
-            method, value = connection.recv()
-            connection.send(getattr(envs, method)(value))
+            method, inputs = connection.recv()
+            connection.send(getattr(envs, method)(*inputs))
     except (EOFError, KeyboardInterrupt):
         pass
 
 
 class Split:
-    """The script's environments in equal parts, each part stepped by a thread or a process of its own."""
+    """The script's environments in equal parts of the agents, each stepped by a thread or a process of its own."""
 
-    def __init__(self, way: str, make_envs, env_id: str, num_envs: int, workers: int):
-        sizes = [len(part) for part in np.array_split(np.arange(num_envs), workers)]
+    def __init__(self, way: str, envs_class, args, num_envs: int, workers: int):
+        sizes = [len(part) for part in np.array_split(np.arange(args.num_seeds), workers)]
         self.way, self.bounds = way, np.cumsum(sizes)[:-1]
-        whole = make_envs(env_id, num_envs)
-        self.num_envs, self.action_space = num_envs, whole.action_space
-        self.single_action_space, self.single_observation_space = (
-            whole.single_action_space,
-            whole.single_observation_space,
-        )
+        whole = envs_class(replace(args, num_seeds=1), 1)
+        self.action_dim, self.obs_dim, self.bins = whole.action_dim, whole.obs_dim, whole.bins
+        arguments = [replace(args, num_seeds=size) for size in sizes]
         if way == "threads":
-            self.parts = [make_envs(env_id, size) for size in sizes]
+            self.parts = [envs_class(own, num_envs) for own in arguments]
             self.executor = ThreadPoolExecutor(workers)
         else:
             context, self.parts = get_context("spawn"), []
-            for size in sizes:
+            for own in arguments:
                 connection, other = context.Pipe()
-                context.Process(target=serve, args=(other, env_id, size), daemon=True).start()
+                context.Process(target=serve, args=(other, own, num_envs), daemon=True).start()
                 self.parts.append(connection)
 
-    def call(self, method: str, values: list) -> list:
+    def call(self, method: str, inputs: list[tuple]) -> list:
         if self.way == "threads":
-            return list(self.executor.map(lambda part, value: getattr(part, method)(value), self.parts, values))
-        for connection, value in zip(self.parts, values):
-            connection.send((method, value))
+            return list(self.executor.map(lambda part, own: getattr(part, method)(*own), self.parts, inputs))
+        for connection, own in zip(self.parts, inputs):
+            connection.send((method, own))
         return [connection.recv() for connection in self.parts]
 
-    def reset(self, seed: list[int]) -> tuple[np.ndarray, dict]:
-        seeds = [part.tolist() for part in np.split(np.array(seed), self.bounds)]
-        return np.concatenate([obs for obs, _ in self.call("reset", seeds)]), {}
+    def reset(self, seeds: range, *stream: int) -> np.ndarray:
+        parts = np.split(np.array(seeds), self.bounds)
+        return np.concatenate(self.call("reset", [(part.tolist(), *stream) for part in parts]))
 
     def step(self, actions: np.ndarray) -> tuple:
-        return join(self.call("step", np.split(actions, self.bounds)))
+        results = self.call("step", [(part,) for part in np.split(actions, self.bounds)])
+        return tuple(map(np.concatenate, zip(*results)))
 
     def close(self) -> None:
         if self.way == "threads":
@@ -111,54 +101,61 @@ class Split:
 class Pool:
     """EnvPool's environments, one thread; those that ended are reset by their number within the step."""
 
-    def __init__(self, env_id: str, num_envs: int):
+    def __init__(self, envs_class, args, num_envs: int):
         import envpool
 
-        self.make = lambda seed: envpool.make_gymnasium(env_id, num_envs=num_envs, num_threads=1, seed=seed)
-        self.envs, self.num_envs = self.make(1), num_envs
-        self.single_action_space = self.envs.action_space
-        self.single_observation_space = self.envs.observation_space
-        self.action_space = SimpleNamespace(shape=(num_envs, *self.envs.action_space.shape))
+        whole = envs_class(replace(args, num_seeds=1), 1)
+        self.action_dim, self.obs_dim, self.bins = whole.action_dim, whole.obs_dim, whole.bins
+        self.shape, number = (args.num_seeds, num_envs), args.num_seeds * num_envs
+        self.make = lambda seed: envpool.make_gymnasium(args.env_id, num_envs=number, num_threads=1, seed=seed)
 
-    def reset(self, seed: list[int]) -> tuple[np.ndarray, dict]:
-        self.envs = self.make([s % 2**31 for s in seed])  # it takes 32 bits with a sign
-        return self.envs.reset()[0], {}
+    def reset(self, seeds: range, *stream: int) -> np.ndarray:
+        states = [np.random.SeedSequence([seed, *stream]).generate_state(self.shape[1]) for seed in seeds]
+        self.envs = self.make([int(s) % 2**31 for s in np.concatenate(states)])  # it takes 32 bits with a sign
+        return self.envs.reset()[0].reshape(*self.shape, -1)
 
     def step(self, actions: np.ndarray) -> tuple:
-        final_obs, reward, terminated, truncated, _ = self.envs.step(actions)
+        values = self.bins[actions, np.arange(self.action_dim)].reshape(-1, self.action_dim)
+        final_obs, reward, terminated, truncated, _ = self.envs.step(values)
         obs, ended = final_obs, np.flatnonzero(terminated | truncated)
         if len(ended):
             obs = final_obs.copy()
             obs[ended] = self.envs.reset(ended)[0]
-        return obs, reward.astype(np.float64), terminated, truncated & ~terminated, {"final_obs": final_obs}
+        results = obs, reward.astype(np.float64), terminated, truncated & ~terminated, final_obs
+        return tuple(x.reshape(*self.shape, *x.shape[1:]) for x in results)
 
     def close(self) -> None:
         self.envs.close()
 
 
-def make(way: Way, make_envs, env_id: str, num_envs: int, workers: int):
-    return Pool(env_id, num_envs) if way == "envpool" else Split(way, make_envs, env_id, num_envs, workers)
+def make(way: Way, envs_class, args, num_envs: int, workers: int):
+    return Pool(envs_class, args, num_envs) if way == "envpool" else Split(way, envs_class, args, num_envs, workers)
 
 
 def train(way: Way, env_id: str, steps: int, num_seeds: int, workers: int) -> Speed:
     module = importlib.import_module(SCRIPT)
-    make_envs = module.make_envs
+    envs_class = module.Envs
     if way != "as it is":
-        module.make_envs = lambda env_id, num_envs: make(way, make_envs, env_id, num_envs, workers)
+
+        class Envs(Pool if way == "envpool" else Split):
+            def __init__(self, args, num_envs: int):
+                inputs = (envs_class, args, num_envs)
+                super().__init__(*inputs) if way == "envpool" else super().__init__(way, *inputs, workers)
+
+        module.Envs = Envs
     return ours(SCRIPT, env_id, steps, 1, num_seeds, True)
 
 
-def is_same(way: Way, env_id: str, num_envs: int, workers: int, steps: int = 2000) -> bool:
-    """Whether random actions lead to the same observations, rewards and ends as in the script's environments."""
-    make_envs = importlib.import_module(SCRIPT).make_envs
-    both = make_envs(env_id, num_envs), make(way, make_envs, env_id, num_envs, workers)
-    rng, seeds = np.random.default_rng(1), list(range(num_envs))
-    space = both[0].single_action_space
-    same = np.array_equal(*[envs.reset(seed=seeds)[0] for envs in both])
+def is_same(way: Way, env_id: str, num_agents: int, workers: int, steps: int = 2000) -> bool:
+    """Whether random bins lead to the same observations, rewards and ends as in the script's environments."""
+    module = importlib.import_module(SCRIPT)
+    args = module.Args(env_id=env_id, num_seeds=num_agents)
+    both = module.Envs(args, 1), make(way, module.Envs, args, 1, workers)
+    rng = np.random.default_rng(1)
+    same = np.array_equal(*[envs.reset(args.seeds, 0) for envs in both])
     for _ in range(steps):
-        actions = rng.uniform(space.low, space.high, (num_envs, *space.shape)).astype(space.dtype)
-        results = [(*result, infos["final_obs"]) for *result, infos in (envs.step(actions) for envs in both)]
-        same = same and all(np.array_equal(a, b) for a, b in zip(*results))
+        actions = rng.integers(0, args.num_bins, (num_agents, 1, both[0].action_dim))
+        same = same and all(np.array_equal(a, b) for a, b in zip(*(envs.step(actions) for envs in both)))
     both[1].close()
     return same
 

@@ -54,11 +54,15 @@ def load_learner(run_dir: Path):
         raise ValueError(f"{path} is of {name}, not of {' or '.join(SCRIPTS)}")
     sys.path.insert(0, str(ROOT))
     script = importlib.import_module(name)
-    try:
-        args, learner = script.load_model(path)
-    except script.Stop as error:
-        raise ValueError(str(error)) from None
-    return script, args, learner
+    with safe_open(path, "pt") as file:
+        args = script.saved_args(path, name, json.loads(file.metadata()["args"]))
+        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    normalizer = script.Normalizer(1, 1, len(tensors["obs_mean"]), args.gamma)
+    normalizer.load_state_dict({key: tensors.pop(key)[None, None] for key in ("obs_mean", "obs_var")}, strict=False)
+    action_dim = tensors["actor.4.bias"].numel() // args.num_bins
+    agent = script.Agent([torch.Generator()], normalizer.obs_mean.shape[-1], action_dim, args.num_bins)
+    agent.load_state_dict({key: tensors[key].reshape(x.shape) for key, x in agent.state_dict().items()})
+    return script, args, (agent, normalizer)
 
 
 def make_env(env_id: str) -> gym.Env:
@@ -79,13 +83,15 @@ def play(script, args, learner, episode: int, seconds: float) -> tuple[list[Imag
     fps = env.metadata["render_fps"]
     every = max(1, round(fps / FPS))
     bins = script.action_bins(env.action_space, args.num_bins)
-    obs, _ = env.reset(seed=script.env_seeds([args.seed], script.EVAL_EPISODES, script.EVALUATION)[episode - 1])
+    seeds = np.random.SeedSequence([args.seed, script.EVALUATION]).generate_state(script.EVAL_EPISODES)
+    obs, _ = env.reset(seed=int(seeds[episode - 1]))
+    agent, normalizer = learner
     frames, total, step, done = [], 0.0, 0, False
     while not done:
         if step % every == 0 and step < seconds * fps:
             frames.append(Image.fromarray(env.render()))
-        x = torch.from_numpy(learner.normalizer.obs(obs.reshape(1, 1, -1), update=False))
-        actions = learner.agent.logits(x.to(learner.device)).argmax(-1).cpu().numpy().ravel()  # the most likely bins
+        x = torch.from_numpy(normalizer.obs(obs.reshape(1, 1, -1)))
+        actions = agent.logits(x).argmax(-1).numpy().ravel()  # the most likely bins
         action = bins[actions, np.arange(bins.shape[1])].reshape(env.action_space.shape)
         obs, reward, terminated, truncated, _ = env.step(action)
         total, step, done = total + float(reward), step + 1, terminated or truncated
