@@ -3,20 +3,25 @@
 from pathlib import Path
 from textwrap import fill
 
-from .cells import TABLES
-from .missing import missing_section
-from .runs import Results
-from .scores import format_mean, joint_difference, standard_error
-from .tables import (
-    cells_table,
+import numpy as np
+
+from .cells import LANGUAGE_TABLES, PARTS, TABLES
+from .comparisons import (
+    clearest_text,
     comparison_table,
+    control_table,
+    in_sentences,
     leave_one_out,
-    markdown_table,
+    modes_table,
+    pairs,
     probability,
-    row_keys,
-    run_of_both,
-    table_title,
+    together,
+    together_table,
 )
+from .missing import missing_section
+from .runs import Results, language_cells
+from .scores import format_mean, joint_difference, markdown_table, standard_error
+from .tables import cells_table, gains_text, row_keys, table_title
 
 CONTINUOUS = [table for table, family in TABLES.items() if family.startswith("continuous")]
 SCORES = {12: "", 13: ", noise"}  # tables of which README.md has the scores
@@ -40,25 +45,42 @@ def plain(environment: str) -> str:
 def verdict(paper: dict, ours: dict) -> str:
     """How many continuous cells were found again, and how probably DSPPO is better than DPPO, as one paragraph."""
     cells = {key: cell for table in CONTINUOUS for key, cell in paper[table].items()}
-    differences = {}
+    differences, seeds = {}, []
     for key in cells.keys() & ours.keys():
         values = ours[key][1].values
         differences[key] = joint_difference(values.mean(), standard_error(values), cells[key])
+        seeds.append(len(values))
     far = [(e, a, noise) for e, a, noise in cells if abs(differences.get((e, a, noise), 0)) > 2]
     names = [f"{a} on {plain(e)}{'' if noise == 'none' else ' with noise'}" for e, a, noise in far]
     near = sum(abs(difference) <= 2 for difference in differences.values())
-    texts = []
-    for table, noise in {12: "none", 13: "N(0, 0.05^2)"}.items():
-        if len(samples := run_of_both(paper[table], ours, noise)) > 2:
-            noisy, (left_out, rest) = "without" if noise == "none" else "with", leave_one_out(samples)
-            where = f"{len(samples)} environments; {rest} without {plain(left_out)}"
-            texts.append(f"{probability(samples)} {noisy} noise ({where})")
-    paragraph = (
-        f"{len(differences)} of the paper's {len(cells)} continuous-control cells were run. {near} of them are within "
-        f"two joint standard errors of the paper's{'; further are ' * bool(far)}{', '.join(names)}. The probability "
-        f"that a run of DSPPO scores above one of DPPO is {' and '.join(texts)}."
+    own = f" ({min(seeds)} to {max(seeds)} seeds each)" if seeds else ""
+    text = (
+        f"{len(differences)} of the paper's {len(cells)} continuous-control cells were run{own}. {near} of them are "
+        f"within two joint standard errors of the paper's{'; further are ' * bool(far)}{', '.join(names)}. "
     )
-    return fill(paragraph, 120, break_on_hyphens=False, break_long_words=False) + "\n"
+    ours_together = {a: found for a, found in together(paper, ours).items() if a.startswith("D")}
+    lie = [
+        f"{a}'s {len(d)} by {np.mean(d):+.2f} ± {len(d) ** -0.5:.2f} ({np.mean(p):+.1f} %)"
+        for a, (d, p, _) in ours_together.items()
+    ]
+    text += f"All together differ from the paper's, in joint standard errors: {', '.join(lie)}. " if lie else ""
+    compared = pairs("continuous_ppo", paper, ours, "DSPPO", "DPPO")
+    if compared:
+        text += (
+            f"The clearest of {len(compared)} differences between DSPPO and DPPO: {clearest_text(compared, compared)}. "
+        )
+    texts = []
+    for prefix, wanted in (("without", True), ("with", False)):
+        samples = {key: both for key, both in compared.items() if (key[1] == "none") == wanted}
+        if len(samples) > 2:
+            left_out, rest = leave_one_out(samples)
+            texts.append(
+                f"{probability(samples)} {prefix} noise ({len(samples)} environments; {rest} without {plain(left_out)})"
+            )
+    if texts:
+        text += f"The probability that a run of DSPPO scores above one of DPPO is {' and '.join(texts)}: "
+        text += "the second number leaves out the environment that moves the first one most."
+    return fill(text.strip(), 120, break_on_hyphens=False, break_long_words=False) + "\n"
 
 
 def scores_section(paper: dict, ours: dict) -> str:
@@ -79,14 +101,40 @@ def scores_section(paper: dict, ours: dict) -> str:
     return markdown_table(header, rows, right="|".join(header[1:])) + "\n"
 
 
+def coverage_section(paper: dict, results: Results) -> str:
+    """Cells of the paper's tables that were run at its settings and length."""
+    ours, language, rows = results.paper_cells(), language_cells(results, "paper"), []
+    for family in dict.fromkeys(TABLES.values()):
+        tables = sorted(table for table, name in TABLES.items() if name == family)
+        cells = [key for table in tables for key in paper[table]]
+        parts = [str(part) for part, whole in PARTS.items() if whole in tables]
+        numbers = ", ".join(map(str, tables)) + f" ({', '.join(parts)} in them)" * bool(parts)
+        algorithms = ", ".join(dict.fromkeys(algorithm for _, algorithm, _ in cells))
+        domain = "Atari" if family.startswith("atari") else "MuJoCo, Box2D"
+        rows.append([numbers, f"{algorithms}: {domain}", f"{sum(key in ours for key in cells)} of {len(cells)}"])
+    for table in LANGUAGE_TABLES:
+        run = sum(key in language for key in paper[table])
+        rows.append(
+            [str(table), "PPO, SPPO: language" if table == 3 else "PPO, advantages", f"{run} of {len(paper[table])}"]
+        )
+    return markdown_table(["Table", "What", "Cells run"], rows, right="Cells run") + "\n"
+
+
 def tables_section(paper: dict, ours: dict) -> str:
     """The paper's tables of continuous control as far as they were run."""
     parts = []
     for table in CONTINUOUS:
         if row_keys(table, paper[table], ours):
-            parts += [f"**{table_title(table, paper[table])}**", cells_table(table, paper[table], ours)]
-            parts += filter(None, [comparison_table(paper[table], ours)])
+            parts += [f"### {table_title(table, paper[table])}", cells_table(table, paper[table], ours)]
+            made = (make(table, paper, ours) for make in (comparison_table, control_table, modes_table))
+            parts += filter(None, made)
     return "\n\n".join(parts) + "\n"
+
+
+def sentences_section(paper: dict, ours: dict) -> str:
+    """What follows from them, by algorithm."""
+    texts = {table: in_sentences(table, paper, ours) for table in (12, 9)}
+    return "\n".join(f"- {text}" for table in texts for text in texts[table]) + "\n"
 
 
 def filled(path: Path, folders: list[Path], results: Results, paper: dict) -> str:
@@ -95,7 +143,11 @@ def filled(path: Path, folders: list[Path], results: Results, paper: dict) -> st
     sections = {
         "verdict": lambda: verdict(paper, ours),
         "scores": lambda: scores_section(paper, ours),
+        "together": lambda: (together_table(paper, ours) or "") + "\n",
+        "sentences": lambda: sentences_section(paper, ours),
         "tables": lambda: tables_section(paper, ours),
+        "coverage": lambda: coverage_section(paper, results),
+        "gains": lambda: gains_text(paper, ours),
         "missing cells": lambda: missing_section(folders, {*results.groups, *results.language}),
     }
     found = [marker for marker in sections if f"<!-- {marker}: begin -->\n" in text]

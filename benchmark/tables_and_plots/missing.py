@@ -6,7 +6,7 @@ from pathlib import Path
 from sweeps import SWEEPS, cells, seconds, speeds
 
 from .cells import Group, Planned, identify, parse, short_name
-from .tables import markdown_table
+from .scores import markdown_table
 
 
 def group_of(plan: Planned) -> Group:
