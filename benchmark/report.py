@@ -2,7 +2,7 @@
 
     python benchmark/report.py runs/                             # writes runs/report.md and PNGs beside it
     python benchmark/report.py runs/ more-runs/ --out report/
-    python benchmark/report.py benchmark/results --document README.md docs/results.md
+    python benchmark/report.py benchmark/results --document README.md docs/results.md docs/missing.md
 
 Reads every result.json below the folders and the curves.csv beside it; models, environments and the machine that made
 them are not needed. A score is the mean of the 10 evaluation episodes of one seed, of a language run the mean reward of

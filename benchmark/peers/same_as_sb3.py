@@ -1,9 +1,9 @@
 """Do DPPO and DA2C learn as Stable-Baselines3's PPO and A2C do, with the same bins?
 
-Yes: in six cells of 200,000 steps no difference exceeds 1.2 joint standard errors. Written down in docs/results.md,
-"Beside Stable-Baselines3's PPO and A2C". Runs of same_as_sb3.sh into two figures and a table:
+Yes: in six cells of 200,000 steps no difference exceeds 1.2 joint standard errors. Written down in
+docs/questions.md. Runs of same_as_sb3.sh into two figures and a table:
 
-    python benchmark/peers/same_as_sb3.py runs/benchmark --document docs/results.md
+    python benchmark/peers/same_as_sb3.py runs/benchmark --document docs/questions.md
 
 The return of a run is the mean of its training curve over the last tenth of the steps; errors are over seeds.
 """

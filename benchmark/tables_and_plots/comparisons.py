@@ -106,8 +106,8 @@ def comparison_table(table: int, paper: dict, ours: dict) -> str | None:
         return None
     note = (
         f"n: seeds of {symmetric} and of {baseline}. Permutation test: p of a difference of the means as large, either "
-        f"way; by Holm: in view of all {len(compared)} comparisons of {symmetric} with {baseline} in "
-        f"{tables_of(TABLES[table])}."
+        f"way; by Holm: in view of all comparisons of {symmetric} with {baseline} in {tables_of(TABLES[table])}, "
+        f"{len(compared)} so far."
     )
     return f"{markdown_table(header, rows, right='|'.join(header[-6:]))}\n\n{note}"
 
@@ -152,12 +152,15 @@ def modes_table(table: int, paper: dict, ours: dict) -> str | None:
             scores = "; ".join(filter(None, (", ".join(some) for some in texts)))
             rows.append([short_name(e), algorithm, noise, str(len(values)), f"{bar:g}" if bar else "", *counts, scores])
     header = ["Environment", "Algorithm", "Noise", "n", "Bar", "Below", "Above", "Scores of the seeds, sorted"]
-    if len(noises) == 1:
-        header, rows = header[:2] + header[3:], [row[:2] + row[3:] for row in rows]
     note = (
         "Scores of all seeds where they have two modes. Bar: Swimmer's agents that stay on a plateau score less; "
         "HalfCheetah's that scored less ran on their backs, wherever that was looked at."
     )
+    if not any(row[4] for row in rows):
+        note = "Scores of all seeds, in environments where they have shown two modes."
+        header, rows = header[:4] + header[-1:], [row[:4] + row[-1:] for row in rows]
+    if len(noises) == 1:
+        header, rows = header[:2] + header[3:], [row[:2] + row[3:] for row in rows]
     return f"{markdown_table(header, rows, right='n|Bar|Below|Above')}\n\n{note}" if rows else None
 
 
@@ -211,7 +214,8 @@ def clearest_text(compared: dict, among: dict) -> str:
     environment, noise = key
     p, adjusted = tested(among)[key]
     seeds = ", ".join(str(len(values)) for values in compared[key])
-    tests = f"permutation test {format_p(p)}, by Holm over {len(among)} comparisons {format_p(adjusted)}"
+    holm_text = f", by Holm over {len(among)} comparisons {format_p(adjusted)}" * (len(among) > 1)
+    tests = f"permutation test {format_p(p)}{holm_text}"
     where = f"{environment}{'' if noise == 'none' else ' with noise'}"
     return f"{where}, {gain(*compared[key])} ({seeds} seeds; {tests})"
 
@@ -225,7 +229,8 @@ def in_sentences(table: int, paper: dict, ours: dict) -> list[str]:
         if not compared:
             return
         higher = sum(a.mean() > b.mean() for a, b in compared.values())
-        where_higher = f"{higher} of {len(compared)} {'environments' if 'noise' in where else 'cells'}"
+        where_higher = f"{higher} of {len(compared)} {'environment' if 'noise' in where else 'cell'}"
+        where_higher += "s" * (len(compared) > 1)
         texts.append(
             f"{where}{first} has the higher mean than {second} in {where_higher} ({seeds_text(compared)}); the "
             f"probability that a run of the one scores above one of the other is {probability(compared)}; the clearest "

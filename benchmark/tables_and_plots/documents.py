@@ -5,8 +5,9 @@ from textwrap import fill
 
 import numpy as np
 
-from .cells import LANGUAGE_TABLES, PARTS, TABLES
+from .cells import PARTS, TABLES
 from .comparisons import (
+    algorithms_of,
     clearest_text,
     comparison_table,
     control_table,
@@ -21,9 +22,10 @@ from .comparisons import (
 from .missing import missing_section
 from .runs import Results, language_cells
 from .scores import format_mean, joint_difference, markdown_table, standard_error
-from .tables import cells_table, gains_text, row_keys, table_title
+from .tables import cells_table, gains_text, row_keys, table_4_means, table_title
 
 CONTINUOUS = [table for table, family in TABLES.items() if family.startswith("continuous")]
+MANY = 5  # cells, of which a mean says something
 SCORES = {12: "", 13: ", noise"}  # tables of which README.md has the scores
 
 
@@ -58,17 +60,21 @@ def verdict(paper: dict, ours: dict) -> str:
         f"{len(differences)} of the paper's {len(cells)} continuous-control cells were run{own}. {near} of them are "
         f"within two joint standard errors of the paper's{'; further are ' * bool(far)}{', '.join(names)}. "
     )
-    ours_together = {a: found for a, found in together(paper, ours).items() if a.startswith("D")}
     lie = [
         f"{a}'s {len(d)} by {np.mean(d):+.2f} ± {len(d) ** -0.5:.2f} ({np.mean(p):+.1f} %)"
-        for a, (d, p, _) in ours_together.items()
+        for a, (d, p, _) in together(paper, ours).items()
+        if len(d) >= MANY
     ]
     text += f"All together differ from the paper's, in joint standard errors: {', '.join(lie)}. " if lie else ""
-    compared = pairs("continuous_ppo", paper, ours, "DSPPO", "DPPO")
-    if compared:
-        text += (
-            f"The clearest of {len(compared)} differences between DSPPO and DPPO: {clearest_text(compared, compared)}. "
-        )
+    compared = {}
+    for table in (9, 12):
+        symmetric, baseline, control = algorithms_of(table, paper)
+        compared = pairs(TABLES[table], paper, ours, symmetric, baseline)
+        beside = pairs(TABLES[table], paper, ours, symmetric, control) if table == 9 else {}
+        for other, some in ((baseline, compared), ("its control", beside)):
+            if some:
+                number = f"{len(some)} differences" if len(some) > 1 else "one difference"
+                text += f"The clearest of {number} between {symmetric} and {other}: {clearest_text(some, some)}. "
     texts = []
     for prefix, wanted in (("without", True), ("with", False)):
         samples = {key: both for key, both in compared.items() if (key[1] == "none") == wanted}
@@ -105,19 +111,20 @@ def coverage_section(paper: dict, results: Results) -> str:
     """Cells of the paper's tables that were run at its settings and length."""
     ours, language, rows = results.paper_cells(), language_cells(results, "paper"), []
     for family in dict.fromkeys(TABLES.values()):
-        tables = sorted(table for table, name in TABLES.items() if name == family)
+        tables = [table for table, name in TABLES.items() if name == family]
         cells = [key for table in tables for key in paper[table]]
-        parts = [str(part) for part, whole in PARTS.items() if whole in tables]
-        numbers = ", ".join(map(str, tables)) + f" ({', '.join(parts)} in them)" * bool(parts)
+        numbers = sorted([*tables, *(part for part, whole in PARTS.items() if whole in tables)])
         algorithms = ", ".join(dict.fromkeys(algorithm for _, algorithm, _ in cells))
-        domain = "Atari" if family.startswith("atari") else "MuJoCo, Box2D"
-        rows.append([numbers, f"{algorithms}: {domain}", f"{sum(key in ours for key in cells)} of {len(cells)}"])
-    for table in LANGUAGE_TABLES:
+        where = "Atari" if family.startswith("atari") else "MuJoCo and Box2D"
+        run = sum(key in ours for key in cells)
+        rows.append([", ".join(map(str, numbers)), f"{algorithms}: {where}", f"{run} of {len(cells)}"])
+    games = {e for e, *_ in paper[11]}
+    run = sum(beta is not None and games <= means.keys() for (beta, _), means in table_4_means(results).items())
+    rows.insert(1, ["4", "SPPO over PPO for five betas, all games: Atari", f"{run} of {len(paper[4])}"])
+    for table, what in ((3, "PPO, SPPO: IMDB and TL;DR"), (14, "advantage normalization: IMDB and TL;DR")):
         run = sum(key in language for key in paper[table])
-        rows.append(
-            [str(table), "PPO, SPPO: language" if table == 3 else "PPO, advantages", f"{run} of {len(paper[table])}"]
-        )
-    return markdown_table(["Table", "What", "Cells run"], rows, right="Cells run") + "\n"
+        rows.append([str(table), what, f"{run} of {len(paper[table])}"])
+    return markdown_table(["Tables", "Cells of the paper", "Run"], rows, right="Run", padded=False) + "\n"
 
 
 def tables_section(paper: dict, ours: dict) -> str:

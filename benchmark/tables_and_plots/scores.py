@@ -141,9 +141,9 @@ def format_interval(samples: list[np.ndarray], statistic=interquartile_mean) -> 
     return f"{statistic(*samples):.2f} {bounds}"
 
 
-def markdown_table(header: list[str], rows: list[list[str]], right: str = "") -> str:
+def markdown_table(header: list[str], rows: list[list[str]], right: str = "", padded: bool = True) -> str:
     """Padded, so that it reads well as plain text too; right: the header's names that are aligned to the right."""
-    widths = [max(3, *(len(row[i]) for row in [header, *rows])) for i in range(len(header))]
+    widths = [max(3, *(len(row[i]) for row in [header, *rows])) if padded else 3 for i in range(len(header))]
     aligned = [name in right.split("|") for name in header]
 
     def line(row: list[str]) -> str:

@@ -245,9 +245,9 @@ def noise_summary(table: int, cells: dict, ours: dict, noise: str) -> list[str]:
     return text
 
 
-def table_4_section(paper: dict, results: Results) -> str | None:
-    """Improvement of SPPO over PPO for each beta, and what Table 11's cells say about the paper's rule."""
-    ours = defaultdict(dict)  # (beta or None for PPO, noise): {environment: mean}
+def table_4_means(results: Results) -> dict[tuple[float | None, str], dict[str, float]]:
+    """{(beta or None for PPO, noise): {environment: mean}} of our runs."""
+    ours = defaultdict(dict)
     for group, runs in results.groups.items():
         differences = dict(group.differences)
         if group.family != "atari_ppo" or group.timesteps != group.paper_timesteps:
@@ -258,6 +258,12 @@ def table_4_section(paper: dict, results: Results) -> str | None:
             plan = planned()["atari_ppo", group.environment, "SPPO", group.noise]
             beta = differences.get("beta", plan.settings["beta"])
             ours[beta, group.noise][group.environment] = runs.values.mean()
+    return ours
+
+
+def table_4_section(paper: dict, results: Results) -> str | None:
+    """Improvement of SPPO over PPO for each beta, and what Table 11's cells say about the paper's rule."""
+    ours = table_4_means(results)
     rows = []
     for (_, algorithm, noise), cell in paper[4].items():
         beta = float(algorithm.removeprefix("SPPO (beta ").removesuffix(")"))
