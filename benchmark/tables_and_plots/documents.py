@@ -45,7 +45,7 @@ def plain(environment: str) -> str:
 
 
 def verdict(paper: dict, ours: dict) -> str:
-    """How many continuous cells were found again, and how probably DSPPO is better than DPPO, as one paragraph."""
+    """How many continuous cells were found again, and what can be said of the symmetric algorithms, as bullets."""
     cells = {key: cell for table in CONTINUOUS for key, cell in paper[table].items()}
     differences, seeds = {}, []
     for key in cells.keys() & ours.keys():
@@ -56,37 +56,37 @@ def verdict(paper: dict, ours: dict) -> str:
     names = [f"{a} on {plain(e)}{'' if noise == 'none' else ' with noise'}" for e, a, noise in far]
     near = sum(abs(difference) <= 2 for difference in differences.values())
     own = f" ({min(seeds)} to {max(seeds)} seeds each)" if seeds else ""
-    text = (
+    bullets = [
         f"{len(differences)} of the paper's {len(cells)} continuous-control cells were run{own}. {near} of them are "
-        f"within two joint standard errors of the paper's{'; further are ' * bool(far)}{', '.join(names)}. "
-    )
+        f"within two joint standard errors of the paper's{'; further are ' * bool(far)}{', '.join(names)}."
+    ]
     lie = [
-        f"{a}'s {len(d)} by {np.mean(d):+.2f} ± {len(d) ** -0.5:.2f} ({np.mean(p):+.1f} %)"
-        for a, (d, p, _) in together(paper, ours).items()
+        f"{np.mean(d):+.2f} ± {len(d) ** -0.5:.2f} ({name}, {len(d)} cells, {np.mean(percent):+.1f}\N{NO-BREAK SPACE}%)"
+        for name, (d, percent, _) in together(paper, ours).items()
         if len(d) >= MANY
     ]
-    text += f"All together differ from the paper's, in joint standard errors: {', '.join(lie)}. " if lie else ""
-    compared = {}
-    for table in (9, 12):
+    if lie:
+        bullets.append(f"All cells together differ from the paper's, in joint standard errors, by {', '.join(lie)}.")
+    for table in (12, 9):
         symmetric, baseline, control = algorithms_of(table, paper)
         compared = pairs(TABLES[table], paper, ours, symmetric, baseline)
-        beside = pairs(TABLES[table], paper, ours, symmetric, control) if table == 9 else {}
-        for other, some in ((baseline, compared), ("its control", beside)):
-            if some:
-                number = f"{len(some)} differences" if len(some) > 1 else "one difference"
-                text += f"The clearest of {number} between {symmetric} and {other}: {clearest_text(some, some)}. "
-    texts = []
-    for prefix, wanted in (("without", True), ("with", False)):
-        samples = {key: both for key, both in compared.items() if (key[1] == "none") == wanted}
-        if len(samples) > 2:
-            left_out, rest = leave_one_out(samples)
-            texts.append(
-                f"{probability(samples)} {prefix} noise ({len(samples)} environments; {rest} without {plain(left_out)})"
-            )
-    if texts:
-        text += f"The probability that a run of DSPPO scores above one of DPPO is {' and '.join(texts)}: "
-        text += "the second number leaves out the environment that moves the first one most."
-    return fill(text.strip(), 120, break_on_hyphens=False, break_long_words=False) + "\n"
+        if not compared:
+            continue
+        text = f"{symmetric} beside {baseline}: the clearest difference is {clearest_text(compared, compared)}."
+        chances = []
+        for prefix, wanted in (("without", True), ("with", False)):
+            samples = {key: both for key, both in compared.items() if (key[1] == "none") == wanted}
+            if len(samples) > 2:
+                left_out, rest = leave_one_out(samples)
+                where = f"{len(samples)} environments; leaving out {plain(left_out)}, which moves it most, {rest}"
+                chances.append(f"{probability(samples)} {prefix} noise ({where})")
+        if chances:
+            text += f" A run of {symmetric} scores above one of {baseline} with probability {' and '.join(chances)}."
+        if table == 9 and (beside := pairs(TABLES[table], paper, ours, symmetric, control)):
+            text += f" Beside its control, which has no reverse loss: {clearest_text(beside, beside)}."
+        bullets.append(text)
+    options = {"subsequent_indent": "  ", "break_on_hyphens": False, "break_long_words": False}
+    return "\n".join(fill(f"- {text}", 120, **options) for text in bullets) + "\n"
 
 
 def scores_section(paper: dict, ours: dict) -> str:
