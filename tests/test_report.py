@@ -15,7 +15,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import report
 from conftest import ROOT, import_scripts
 from peers import same_as_sb3
 from sweeps import SWEEPS
@@ -34,6 +33,8 @@ from tables_and_plots.cells import (
 )
 from tables_and_plots.figures import bin_means
 from tables_and_plots.runs import JUDGE, read_curve
+
+import report
 
 PENDULUM, CHEETAH, LANDER = "InvertedDoublePendulum-v4", "HalfCheetah-v4", "LunarLanderContinuous-v3"
 PPO_SCRIPT = "sppo_continuous_discretized"
@@ -269,6 +270,18 @@ def test_what_the_readme_quotes_is_filled_in(tmp_path):
         ["LunarLander", "2", "265.0 ± 5.0 (241)", "245.0 ± 5.0 (250)", "", ""],
         ["InvertedDoublePendulum", "2 to 3", "8983 ± 44 (8928)", "9150 ± 50 (9015)", "", ""],
     ]
+
+
+def test_coverage_counts_the_papers_cells_ataris_none_included(tmp_path):
+    runs, document = tmp_path / "runs", tmp_path / "README.md"
+    write_run(runs / "dsppo", [9100.0, 9200.0], **DSPPO)
+    game = {"script": "sppo_atari", "steps": 5_000_192, "alpha": 0.5}
+    write_run(runs / "beta1", [100.0], "AlienNoFrameskip-v4", beta=1.0, **game)  # one of the 22 games of Table 4's cell
+    document.write_text("<!-- coverage: begin -->\n<!-- coverage: end -->\n")
+    assert report.main([str(runs), "--document", str(document)]) == 0
+    counts = {row[0]: row[2] for row in rows(document.read_text())}
+    assert counts["2, 12, 13"] == "1 of 54" and counts["1, 11"] == "1 of 88" and counts["8"] == "0 of 88"
+    assert counts["4"] == "0 of 10" and counts["3"] == "0 of 15" and counts["14"] == "0 of 4"
 
 
 def test_share_of_the_agents_that_left_the_plateau_stands_beside_the_mean(tmp_path):

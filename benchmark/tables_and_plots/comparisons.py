@@ -134,7 +134,13 @@ def control_table(table: int, paper: dict, ours: dict) -> str | None:
         header += ["n", " minus ".join(two), "Probability of improvement", "Permutation test (by Holm)"]
     if len(noises) == 1:
         header, rows = header[:1] + header[2:], [row[:1] + row[2:] for row in rows]
-    return markdown_table(header, rows, right="|".join(header[1:])) if rows else None
+    weight = "alpha" if "A2C" in baseline else "alpha - beta Z"
+    note = (
+        f"The control is {baseline} with its policy loss times {weight}, so that {symmetric} minus control is "
+        f"{'the reverse loss' if weight == 'alpha' else 'chance, by the identity'}, and control minus {baseline} the "
+        "weight. By Holm: in view of all such differences in both tables."
+    )
+    return f"{markdown_table(header, rows, right='|'.join(header[1:]))}\n\n{note}" if rows else None
 
 
 def modes_table(table: int, paper: dict, ours: dict) -> str | None:
