@@ -1,15 +1,15 @@
 """Result files into Markdown and figures: our scores beside the paper's cells.
 
-    python benchmark/report.py runs/                          # writes report/report.md and PNGs beside it
+    python benchmark/report.py runs/                             # writes runs/report.md and PNGs beside it
     python benchmark/report.py runs/ more-runs/ --out report/
-    python benchmark/report.py benchmark/results --out benchmark/results --document README.md docs/results.md
+    python benchmark/report.py benchmark/results --document README.md docs/results.md docs/missing.md
 
 Reads every result.json below the folders and the curves.csv beside it; models, environments and the machine that made
 them are not needed. A score is the mean of the 10 evaluation episodes of one seed, of a language run the mean reward of
 its evaluation samples; means and standard errors are over seeds. A run is compared with a cell of the paper only if its
 settings, its models and its length are those of the paper (the defaults of the scripts with --target-coef 0.1, and
-Tables 5 to 7), as the sweeps have them; all others have tables of their own. A changed copy of a script stands, under
-its own name, beside the runs of the original. Win rates are those of benchmark/judge.py.
+Tables 5 to 7), as the sweeps have them; all others have tables of their own. A changed copy of a script is compared
+with the original first, and stands, under its own name, beside its runs. Win rates are those of benchmark/judge.py.
 """
 
 import sys
@@ -20,12 +20,14 @@ from pathlib import Path
 try:
     import tyro
     from sweeps import find
+    from tables_and_plots.beside_sb3 import beside_section
     from tables_and_plots.cells import LANGUAGE_TABLES, TABLES, read_paper
+    from tables_and_plots.comparisons import copies_section, in_sentences, together_table
     from tables_and_plots.documents import filled
     from tables_and_plots.figures import figures_section
     from tables_and_plots.runs import Results, language_cells, load, unfinished
     from tables_and_plots.tables import (
-        gains_section,
+        gains_text,
         language_section,
         language_table_section,
         length_section,
@@ -54,17 +56,31 @@ def write_report(folders: list[Path], results: Results, paper: dict, out: Path) 
         "the score of a seed is the mean of its 10 evaluation episodes, or of its evaluation samples. Difference: ours "
         "minus the paper's, in units of the joint SE, √(SE_ours² + SE_paper²), and whether it exceeds one. By chance "
         "alone a third of the cells would. Brackets: 95 % stratified-bootstrap intervals. Probability of improvement: "
-        "that a run of the first algorithm scores above one of the second, averaged over environments.\n"
+        "that a run of the first algorithm scores above one of the second, averaged over environments; it has no "
+        "interval where all runs of one are above all of the other, since no resampling can change that.\n"
     ]
+    if copies := copies_section(results):
+        sections.append(copies)
     shorter = {group.cell for group in results.of_kind("shorter")}
     table_4 = table_4_section(paper, results)
     sections.append(overview_section(paper, results, shorter, bool(table_4)))
+    if table := together_table(paper, ours):
+        sections.append(
+            f"## All cells together\n\n{table}\n\nEvery cell counts once. ±: what chance alone allows, 1 / √cells, if "
+            "each cell differs from the paper's by chance.\n"
+        )
     for table in TABLES:
         if row_keys(table, paper[table], ours):
-            sections.append(table_section(table, paper[table], ours, shorter))
+            sections.append(table_section(table, paper, ours, shorter))
+    for algorithm, table in (("DSPPO", 12), ("DSA2C", 9)):
+        if sentences := in_sentences(table, paper, ours):
+            sections.append("\n".join([f"## {algorithm}, in sentences", "", *(f"- {text}" for text in sentences), ""]))
+    if beside := beside_section(results, out):
+        sections.append(beside)
     if table_4:
         sections.append(table_4)
-    sections.append(gains_section(paper, ours))
+    if any(group.family.startswith("atari") for group in results.groups):
+        sections.append(f"## The paper's gain over each baseline\n\n{gains_text(paper, ours)}")
     language = language_cells(results, "paper")
     for table in LANGUAGE_TABLES:
         if language.keys() & paper[table].keys():
@@ -92,8 +108,8 @@ def write_report(folders: list[Path], results: Results, paper: dict, out: Path) 
 class Args:
     folders: tyro.conf.Positional[tuple[Path, ...]] = (Path("runs"),)
     """folders with runs, searched with all their subfolders"""
-    out: Path = Path("report")
-    """where report.md and the figures go"""
+    out: Path | None = None
+    """where report.md and the figures go; without, into the first of the folders"""
     document: tuple[Path, ...] = ()
     """Markdown files in which to renew what stands between marker lines: verdict, scores, tables, missing cells"""
 
@@ -119,16 +135,17 @@ def main(argv: list[str] | None = None) -> int:
         except (OSError, ValueError) as error:
             print(f"error: --document {path}: {error}", file=sys.stderr)
             return 2
+    out = args.out or args.folders[0]
     try:
-        args.out.mkdir(parents=True, exist_ok=True)
+        out.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError):
-        print(f"error: --out {args.out} is no folder", file=sys.stderr)
+        print(f"error: --out {out} is no folder", file=sys.stderr)
         return 2
-    write_report(list(args.folders), results, paper, args.out)
+    write_report(list(args.folders), results, paper, out)
     for path, text in documents.items():
         path.write_text(text, "utf-8")
     counted = sum(len(runs.scores) for runs in (results.groups | results.language).values())
-    print(f"{counted} runs, {len(results.left_out)} left out: {args.out / 'report.md'}")
+    print(f"{counted} runs, {len(results.left_out)} left out: {out / 'report.md'}")
     return 0
 
 

@@ -15,7 +15,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import report
 from conftest import ROOT, import_scripts
 from peers import same_as_sb3
 from sweeps import SWEEPS
@@ -34,6 +33,8 @@ from tables_and_plots.cells import (
 )
 from tables_and_plots.figures import bin_means
 from tables_and_plots.runs import JUDGE, read_curve
+
+import report
 
 PENDULUM, CHEETAH, LANDER = "InvertedDoublePendulum-v4", "HalfCheetah-v4", "LunarLanderContinuous-v3"
 PPO_SCRIPT = "sppo_continuous_discretized"
@@ -208,11 +209,23 @@ def test_a_table_beside_the_papers(tmp_path):
     ]
     # DSPPO minus DPPO: -50 ± sqrt(50^2 + 0); 350 ± sqrt(64.5^2 + 100^2). The paper: 250 - 241 ± sqrt(6.9^2 + 7.7^2);
     # 9015 - 8928 ± sqrt(101^2 + 136^2). Pairs: 2 ties of 4, 8 of 8.
-    assert [row[:4] for row in comparison] == [
-        [LANDER, "-50.0 ± 50.0", "+9.0 ± 10.3", "0.25 [0.00, 0.50]"],
-        [PENDULUM, "+350.0 ± 119.0", "+87.0 ± 169.4", "1.00 [1.00, 1.00]"],
-        ["all 2", "", "", "0.62 [0.50, 0.75]"],
+    # Splits: all of 200, 300, 300, 300 differ as much; of 15 that of 8700 and 8900 from the rest, twice for both sides.
+    # No resampling of runs that are all above the others says how sure that is.
+    assert comparison == [
+        [LANDER, "2, 2", "-50.0 ± 50.0", "+9.0 ± 10.3", "0.25 [0.00, 0.50]", "1.00", "1.00"],
+        [PENDULUM, "4, 2", "+350.0 ± 119.0", "+87.0 ± 169.4", "1.00 (no interval)", "0.13", "0.27"],
+        ["all 2", "", "", "", "0.62 [0.50, 0.75]", "", ""],
     ]
+    assert "by Holm: in view of all comparisons of DSPPO with DPPO in Tables 12 and 13, 2 so far." in table
+    # DSPPO: (1.13 + 0.00) / 2 ± 1 / sqrt(2); 135 / 9015 = 1.5 % and 0
+    together = rows(section(text, "All cells together"))
+    assert ["DSPPO", "2", "2 to 4", "+0.56 ± 0.71", "+0.7 %"] in together
+    sentence = section(text, "DSPPO, in sentences")
+    assert "- Without noise DSPPO has the higher mean than DPPO in 1 of 2 environments (2 to 4 seeds);" in sentence
+    assert (
+        f"on {PENDULUM}, +350.0 ± 119.0 (4, 2 seeds; permutation test 0.13, by Holm over 2 comparisons 0.27)"
+        in sentence
+    )
     assert "higher mean than DPPO in 1 of 2 environments; in the paper's cells in 2 of these and in 8 of all 9" in table
     # 100 (9150 / 8800 - 1) = 3.98 and 100 (250 / 300 - 1) = -16.67
     assert "DSPPO over DPPO: -6.3 %; the paper's cells: +2.4 % in these environments, +5.4 % in all 9" in table
@@ -222,7 +235,7 @@ def test_a_table_beside_the_papers(tmp_path):
     assert "DPPO cell 1.02 [" in pair and "] and 1.12 [" in pair and "probability of improvement 0.62 [" in pair
     assert "- Not run: PPO: everywhere." in table
     assert "- Not run: DSPPO: Ant-v4, BipedalWalker-v3, HalfCheetah-v4" in table
-    overview = {tuple(row[:3]): row[3:] for row in rows(text.split("\n## ")[0])}
+    overview = {tuple(row[:3]): row[3:] for row in rows(section(text, "Cells that were run"))}
     assert overview["12", "PPO, DPPO, DSPPO", "none"] == ["4 of 27", "0", "2"]
     assert overview["11", "PPO, SPPO", "BSC(0.1)"] == ["0 of 44", "0", "0"]
 
@@ -243,14 +256,15 @@ def test_what_the_readme_quotes_is_filled_in(tmp_path):
     assert report.main([str(runs), "--out", str(tmp_path / "report"), "--document", str(document)]) == 0
     text = document.read_text()
     words = " ".join(text.split())
-    assert "6 of the paper's 108 continuous-control cells were run. 3 of them are within two joint" in words
+    assert "6 of the paper's 108 continuous-control cells were run (2 to 3 seeds each). 3 of them are within" in words
     # HalfCheetah has no spread, so that the unit is the paper's: 3478 / 279; LunarLander's DPPO: 24 / sqrt(5^2 + 7.7^2)
-    assert "; further are DPPO on HalfCheetah, DSPPO on HalfCheetah, DPPO on LunarLander. The probability" in words
-    assert (
-        "above one of DPPO is 0.50 [0.50, 0.50] without noise (3 environments; 0.75 [0.75, 0.75] without LunarLander"
-        in words
+    assert "; further are DPPO on HalfCheetah, DSPPO on HalfCheetah, DPPO on LunarLander. - DSPPO beside" in words
+    assert "- DSPPO beside DPPO: the clearest difference is InvertedDoublePendulum-v4, +166.7 ± 66.7 (2, 3" in words
+    assert "(2, 3 seeds; permutation test 0.20, by Holm over 3 comparisons 0.60)." in words
+    chance = (
+        "above one of DPPO with probability 0.50 (no interval) without noise (3 environments; leaving out LunarLander"
     )
-    assert "with noise" not in words
+    assert f"{chance}, which moves it most, 0.75 (no interval))." in words and "with noise" not in words
     assert rows(text) == [
         ["HalfCheetah", "2", "0.000 ± 0.000 (3478)", "0.000 ± 0.000 (4104)", "", ""],
         ["LunarLander", "2", "265.0 ± 5.0 (241)", "245.0 ± 5.0 (250)", "", ""],
@@ -258,12 +272,27 @@ def test_what_the_readme_quotes_is_filled_in(tmp_path):
     ]
 
 
+def test_coverage_counts_the_papers_cells_ataris_none_included(tmp_path):
+    runs, document = tmp_path / "runs", tmp_path / "README.md"
+    write_run(runs / "dsppo", [9100.0, 9200.0], **DSPPO)
+    game = {"script": "sppo_atari", "steps": 5_000_192, "alpha": 0.5}
+    write_run(runs / "beta1", [100.0], "AlienNoFrameskip-v4", beta=1.0, **game)  # one of the 22 games of Table 4's cell
+    document.write_text("<!-- coverage: begin -->\n<!-- coverage: end -->\n")
+    assert report.main([str(runs), "--document", str(document)]) == 0
+    counts = {row[0]: row[2] for row in rows(document.read_text())}
+    assert counts["2, 12, 13"] == "1 of 54" and counts["1, 11"] == "1 of 88" and counts["8"] == "0 of 88"
+    assert counts["4"] == "0 of 10" and counts["3"] == "0 of 15" and counts["14"] == "0 of 4"
+
+
 def test_share_of_the_agents_that_left_the_plateau_stands_beside_the_mean(tmp_path):
     runs = tmp_path
     write_run(runs / "dppo", [44.0, 45.5, 130.0], "Swimmer-v4", steps=2_000_896, **DPPO)
     write_run(runs / "dsppo", [61.0, 131.0], "Swimmer-v4", steps=2_000_896, **DSPPO)
-    line = "- Swimmer-v4: agents that left the plateau, scores over 60: DPPO 1 of 3, DSPPO 2 of 2."
-    assert line in section(make_report(runs), "Table 12").splitlines()
+    modes = tables(section(make_report(runs), "Table 12"))[-1]
+    assert modes == [
+        ["Swimmer-v4", "DPPO", "3", "60", "2", "1", "44.0, 45.5; 130.0"],
+        ["Swimmer-v4", "DSPPO", "2", "60", "0", "2", "61.0, 131.0"],
+    ]
 
 
 def test_figures_are_written_and_small(tmp_path):
@@ -279,7 +308,8 @@ def test_figures_are_written_and_small(tmp_path):
     text = make_report(tmp_path / "runs")
     figures = {path.name: path.stat().st_size for path in (tmp_path / "report").glob("*.png")}
     names = ("continuous_ppo", "continuous_ppo_shorter", "atari_ppo")
-    assert figures.keys() == {f"{what}_{name}.png" for what in ("curves", "sign_flips") for name in names}
+    expected = {f"{what}_{name}.png" for what in ("curves", "sign_flips") for name in names}
+    assert figures.keys() == expected | {"picture.png"}
     assert all(1_000 < size < 300_000 for size in figures.values())
     assert all(f"({name})" in text for name in figures)
     assert f"Without curves.csv, in no figure: {tmp_path / 'runs/sb3/seed1'}." in text
@@ -328,8 +358,14 @@ def test_short_runs_and_other_settings_are_never_mixed_in(tmp_path):
 def test_the_control_of_the_identity_has_a_row_of_its_own(tmp_path):
     write_run(tmp_path / "runs" / "dsppo", [9000.0, 9200.0], **DSPPO)
     write_run(tmp_path / "runs" / "control", [9000.0, 9100.0], alpha=20.5, beta=0.0)
-    table = section(make_report(tmp_path / "runs"), "Table 12")
-    assert [row[1:] for row in rows(table)] == [
+    text = make_report(tmp_path / "runs")
+    table = section(text, "Table 12")
+    cells, beside = tables(table)
+    assert beside == [[PENDULUM, "2, 2", "+50.0 ± 111.8", "0.62 [0.00, 1.00]", "1.00 (1.00)", "", "", "", ""]]
+    assert "- Beside the control, DPPO with its policy loss times alpha - beta Z" in section(
+        text, "DSPPO, in sentences"
+    )
+    assert [row[1:] for row in cells] == [
         ["DSPPO", "9100 ± 100", "2", "1,000,000", "9015 ± 101", "+0.60, within"],
         ["DPPO control", "9050 ± 50", "2", "1,000,000", "-", "-"],
     ]
@@ -410,7 +446,7 @@ def test_swimmer_has_two_gammas_and_one_stands_beside_the_cell(tmp_path):
     text = make_report(tmp_path / "runs")
     table = section(text, "Table 9")
     swimmer = {algorithm: str(PAPER[9]["Swimmer-v4", algorithm, "none"]) for algorithm in ("A2C", "DSA2C")}
-    assert [(row[1], row[2], row[5]) for row in rows(table)] == [
+    assert [(row[1], row[2], row[5]) for row in tables(table)[0]] == [
         ("A2C", "90.0", swimmer["A2C"]),
         ("DSA2C", "100.0", swimmer["DSA2C"]),
         ("A2C, gamma 0.99", "40.0", "-"),
@@ -533,6 +569,19 @@ def test_a_changed_copy_stands_beside_the_original_under_its_own_name(tmp_path):
     write_run(runs / "short", [10.0], script="my_loss", steps=51_200, **defaults)
     write_run(runs / "a2c", [200.0], LANDER, "my_a2c", 2_000_000, **flags_of("sa2c_continuous_discretized"))
     text = make_report(runs)
+    assert text.partition("\n## ")[2].startswith("Changed copies beside their originals\n")
+    copies = section(text, "Changed copies")
+    compared = {tuple(row[3:5]): row[5:] for row in rows(copies)}
+    # DSPPO: 9400 - 9100 ± sqrt(100^2 + 100^2), t with 2 degrees of freedom: 4.303 x 141.4
+    expected = ["9400 ± 100", "9100 ± 100", "2, 2", "+300.0 ± 141.4 [-308, 908]", "1.00 (no interval)", "0.33"]
+    assert compared["my_loss", "DSPPO"] == compared["my_loss, tau 0.1", "DSPPO"] == expected
+    assert compared["my_loss", "DPPO"][3].startswith("+600.0 ± 141.4")
+    names = [name for copy, name in compared if copy.startswith("my_loss")]
+    assert Counter(names) == {"DPPO": 3, "DSPPO": 3}  # three copies beside both weights
+    assert (
+        f"- my_loss, {PENDULUM}, noise none, 51,200 steps: no run of {PPO_SCRIPT} there to compare it with." in copies
+    )
+    assert "- my_a2c, LunarLanderContinuous-v3, noise none, 2,000,000 steps: no run of sa2c" in copies
     table = section(text, "Table 12")
     mine = ["9400 ± 100", "2", "1,000,000", "-", "-"]
     assert [row[1] for row in rows(table)[:2]] == ["DPPO", "DSPPO"]
@@ -554,6 +603,8 @@ def test_a_changed_copy_of_a_language_script(tmp_path):
     for path in (tmp_path / "runs" / "mine").rglob("result.json"):
         path.write_text(json.dumps(json.loads(path.read_text()) | {"script": "my_rlhf"}))
     text = make_report(tmp_path / "runs")
+    copies = [row[:5] for row in rows(section(text, "Changed copies"))]
+    assert copies == [["IMDB", "none", "60", "my_rlhf", name] for name in ("PPO", "PPO control")]
     table = rows(section(text, "Table 3"))
     assert ["IMDB", "my_rlhf", "score", "0.920 ± 0.010", "2", "-", "-"] in table
     assert ["IMDB", "PPO control", "score", "0.900 ± 0.010", "2", "-", "-"] in table
@@ -600,9 +651,9 @@ def test_missing_cells_are_written_between_the_marker_lines(tmp_path, capsys):
     dppo = f'`benchmark/run_cells.sh <<< "{dppo} --alpha 1 --beta 0"`'
     assert ["12, 13", PENDULUM, "DPPO", "30", dppo, "42"] in listed
     assert next(row[2:] for row in listed if row[:2] == ["12, 13", PENDULUM])[::3] == ["PPO", "-"]
-    assert ["3", "IMDB", "PPO, SPPO", "4", "`ENVS=imdb benchmark/rlhf_imdb.sh`", "-"] in listed
+    assert ["3", "IMDB", "PPO, SPPO", "4", "`benchmark/rlhf_imdb.sh`", "-"] in listed
     names = "SPPO beta 0.5, SPPO beta 5, SPPO beta 10, SPPO beta 25"
-    assert [row[2] for row in listed if row[:2] == ["4", "Alien"]] == [
+    assert [row[2] for row in listed if row[:2] == ["4", "all 22"]] == [
         f"{names}; with noise: SPPO beta 0.5, SPPO beta 1, SPPO beta 5, SPPO beta 25"
     ]
     assert not any(row[:3] == ["12, 13", PENDULUM, "DSPPO"] for row in listed)
@@ -663,7 +714,7 @@ def test_tables_of_the_language_tasks(tmp_path):
         ["IMDB", "PPO (with A normalization)", "score", "0.890 ± 0.010", "2", "0.89 ± 0.02", "+0.00, within"],
         ["TL;DR", "PPO (with A normalization)", "score", "5.95 ± 0.05", "2", "5.94 ± 0.08", "+0.11, within"],
     ]
-    overview = {row[0]: row[3:] for row in rows(text.split("\n## ")[0])}
+    overview = {row[0]: row[3:] for row in rows(section(text, "Cells that were run"))}
     assert (overview["3"], overview["14"]) == (["13 of 15", "0", "5"], ["3 of 4", "0", "0"])
     imdb, tldr = section(text, "Language runs").split("\n### ")[1:]
     assert imdb.startswith("IMDB: policy `rajkumarrrk/gpt2-fine-tuned-on-imdb-positive-reviews`, data set `stanford")
@@ -725,7 +776,7 @@ def test_default_arguments_of_a_language_script_are_the_papers(script):
 
 def test_the_kept_report_is_what_the_kept_results_make_and_is_quoted_right(tmp_path, monkeypatch):
     monkeypatch.chdir(ROOT)
-    documents = [ROOT / "README.md", ROOT / "docs/results.md"]
+    documents = [ROOT / "README.md", ROOT / "docs/results.md", ROOT / "docs/missing.md"]
     copies = [str(shutil.copy(document, tmp_path)) for document in documents]
     assert report.main(["benchmark/results", "--out", str(tmp_path), "--document", *copies]) == 0
     made = (tmp_path / "report.md").read_text(encoding="utf-8")
@@ -780,9 +831,43 @@ def test_our_runs_beside_those_of_stable_baselines3(tmp_path, capsys):
     text = document.read_text()
     assert text.startswith("a\n") and text.endswith("z\n") and "old" not in text
     # SE of both: 0.95 * 100 / sqrt(3) = 54.8; 190 / sqrt(2) / 54.8 = 2.45
-    assert rows(text) == [[PENDULUM, "PPO", "1045 ± 55", "1235 ± 55", "3, 3", "+2.45"]]
-    assert re.findall(r"!\[.*?\]\((.*?)\)", text) == ["figures/same_as_sb3_ppo.png", "figures/same_as_sb3_a2c.png"]
+    row = [PENDULUM, "PPO", "200,704", "1045 ± 55", "1235 ± 55", "3, 3", "+2.45", "0.20"]
+    assert rows(text) == [row]
+    assert re.findall(r"!\[.*?\]\((.*?)\)", text) == ["figures/same_as_sb3_ppo.png"]
     assert all(1_000 < path.stat().st_size < 300_000 for path in (tmp_path / "figures").iterdir())
+
+
+def test_the_report_has_stable_baselines3_beside_ours_at_the_same_step(tmp_path):
+    """DSPPO is Stable-Baselines3's PPO with its policy loss times 20.5; both curves rise at the same speed."""
+    theirs = {"script": "sb3_baseline", "num_bins": 11, "algo": "ppo", "curves": True}
+    write_run(tmp_path / "runs" / "sb3", [498.0, 520.0], steps=500_736, policy_coef=20.5, **theirs)
+    write_run(tmp_path / "runs" / "other", [900.0, 920.0], steps=500_736, policy_coef=3.0, **theirs)
+    write_run(tmp_path / "runs" / "dsppo", [1000.0, 1080.0], curves=True, **DSPPO)
+    text = section(make_report(tmp_path / "runs"), "Beside Stable-Baselines3")
+    expected = ["500,736", "483.6 ± 10.5", "494.0 ± 19.0", "2, 2", "+0.48", "0.67"]
+    assert rows(text) == [[PENDULUM, "PPO, policy loss times 20.5", "none", *expected]]
+    assert (tmp_path / "report" / "beside_sb3.png").stat().st_size > 1_000
+
+
+def test_the_report_goes_where_the_runs_are_and_names_atari_only_beside_atari_runs(tmp_path):
+    write_run(tmp_path / "dsppo", [9000.0, 9200.0], **DSPPO)
+    assert report.main([str(tmp_path)]) == 0
+    text = (tmp_path / "report.md").read_text(encoding="utf-8")
+    assert "openai/baselines" not in text and "RL Zoo" not in text
+    write_run(tmp_path / "atari", [1100.0], "BeamRiderNoFrameskip-v4", "sa2c_atari", 5_000_000, alpha=1.0, beta=0.0)
+    assert report.main([str(tmp_path)]) == 0
+    assert "openai/baselines" in section((tmp_path / "report.md").read_text(encoding="utf-8"), "The paper's gain")
+
+
+def test_permutation_test_and_holm():
+    first, second = np.array([3.0, 4.0, 5.0, 6.0, 7.0]), np.array([-2.0, -1.0, 0.0, 1.0, 2.0])
+    assert scores.permutation_test(first, second) == pytest.approx(2 / math.comb(10, 5))
+    assert math.isnan(scores.permutation_test(first[:1], second))
+    # 4 x 0.01; 3 x 0.02; 2 x 0.04 and then no smaller; one seed does not count
+    assert scores.holm([0.04, 0.01, math.nan, 0.02, 0.05])[:4] == pytest.approx(
+        [0.08, 0.04, math.nan, 0.06], nan_ok=True
+    )
+    assert scores.holm([0.04, 0.01, 0.02, 0.05])[3] == pytest.approx(0.08)
 
 
 def test_kept_runs_have_result_thinned_curves_and_every_evaluation(tmp_path):

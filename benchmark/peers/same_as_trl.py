@@ -27,8 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from sweeps import find
 from tables_and_plots.documents import replace_section
 from tables_and_plots.runs import read_curve
-from tables_and_plots.scores import format_mean, standard_error
-from tables_and_plots.tables import markdown_table
+from tables_and_plots.scores import format_mean, markdown_table, standard_error
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt

@@ -1,8 +1,8 @@
 """Could the paper's scores be each agent's best of many short evaluations?
 
 On LunarLander with noise it cannot be excluded: such numbers would reach its DPPO and come near its DSPPO. As a rule
-no: its cells without noise, and InvertedDoublePendulum's, lie far below. Written down in docs/results.md, "LunarLander
-with noise". Computed from the returns that evaluate_same_starts.py wrote:
+no: its cells without noise, and InvertedDoublePendulum's, lie far below. Written down in
+docs/questions.md. Computed from the returns that evaluate_same_starts.py wrote:
 
     python benchmark/questions/best_of_evaluations.py benchmark/results/lunar-same-starts.csv
 

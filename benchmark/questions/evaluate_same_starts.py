@@ -1,7 +1,7 @@
 """Is it the ten evaluation episodes, or the environment's version, that sets a cell apart from the paper's?
 
 Neither, on LunarLander with noise and on Hopper: from 100 common starts, in the paper's versions too, the agents score
-what they scored. Written down in docs/results.md.
+what they scored. Written down in docs/questions.md.
 
     python benchmark/questions/evaluate_same_starts.py runs/benchmark --env-id Hopper-v4 --out same_starts.csv
 

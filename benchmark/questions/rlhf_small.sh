@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
 # Do the forms of Tables 3 and 14 differ where no hub is needed, and does the identity of docs/paper-notes.md show?
 # No score differs by more than two joint standard errors, and SPPO is PPO with its weight until rounding parts them:
-# docs/results.md, "The forms of Tables 3 and 14 on the small policy". A small GPT-2 continues reviews
-# (benchmark/rlhf_assets.py makes it). PPO, SPPO, PPO with SPPO's weight alpha - beta Z, PPO without advantage
-# normalization, PPO with its policy loss times 5; 5 seeds each, without the supervised term.
+# docs/questions.md, the scores in docs/results.md. A small GPT-2 (benchmark/rlhf_assets.py makes it) continues reviews.
+# PPO, SPPO, PPO with SPPO's weight alpha - beta Z, PPO without advantage normalization, PPO with its policy loss times
+# 5; 5 seeds each, without the supervised term.
 # SEEDS, STEPS (updates) and WORKERS narrow it; runner.py --help has the flags.
 cd "$(dirname "$0")/../.." || exit
 

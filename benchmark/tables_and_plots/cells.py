@@ -94,6 +94,8 @@ class Group:
     timesteps: int  # the paper's number where it is that, rounded up to whole rollouts
     paper_timesteps: int | None  # None: no sweep has such a cell
     differences: tuple[tuple[str, object], ...]  # settings that are not the paper's for this cell
+    origin: str  # the script, or the one of which it is a changed copy
+    changed: bool  # such a copy
 
     @property
     def kind(self) -> str:
@@ -258,8 +260,9 @@ def identify(result: dict) -> Group:
     if full and not language and full <= timesteps <= 1.01 * full:
         timesteps = full  # totals are rounded up to whole rollouts
     if not language:
-        return Group(family, environment, algorithm, noise, timesteps, full, tuple(differences))
+        return Group(family, environment, algorithm, noise, timesteps, full, tuple(differences), origin, changed)
     models = tuple(settings[name] for name in MODELS)
     if any(name in MODELS for name, _ in differences):
         environment = ", ".join(Path(model).name for model in models)
-    return LanguageGroup(family, environment, algorithm, noise, timesteps, full, tuple(differences), models)
+    shared = family, environment, algorithm, noise, timesteps, full, tuple(differences), origin, changed
+    return LanguageGroup(*shared, models)

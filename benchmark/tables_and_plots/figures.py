@@ -94,11 +94,60 @@ def plot(groups: dict[Group, Runs], tag: str, ylabel: str, scale: float, path: P
     figure.set_figheight(figure.get_figheight() + 0.2 * max(0, math.ceil(len(labels) / ncols) - 2))
     figure.set_layout_engine("constrained")
     figure.legend([handles[label][1] for label in labels], labels, loc="outside lower center", ncols=ncols, fontsize=8)
+    save(figure, path, dpi=90)
+    return True
+
+
+def picture(results: Results, path: Path) -> bool:
+    """The one for README.md: DPPO and DSPPO where most was run, in six panels; dashed with noise, the control thin."""
+    styles = {"DPPO": ("tab:blue", 1.6), "DSPPO": ("tab:orange", 1.6), "DPPO control": ("black", 0.7)}
+    path.unlink(missing_ok=True)
+    panels = defaultdict(list)  # environment: [(algorithm, with noise, steps, values of shape (seeds, 50))]
+    for group, runs in sorted(results.of_kind("paper").items(), key=lambda item: sort_key(item[0])):
+        curves = [read_curve(folder, "charts/episodic_return") for folder in runs.folders.values()]
+        curves = [curve for curve in curves if len(curve[0]) > 1]
+        if group.family == "continuous_ppo" and group.algorithm in styles and curves:
+            edges = np.linspace(max(s[0] for s, _ in curves), min(s[-1] for s, _ in curves), 51)
+            values = np.array([bin_means(*curve, edges) for curve in curves])
+            panels[group.environment].append((group.algorithm, group.noise != "none", edges, values))
+    shown = sorted(panels, key=lambda e: (-len(panels[e]), -sum(len(line[-1]) for line in panels[e]), e))[:6]
+    if not shown:
+        return False
+    columns = min(3, len(shown))
+    rows = math.ceil(len(shown) / columns)
+    figure, axes = plt.subplots(rows, columns, figsize=(3.2 * columns, 2.4 * rows + 0.4), squeeze=False)
+    for ax, environment in zip(axes.flat, shown):
+        for algorithm, noisy, edges, values in panels[environment]:
+            color, width = styles[algorithm]
+            middle, mean = (edges[1:] + edges[:-1]) / 2e6, values.mean(0)
+            ax.plot(middle, mean, "--" if noisy else "-", color=color, linewidth=width)
+            if len(values) > 1 and algorithm in ("DPPO", "DSPPO"):
+                se = values.std(0, ddof=1) / math.sqrt(len(values))
+                ax.fill_between(middle, mean - se, mean + se, color=color, alpha=0.15, linewidth=0)
+        ax.set_title(environment.partition("-")[0].removesuffix("Continuous"), fontsize=11)
+        ax.tick_params(labelsize=9)
+        ax.grid(alpha=0.3)
+    for ax in axes.flat[len(shown) :]:
+        ax.axis("off")
+    for ax in axes[-1]:
+        ax.set_xlabel("million steps", fontsize=10)
+    for ax in axes[:, 0]:
+        ax.set_ylabel("training return", fontsize=10)
+    names = {"DPPO": "DPPO", "DSPPO": "DSPPO", "DPPO control": "DPPO with DSPPO's weight (control)"}
+    handles = [plt.Line2D([], [], color=styles[a][0], linewidth=styles[a][1], label=name) for a, name in names.items()]
+    handles.append(plt.Line2D([], [], color="gray", linestyle="--", label="with reward noise"))
+    figure.set_layout_engine("constrained")
+    figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), fontsize=10)
+    save(figure, path, dpi=100)
+    return True
+
+
+def save(figure, path: Path, dpi: int) -> None:
+    """As a PNG with a small palette."""
     with io.BytesIO() as file:
-        figure.savefig(file, dpi=90)
+        figure.savefig(file, dpi=dpi)
         Image.open(file).convert("RGB").quantize(128, Image.Quantize.MAXCOVERAGE).save(path, optimize=True)
     plt.close(figure)
-    return True
 
 
 def figures_section(results: Results, out: Path) -> str:
@@ -127,6 +176,9 @@ def figures_section(results: Results, out: Path) -> str:
         "not the paper's, the legend names those in which the lines of a panel differ.",
         "",
     ]
+    if picture(results, out / "picture.png"):
+        text += ["DPPO and DSPPO in up to six environments: dashed with noise, the control thin.", ""]
+        text += ["![DPPO and DSPPO](picture.png)", ""]
     for name, tag, ylabel, scale, caption, families in figures:
         for kind, title in titles.items():
             for family, domain in families.items():

@@ -18,11 +18,11 @@ from .cells import (
     read_public,
     short_name,
 )
+from .comparisons import comparison_table, control_table, modes_table
 from .runs import JUDGE, SFT_UPDATES, Results, Runs, language_cells, read_curve
 from .scores import (
     count_wins,
     format_difference,
-    format_gain,
     format_improvement,
     format_interval,
     format_mean,
@@ -30,27 +30,14 @@ from .scores import (
     improvements,
     interquartile_mean,
     joint_difference,
+    markdown_table,
     probability_of_improvement,
     standard_error,
 )
 
 PRINTED_WINS = {(8, "none"): 12, (8, "BSC(0.1)"): 15, (11, "none"): 16, (11, "BSC(0.1)"): 19}
-PLATEAUS = {"Swimmer-v4": 60.0}  # agents that stay on one score less: there the mean of a few says little
 ATARI = {11: ("PPO", "SPPO"), 8: ("A2C", "SA2C")}
 METRICS = {"rm_score": "score", "perplexity": "perplexity", "win_rate": "win rate (%)"}
-
-
-def markdown_table(header: list[str], rows: list[list[str]], right: str = "") -> str:
-    """Padded, so that it reads well as plain text too; right: the header's names that are aligned to the right."""
-    widths = [max(3, *(len(row[i]) for row in [header, *rows])) for i in range(len(header))]
-    aligned = [name in right.split("|") for name in header]
-
-    def line(row: list[str]) -> str:
-        texts = [text.rjust(width) if r else text.ljust(width) for text, width, r in zip(row, widths, aligned)]
-        return f"| {' | '.join(texts)} |"
-
-    rule = [("-" * (width - 1) + ":") if r else "-" * width for width, r in zip(widths, aligned)]
-    return "\n".join([line(header), line(rule), *map(line, rows)])
 
 
 def sort_key(group: Group) -> tuple:
@@ -90,7 +77,7 @@ def overview_section(paper: dict, results: Results, shorter: set, table_4_run: b
     table = markdown_table(header, rows, right="Table|Cells run|Shorter only|Beyond the joint SE")
     parts = "; ".join(f"Table {part} is a part of Table {whole}" for part, whole in PARTS.items())
     table_4 = "" if table_4_run else " No cell of Table 4 was run."
-    return f"{table}\n\n{parts}.{table_4}\n"
+    return f"## Cells that were run\n\n{table}\n\n{parts}.{table_4}\n"
 
 
 def paper_cell(cells: dict, key: tuple[str, str, str]) -> Cell | None:
@@ -125,69 +112,18 @@ def cells_table(table: int, cells: dict, ours: dict) -> str:
     return markdown_table(header, rows, right="Ours|n|Timesteps|Paper")
 
 
-def run_of_both(cells: dict, ours: dict, noise: str) -> dict[str, list[np.ndarray]]:
-    """{environment: our scores of the symmetric algorithm and of its baseline} where both were run."""
-    symmetric = next(algorithm for _, algorithm, _ in reversed(cells))
-    pair = symmetric, BASELINES[symmetric]
-    environments = [e for e, a, n in cells if (a, n) == (symmetric, noise)]
-    found = {e: [ours[e, a, noise][1].values for a in pair if (e, a, noise) in ours] for e in environments}
-    return {e: samples for e, samples in found.items() if len(samples) == 2}
-
-
-def probability(samples: dict[str, list[np.ndarray]]) -> str:
-    """Probability of improvement over some environments, with its interval."""
-    first, second = zip(*samples.values())
-    return format_interval([*first, *second], probability_of_improvement)
-
-
-def leave_one_out(samples: dict[str, list[np.ndarray]]) -> tuple[str, str]:
-    """The environment that changes the probability of improvement most, and the probability without it."""
-    single = {e: probability_of_improvement(*pair) for e, pair in samples.items()}
-    mean = np.mean(list(single.values()))
-    left_out = max(single, key=lambda e: abs(single[e] - mean))
-    return left_out, probability({e: pair for e, pair in samples.items() if e != left_out})
-
-
-def comparison_table(cells: dict, ours: dict) -> str | None:
-    """The symmetric algorithm beside its baseline, environment by environment; None where no pair was run."""
-    symmetric = next(algorithm for _, algorithm, _ in reversed(cells))
-    pair = symmetric, BASELINES[symmetric]
-    noises, rows = list(dict.fromkeys(noise for *_, noise in cells)), []
-    for noise in noises:
-        samples = run_of_both(cells, ours, noise)
-        for e, values in samples.items():
-            (mean, se), (base_mean, base_se) = ((v.mean(), standard_error(v)) for v in values)
-            cell, base = (cells[e, a, noise] for a in pair)
-            gains = [format_gain(mean - base_mean, math.hypot(se, base_se))]
-            gains.append(format_gain(cell.mean - base.mean, math.hypot(cell.se, base.se)))
-            rows.append([short_name(e), noise, *gains, probability({e: values})])
-        if len(samples) > 1:
-            rows.append([f"all {len(samples)}", noise, "", "", probability(samples)])
-        if len(samples) > 2:
-            left_out, rest = leave_one_out(samples)
-            rows.append([f"all but {short_name(left_out)}", noise, "", "", rest])
-    title = f"{pair[0]} minus {pair[1]}"
-    header = ["Environment", "Noise", f"{title}, ours", f"{title}, the paper's", "Probability of improvement, ours"]
-    if len(noises) == 1:  # the title has the noise
-        header, rows = header[:1] + header[2:], [row[:1] + row[2:] for row in rows]
-    return markdown_table(header, rows, right="|".join(header[-3:])) if rows else None
-
-
-def table_section(table: int, cells: dict, ours: dict, shorter: set) -> str:
+def table_section(table: int, paper: dict, ours: dict, shorter: set) -> str:
     """One table of the paper as far as it was run, and what follows from its cells."""
+    cells = paper[table]
     names = 2 if len({noise for *_, noise in cells}) == 1 else 3
     keys = row_keys(table, cells, ours)
     text = [f"## {table_title(table, cells)}", "", cells_table(table, cells, ours), ""]
-    if comparison := comparison_table(cells, ours):
-        text += [comparison, ""]
+    for made in (comparison_table, control_table, modes_table):
+        if more := made(table, paper, ours):
+            text += [more, ""]
     for noise in dict.fromkeys(noise for *_, noise in cells):
         text += noise_summary(table, cells, ours, noise)
     text += explanations(table, keys)
-    for environment, score in PLATEAUS.items():
-        runs = {key[1:names]: ours[key][1].values for key in keys if key[0] == environment}
-        shares = [f"{' with '.join(key)} {(values > score).sum()} of {len(values)}" for key, values in runs.items()]
-        if shares:
-            text.append(f"- {environment}: agents that left the plateau, scores over {score:g}: {', '.join(shares)}.")
 
     missing = defaultdict(list)
     for environment, algorithm, noise in cells.keys() - ours.keys():
@@ -207,7 +143,7 @@ def public_text(environment: str, algorithm: str, noise: str) -> str:
     return "; ".join(texts) or "-"
 
 
-def gains_section(paper: dict, ours: dict) -> str:
+def gains_text(paper: dict, ours: dict) -> str:
     """How far the paper's symmetric cells without noise are above each baseline that there is."""
     rows = []
     for table, (baseline, symmetric) in ATARI.items():
@@ -232,8 +168,7 @@ def gains_section(paper: dict, ours: dict) -> str:
             rows.append([f"{symmetric} over {baseline}", name, steps, seeds, *texts])
     header = ["The paper's", "Baseline", "Steps", "n", "Higher in", "Average gain", "Median gain"]
     links = ", ".join(f"[{source}]({url})" for source, url in {p.source: p.url for p in read_public()}.items())
-    return f"""## The paper's gain over each baseline
-
+    return f"""\
 The paper's SPPO and SA2C cells of Tables 11 and 8 without noise (5 seeds, taken to be 5e6 steps) over baselines of
 different origin. The paper's PPO cells are taken to be those of the baseline as released, which does not normalize
 advantages; SPPO, CleanRL and openai/baselines do. Runs of 10,000,000 steps say nothing about SPPO at equal length.
@@ -310,9 +245,9 @@ def noise_summary(table: int, cells: dict, ours: dict, noise: str) -> list[str]:
     return text
 
 
-def table_4_section(paper: dict, results: Results) -> str | None:
-    """Improvement of SPPO over PPO for each beta, and what Table 11's cells say about the paper's rule."""
-    ours = defaultdict(dict)  # (beta or None for PPO, noise): {environment: mean}
+def table_4_means(results: Results) -> dict[tuple[float | None, str], dict[str, float]]:
+    """{(beta or None for PPO, noise): {environment: mean}} of our runs."""
+    ours = defaultdict(dict)
     for group, runs in results.groups.items():
         differences = dict(group.differences)
         if group.family != "atari_ppo" or group.timesteps != group.paper_timesteps:
@@ -323,6 +258,12 @@ def table_4_section(paper: dict, results: Results) -> str | None:
             plan = planned()["atari_ppo", group.environment, "SPPO", group.noise]
             beta = differences.get("beta", plan.settings["beta"])
             ours[beta, group.noise][group.environment] = runs.values.mean()
+    return ours
+
+
+def table_4_section(paper: dict, results: Results) -> str | None:
+    """Improvement of SPPO over PPO for each beta, and what Table 11's cells say about the paper's rule."""
+    ours = table_4_means(results)
     rows = []
     for (_, algorithm, noise), cell in paper[4].items():
         beta = float(algorithm.removeprefix("SPPO (beta ").removesuffix(")"))
