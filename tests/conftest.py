@@ -1,4 +1,5 @@
 import importlib
+import json
 import os
 import resource
 import sys
@@ -43,6 +44,30 @@ def wait_for_the_next_second():
 def read_checkpoint(run_dir: Path) -> dict:
     """What checkpoint.pt holds: the version, the state of every part and the progress."""
     return torch.load(run_dir / "checkpoint.pt", weights_only=True)
+
+
+def train_here(script, run_dir: Path, **flags) -> None:
+    """A run of a continuous script in this process, without its command line."""
+    args = script.Args(**flags, run_dir=str(run_dir))
+    for own_args in args.split():
+        Path(own_args.run_dir).mkdir(parents=True, exist_ok=True)
+    envs = script.Envs(args, args.num_envs)
+    script.train(args, envs)
+    envs.close()
+
+
+def load_agent(script, run_dir: Path):
+    """Arguments, networks and normalization of a continuous script's saved model."""
+    from safetensors.torch import load_file
+
+    saved = json.loads((run_dir / "result.json").read_text())["args"]
+    args, tensors = script.Args(**saved), load_file(run_dir / "model.safetensors")
+    normalizer = script.Normalizer(1, 1, len(tensors["obs_mean"]), args.gamma)
+    normalizer.load_state_dict({name: tensors.pop(name)[None, None] for name in ("obs_mean", "obs_var")}, strict=False)
+    action_dim = tensors["actor.4.bias"].numel() // args.num_bins
+    agent = script.Agent([torch.Generator()], normalizer.obs_mean.shape[-1], action_dim, args.num_bins)
+    agent.load_state_dict({name: x[None] for name, x in tensors.items()})
+    return args, agent, normalizer
 
 
 @contextmanager

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import report
 from conftest import ROOT, import_scripts
 from peers import same_as_sb3
 from sweeps import SWEEPS
@@ -33,8 +34,6 @@ from tables_and_plots.cells import (
 )
 from tables_and_plots.figures import bin_means
 from tables_and_plots.runs import JUDGE, read_curve
-
-import report
 
 PENDULUM, CHEETAH, LANDER = "InvertedDoublePendulum-v4", "HalfCheetah-v4", "LunarLanderContinuous-v3"
 PPO_SCRIPT = "sppo_continuous_discretized"

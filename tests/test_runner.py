@@ -21,7 +21,7 @@ from stable_baselines3 import A2C, PPO
 from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
 from sweeps import SWEEPS, Script, cells, seconds, speeds, take_seeds
 
-from sppo_continuous_discretized import EVALUATION, action_bins, env_seeds, make_env
+from sppo_continuous_discretized import EVALUATION, action_bins, make_env
 
 ROOT = Path(__file__).resolve().parent.parent
 RUNNER = ROOT / "benchmark" / "runner.py"
@@ -706,7 +706,9 @@ def test_the_gaussian_baseline_is_stable_baselines3_with_the_papers_rollout(base
     envs = VecNormalize.load(run_dir / "vecnormalize.pkl", DummyVecEnv([lambda: make_env(args.env_id)]))
     assert model.gamma == envs.gamma == gamma
     envs.training = envs.norm_reward = False
-    for seed, expected in zip(env_seeds([args.seed], 10, EVALUATION), result["eval_returns"]):
+    for seed, expected in zip(
+        np.random.SeedSequence([args.seed, EVALUATION]).generate_state(10).tolist(), result["eval_returns"]
+    ):
         envs.seed(seed)
         obs, total, done = envs.reset(), 0.0, [False]
         while not done[0]:

@@ -6,7 +6,7 @@ import sys
 
 import numpy as np
 import pytest
-from conftest import ROOT, import_scripts
+from conftest import ROOT, import_scripts, load_agent, train_here
 
 
 @pytest.fixture(scope="module")
@@ -16,11 +16,13 @@ def lunar_runs(tmp_path_factory):
     for parameter in import_scripts("*_continuous_discretized.py"):
         (script,) = parameter.values
         for env_id, num_seeds in (("LunarLanderContinuous-v3", 2), ("InvertedPendulum-v4", 1)):
-            args = script.Args(env_id=env_id, total_timesteps=2048, num_seeds=num_seeds)
-            run_dir = folder / f"{env_id}-{script.__name__}"
-            script.create_run_dir(args, run_dir)
-            script.train(args, run_dir)
+            flags = {"env_id": env_id, "total_timesteps": 2048, "num_seeds": num_seeds}
+            train_here(script, folder / f"{env_id}-{script.__name__}", **flags)
     return folder
+
+
+def reset_from_common_starts(envs, *_) -> np.ndarray:
+    return np.array([env.reset(seed=seed)[0] for seed, env in enumerate(envs.envs)]).reshape(*envs.shape, -1)
 
 
 def same_starts(*arguments) -> subprocess.CompletedProcess:
@@ -42,11 +44,10 @@ def test_same_starts_plays_saved_agents_as_their_scripts_do(monkeypatch, tmp_pat
     ]
     for parameter in import_scripts("*_continuous_discretized.py"):
         (script,) = parameter.values
-        monkeypatch.setattr(script, "env_seeds", lambda *_: list(range(10)))
+        monkeypatch.setattr(script.Envs, "reset", reset_from_common_starts)
         for i in (1, 2):
             name = f"LunarLanderContinuous-v3-{script.__name__}/seed{i}"
-            args, learner = script.load_model(lunar_runs / name)
-            expected = script.evaluate(learner, args, lunar_runs / name)[0]
+            expected = script.evaluate(*load_agent(script, lunar_runs / name))[0]
             np.testing.assert_allclose(returns[:, header.index(name) - 1], expected, atol=0.051)
             assert f"{name}: {expected.mean():.1f} ± {expected.std(ddof=1) / 10**0.5:.1f} " in done.stdout
     best = returns.mean(0).max(), returns.max(1).mean()
