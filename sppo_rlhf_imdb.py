@@ -640,7 +640,8 @@ def train(args: Args, learner: Learner) -> None:
     update = counters["update"]
     if [*counters["num_processes_from"].values()][-1:] != [accelerator.num_processes]:
         counters["num_processes_from"][str(update)] = accelerator.num_processes
-    log = RunLog(args.run_dir, update or -1) if main_process else None
+    kept = min(update, args.num_updates - 1) if update else -1  # the last row comes with the final evaluation
+    log = RunLog(args.run_dir, kept) if main_process else None
     stop_signals = collect_signals()
     if update == 0:
         counters["before"], _ = evaluate(learner, args)

@@ -646,7 +646,8 @@ class Learner:
         for split, rows in (("training", self.rows), ("validation", self.validation)):
             enough = len(rows) >= accelerator.num_processes
             require(enough, f"--dataset {args.dataset} has {len(rows)} {split} rows")
-        references = "".join(row["label"].strip() for row in self.validation[: args.eval_samples or None])
+        references = (row["label"].strip() for row in self.validation[: args.eval_samples or None])
+        references = "\n\n".join(filter(None, references))
         enough = len(self.tokenizer(references, add_special_tokens=False, verbose=False).input_ids) > 1
         require(enough, f"--dataset {args.dataset}: its references are empty, and perplexity would be that of nothing")
         self.own_generation_config, self.ends = base.generation_config, end_tokens(base, self.tokenizer)
@@ -795,7 +796,8 @@ def train(args: Args, learner: Learner) -> None:
     update = counters["update"]
     if [*counters["num_processes_from"].values()][-1:] != [accelerator.num_processes]:
         counters["num_processes_from"][str(update)] = accelerator.num_processes
-    log = RunLog(args.run_dir, update or -1) if main_process else None
+    kept = min(update, args.num_updates - 1) if update else -1  # the last row comes with the final evaluation
+    log = RunLog(args.run_dir, kept) if main_process else None
     stop_signals = collect_signals()
     if update == 0:
         counters["before"], _ = evaluate(learner, args)

@@ -22,6 +22,7 @@ import tyro
 from transformers import (
     CONFIG_MAPPING,
     MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoConfig,
     AutoModelForCausalLM,
     PreTrainedConfig,
     PreTrainedModel,
@@ -53,6 +54,7 @@ CHANGES = {  # what a configuration has besides SMALL
     **dict.fromkeys(("qwen3_next", "qwen3_5_text"), STATES),
     "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
     "falcon with ALiBi": {"alibi": True},
+    "opt with projections": {"word_embed_proj_dim": 16},
     "deepseek_v3": LATENT,
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
     "mamba2": {"num_heads": 8, "head_dim": 8, "n_groups": 2},
@@ -68,18 +70,21 @@ REFUSED = {  # and why
 }
 FAMILIES = """
 gpt2 openai-gpt gpt_neo gptj gpt_neox gpt_bigcode opt bloom mpt falcon codegen xglm biogpt ctrl llama mistral ministral3
-mixtral qwen2 qwen2_moe qwen3 qwen3_moe gemma gemma2 gemma3_text phi phi3 stablelm starcoder2 olmo olmo2 olmo3 granite
-cohere cohere2 persimmon smollm3 nemotron glm4 gpt_oss deepseek_v3 mamba mamba2 falcon_mamba jamba qwen3_next
+mixtral qwen2 qwen2_moe qwen3 qwen3_moe gemma gemma2 gemma3_text gemma3 phi phi3 stablelm starcoder2 olmo olmo2 olmo3
+granite cohere cohere2 persimmon smollm3 nemotron glm4 gpt_oss deepseek_v3 mamba mamba2 falcon_mamba jamba qwen3_next
 qwen3_5_text
 """.split()
-FAMILIES = (*FAMILIES, "falcon with ALiBi", *REFUSED)  # types of models, perhaps with a variant
+FAMILIES = (*FAMILIES, "falcon with ALiBi", "opt with projections", *REFUSED)  # types of models, perhaps with a variant
 PROMPT_LENGTHS, RESPONSE_LENGTHS = (3, 17, 9), (7, 5, 2)
 
 
-def tiny_config(family: str) -> PreTrainedConfig:
-    config_class = CONFIG_MAPPING[family.split()[0]]
+def tiny_config(config_class: type[PreTrainedConfig], changes: dict) -> PreTrainedConfig:
     known = {field.name for field in fields(config_class)} | config_class.attribute_map.keys()
-    return config_class(**{name: size for name, size in SMALL.items() if name in known} | CHANGES.get(family, {}))
+    options = {name: size for name, size in SMALL.items() if name in known}
+    for name, part in config_class.sub_configs.items():  # of text and images
+        if part is not AutoConfig:
+            options[name] = tiny_config(part, {})
+    return config_class(**options | changes)
 
 
 def tiny_model(config: PreTrainedConfig) -> PreTrainedModel:
@@ -129,7 +134,8 @@ def main(argv: list[str] | None = None) -> int:
     print("| Family | Largest difference | Verdict |\n|---|---:|---|")
     surprises = []
     for family in args.families:
-        config, reason = tiny_config(family), REFUSED.get(family)
+        config = tiny_config(CONFIG_MAPPING[family.split()[0]], CHANGES.get(family, {}))
+        reason = REFUSED.get(family)
         exists = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING
         largest = difference(tiny_model(config)) if exists else math.inf
         number = f"{largest:.1g}" if exists else ""

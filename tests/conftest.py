@@ -1,6 +1,7 @@
 import importlib
 import json
 import os
+import re
 import resource
 import sys
 import tempfile
@@ -79,6 +80,21 @@ def largest_file(num_bytes: int):
         yield
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+@pytest.fixture
+def ends_with(capsys):
+    """What is in the block ends the program with that exit code, and its last line is an error that matches."""
+
+    @contextmanager
+    def ends_with(pattern: str, code: int = 2):
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as end:
+            yield
+        line = capsys.readouterr().err.splitlines()[-1]
+        assert end.value.code == code and line.startswith("error: ") and re.search(pattern, line), line
+
+    return ends_with
 
 
 @pytest.fixture(scope="session")

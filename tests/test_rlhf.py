@@ -732,8 +732,9 @@ def test_updates_have_prompts_of_their_own_and_gradients_that_are_clipped_togeth
         script, "rollout", lambda learner, rows, args: seen.append(rows) or rollout(learner, rows, args)
     )
     learner.optimizer.optimizer.step = spy
-    script.create_run_dir(args, tmp_path / "run")
-    script.train(args, tmp_path / "run", learner)
+    args = replace(args, run_dir=str(tmp_path / "run"))
+    script.open_run(args)
+    script.train(args, learner)
     rows = learner.rows
     assert seen == [[rows[i] for i in script.prompt_indices(len(rows), update, 8, args.seed)] for update in (0, 1)]
     assert seen[0] != seen[1]
@@ -902,9 +903,9 @@ def test_no_adapter_is_mistaken_for_a_module_of_the_model(scrambled, assets, tmp
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "bert")
     changes = {"tokenizer": str(assets / "llama"), "lora_targets": ("query", "value")}
     changes |= {"policy": str(tmp_path / "bert"), "reward_model": str(assets / "scalar")}
-    learner, _ = scrambled(TLDR, **changes)
+    learner, args = scrambled(TLDR, **changes)
     (tmp_path / "run").mkdir()
-    TLDR.save_policy(learner, tmp_path / "run")
+    TLDR.save_policy(learner, replace(args, run_dir=str(tmp_path / "run")))
     saved = load_file(tmp_path / "run" / "policy" / "adapter_model.safetensors")
     assert len(saved) == 4 == sum("policy" in name for name in trained(learner))  # A and B of query and value
 
@@ -939,9 +940,9 @@ WRONG_ADAPTERS = {
 
 
 @pytest.mark.parametrize("kind", WRONG_ADAPTERS)
-def test_reward_adapter_that_does_not_fit_is_refused(make_learner, assets, tmp_path, kind):
+def test_reward_adapter_that_does_not_fit_is_refused(make_learner, assets, tmp_path, ends_with, kind):
     WRONG_ADAPTERS[kind](assets, tmp_path / "wrong")
-    with pytest.raises(TLDR.Stop, match=r"--reward-model .*wrong"):
+    with ends_with(r"--reward-model .*wrong"):
         make_learner(TLDR, reward_model=str(tmp_path / "wrong"))
 
 
@@ -1136,20 +1137,22 @@ def test_targets_have_no_token_that_begins_texts(script, assets):
 
 
 @both
-def test_tokenizer_of_the_policy_may_come_from_elsewhere(script, assets, make_learner, tmp_path):
+def test_tokenizer_of_the_policy_may_come_from_elsewhere(script, assets, make_learner, tmp_path, ends_with):
     name = Path(tiny.flags(script.SCRIPT, assets)["policy"]).name
     shutil.copytree(assets / name, tmp_path / "bare", ignore=shutil.ignore_patterns("tokenizer*"))
-    with pytest.raises(script.Stop, match=r"--policy .*bare (has no tokenizer|cannot be loaded)"):
+    with ends_with(r"--policy .*bare (has no tokenizer|cannot be loaded)"):
         make_learner(script, policy=str(tmp_path / "bare"))
     learner, _ = make_learner(script, policy=str(tmp_path / "bare"), tokenizer=str(assets / name))
     assert len(learner.tokenizer) == policy_of(learner).config.vocab_size
-    with pytest.raises(script.Stop, match="--tokenizer missing cannot be loaded"):
+    with ends_with("--tokenizer missing cannot be loaded"):
         make_learner(script, tokenizer="missing")
     assert script.TOKENIZERS.keys() == {script.Args().policy}
 
 
 @both
-def test_code_that_comes_with_a_model_is_never_run_nor_asked_about(script, assets, make_learner, tmp_path, monkeypatch):
+def test_code_that_comes_with_a_model_is_never_run_nor_asked_about(
+    script, assets, make_learner, tmp_path, monkeypatch, ends_with
+):
     monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("asked"))
     flags = tiny.flags(script.SCRIPT, assets)
     folder = Path(shutil.copytree(flags["policy"], tmp_path / "policy"))
@@ -1157,7 +1160,7 @@ def test_code_that_comes_with_a_model_is_never_run_nor_asked_about(script, asset
     config = json.loads((folder / "config.json").read_text())
     config |= {"model_type": "evil", "auto_map": {"AutoConfig": "evil.Evil", "AutoModelForCausalLM": "evil.Evil"}}
     (folder / "config.json").write_text(json.dumps(config))
-    with pytest.raises(script.Stop, match=r"--policy .*contains custom code"):
+    with ends_with(r"--policy .*contains custom code"):
         make_learner(script, policy=str(folder))
     assert not (tmp_path / "ran").exists()
 
@@ -1232,7 +1235,7 @@ BAD_DATASETS = {
             tiny.write_jsonl(path / "train.jsonl", ROWS),
             tiny.write_jsonl(path / "validation.jsonl", [{"words": "a"}]),
         ),
-        "data",
+        "",
     ),
     "missing column in a validation split of its own": (
         lambda path: datasets.DatasetDict(
@@ -1242,26 +1245,25 @@ BAD_DATASETS = {
     ),
     "row without a text": (lambda path: tiny.write_jsonl(path, [*ROWS, {"label": "c"}]), "text is no text"),
     "numbers": (lambda path: tiny.write_jsonl(path, [{"text": 1}, {"text": 2}]), "text is no text"),
-    "empty file": (lambda path: path.write_text(""), "data"),
+    "empty file": (lambda path: path.write_text(""), ""),
     "one row": (lambda path: tiny.write_jsonl(path, ROWS[:1]), "too few"),
-    "no JSON": (lambda path: path.write_text("hello\n"), "data"),
-    "empty folder": (lambda path: path.mkdir(), "data"),
+    "no JSON": (lambda path: path.write_text("hello\n"), ""),
+    "empty folder": (lambda path: path.mkdir(), ""),
     "no training split": (
         lambda path: datasets.DatasetDict({"test": datasets.Dataset.from_list(ROWS)}).save_to_disk(path),
         "no split train",
     ),
-    "not there": (lambda path: path, "data"),
+    "not there": (lambda path: path, ""),
 }
 
 
 @both
 @pytest.mark.parametrize("kind", BAD_DATASETS)
-def test_unusable_data_set_is_refused_by_name(script, tmp_path, kind):
+def test_unusable_data_set_is_refused_by_name(script, tmp_path, ends_with, kind):
     make, words = BAD_DATASETS[kind]
     make(tmp_path / "data")
-    with pytest.raises(script.Stop, match=words) as caught:
+    with ends_with(f"--dataset {tmp_path / 'data'}.*{words}"):
         script.load_rows(script.Args(dataset=str(tmp_path / "data")), ["text"])
-    assert f"--dataset {tmp_path / 'data'}" in str(caught.value)
 
 
 PAPER = {  # Section 5.3, Table 7, and where the paper is silent the authors' scripts

@@ -2,6 +2,7 @@
 
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import datasets
@@ -85,7 +86,7 @@ def test_every_end_token_that_a_model_lists_ends_a_response(script, assets, make
     shown = [r[:-1] if e else r for r, e in zip(expected, ended)]
     assert texts[0] == [tokenizer.decode(p + r)[len(tokenizer.decode(p)) :] for p, r in zip(prompts, shown)]
     assert "" in texts[0]
-    script.save_policy(learner, tmp_path)
+    script.save_policy(learner, replace(args, run_dir=str(tmp_path)))
     if script is IMDB:  # nothing of the run's settings, all of the model's own
         assert GenerationConfig.from_pretrained(tmp_path / "policy").to_dict() == model.generation_config.to_dict()
 
@@ -171,18 +172,20 @@ def test_independent_outputs_of_a_classifier_are_sigmoids(make_learner, tmp_path
     "labels, problem_type",
     [(["POSITIVE"], None), (["POSITIVE"], "regression"), (["POSITIVE", "NEGATIVE"], "regression")],
 )
-def test_classifier_whose_outputs_are_no_probabilities_is_refused(make_learner, tmp_path, labels, problem_type):
+def test_classifier_whose_outputs_are_no_probabilities_is_refused(
+    make_learner, tmp_path, ends_with, labels, problem_type
+):
     causal_classifier(tmp_path, labels, problem_type=problem_type).save_pretrained(tmp_path)
-    with pytest.raises(BaseException, match=rf"--reward-model .*problem_type {problem_type}"):
+    with ends_with(rf"--reward-model .*problem_type {problem_type}"):
         make_learner(IMDB, reward_model=str(tmp_path))
 
 
 @both
-def test_reward_model_that_gives_nan_is_named(script, make_learner):
+def test_reward_model_that_gives_nan_is_named(script, make_learner, ends_with):
     learner, args = make_learner(script)
     learner.reward = lambda prompts, responses, rows: [0.5] * 7 + [float("nan")]
     for function in (lambda: script.rollout(learner, learner.rows[:8], args), lambda: script.evaluate(learner, args)):
-        with pytest.raises(BaseException, match="the reward model gives nan for '"):
+        with ends_with("the reward model gives nan for '", code=1):
             function()
 
 
@@ -264,7 +267,7 @@ def test_a_tokenizer_that_adds_an_end_changes_nothing(script, assets, make_learn
 
 
 @both
-def test_widths_and_positions_are_those_of_the_loaded_model(script, assets, make_learner, tmp_path):
+def test_widths_and_positions_are_those_of_the_loaded_model(script, assets, make_learner, tmp_path, ends_with):
     """A multimodal model keeps them in text_config; OPT-350m's last hidden states are narrower than the others."""
     text = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "head_dim": 8}
     text |= {"num_key_value_heads": 1, "max_position_embeddings": 96, "vocab_size": 320, "eos_token_id": 0}
@@ -301,7 +304,7 @@ def test_widths_and_positions_are_those_of_the_loaded_model(script, assets, make
             torch.testing.assert_close(logprob[: len(response)], expected, rtol=1e-4, atol=1e-4)
         losses = script.backward(learner, rollout, list(range(8)), args)
         assert losses["val/ratio"] == pytest.approx(1, abs=1e-4)
-        with pytest.raises(BaseException, match="the policy has 96 positions"):
+        with ends_with("the policy has 96 positions"):
             make_learner(script, prompt_length=95, **changes)
 
 
@@ -340,18 +343,20 @@ PADDING_MATTERS = {
 
 @both
 @pytest.mark.parametrize("kind", PADDING_MATTERS)
-def test_policy_whose_numbers_padding_changes_is_refused_by_name(script, assets, make_learner, tmp_path, kind):
+def test_policy_whose_numbers_padding_changes_is_refused_by_name(
+    script, assets, make_learner, tmp_path, ends_with, kind
+):
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(PADDING_MATTERS[kind])
     tiny.randomize(model.named_parameters(), 0.2)
     model.save_pretrained(tmp_path)
     AutoTokenizer.from_pretrained(assets / "gpt2").save_pretrained(tmp_path)
     changes = {"reward_model": str(assets / "scalar")} if script is TLDR else {}
-    with pytest.raises(BaseException, match=rf"--policy {tmp_path}: padding changes its numbers by \d"):
+    with ends_with(rf"--policy {tmp_path}: padding changes its numbers by \d"):
         make_learner(script, policy=str(tmp_path), **changes)
 
 
-def test_a_chat_template_counts_among_the_positions(assets, make_learner, tmp_path):
+def test_a_chat_template_counts_among_the_positions(assets, make_learner, tmp_path, ends_with):
     AutoModelForCausalLM.from_pretrained(assets / "llama").save_pretrained(tmp_path)
     tokenizer = AutoTokenizer.from_pretrained(assets / "llama")
     tokenizer.chat_template = "<u>{{ messages[0]['content'] }}</u>"
@@ -362,7 +367,7 @@ def test_a_chat_template_counts_among_the_positions(assets, make_learner, tmp_pa
     learner, args = make_learner(TLDR, **fits)
     rows = [{"prompt": "good " * 200, "label": " fine"}] * 8
     assert len(TLDR.rollout(learner, rows, args)[0].prompts[0]) == 90
-    with pytest.raises(BaseException, match=rf"is 97 with the {around} tokens around a post; the policy has 96"):
+    with ends_with(rf"is 97 with the {around} tokens around a post; the policy has 96"):
         make_learner(TLDR, **fits | {"prompt_length": fits["prompt_length"] + 1})
 
 
@@ -419,7 +424,7 @@ def test_splits_of_one_json_file_are_its_keys(script, tmp_path):
 
 @both
 @pytest.mark.parametrize("name", ["a.csv", "a.jsonl", "a.json", "folder/train.jsonl"])
-def test_text_that_is_not_utf_8_is_refused_by_that_name(script, tmp_path, name, capsys):
+def test_text_that_is_not_utf_8_is_refused_by_that_name(script, tmp_path, ends_with, name):
     path = tmp_path / name
     path.parent.mkdir(exist_ok=True)
     lines = [
@@ -427,7 +432,7 @@ def test_text_that_is_not_utf_8_is_refused_by_that_name(script, tmp_path, name, 
     ]
     path.write_bytes("\n".join(["text,label"] * (name == "a.csv") + lines).encode("latin-1"))
     dataset = path.parent if "/" in name else path
-    with pytest.raises(BaseException, match=rf"--dataset {dataset}.*'utf-8' codec can't decode"):
+    with ends_with(rf"--dataset {dataset}.*'utf-8' codec can't decode"):
         script.load_rows(script.Args(dataset=str(dataset)), ["text"])
 
 

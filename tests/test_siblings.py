@@ -7,7 +7,7 @@ import ast
 from itertools import combinations
 
 import pytest
-from conftest import CONTROL, LANGUAGE, ROOT, SCRIPTS
+from conftest import LANGUAGE, ROOT, SCRIPTS
 
 ALGORITHM = """
 docstring
@@ -20,13 +20,12 @@ evaluate_model main
 """
 # symmetric_ppo_loss is 2-D and masked here: test_loss.py compares it with the others.
 LANGUAGE_DOMAIN = """
-docstring Import ImportFrom PACKAGES TRAINING symmetric_ppo_loss gae backward train evaluate save_results main
+docstring Import ImportFrom PACKAGES TRAINING symmetric_ppo_loss gae backward train evaluate RULES fail check_args
+RunLog save_checkpoint load_checkpoint save_results open_run main
 """
-# To be removed: the language scripts still have the inside that the control scripts had.
-OLD_INSIDE = "VERSION write_atomic RunLog save_checkpoint load_checkpoint git_commit saved_args If"
 TASK = """
 docstring ImportFrom PACKAGES OOM_HINT TOKENIZERS ActorCritic generate Learner.docstring Learner.__init__
-encode_prompts rollout evaluate evaluate_saved summary save_policy validate
+encode_prompts rollout evaluate evaluate_saved summary save_policy RULES check_args
 Args.policy Args.reward_model Args.dataset Args.num_updates Args.beta Args.kl_coef Args.target_coef Args.prompt_length
 Args.response_length Args.min_response_length Args.top_k Args.num_trajectories Args.update_epochs Args.minibatch_size
 Args.micro_batch_size Args.rollout_batch_size Args.weight_decay Args.gamma Args.vf_coef Args.max_grad_norm
@@ -69,7 +68,7 @@ def differences(one, other):
     elif one.partition("_")[2] == other.partition("_")[2]:
         allowed = ALGORITHM
     else:
-        allowed = LANGUAGE_DOMAIN + OLD_INSIDE if {one, other} & set(LANGUAGE) else DOMAIN
+        allowed = LANGUAGE_DOMAIN if {one, other} & set(LANGUAGE) else DOMAIN
         common = {name for name in common if not name.startswith(("Args.", "Learner."))}
     assert len(common) >= 20
     return allowed, {name for name in common if ours[name] != theirs[name]}
@@ -81,7 +80,7 @@ def test_scripts_write_the_same_what_they_call_the_same(one, other):
     assert found <= set(allowed.split())
 
 
-@pytest.mark.parametrize("table", [ALGORITHM, DOMAIN], ids=["algorithm", "domain"])
+@pytest.mark.parametrize("table", [ALGORITHM, DOMAIN, LANGUAGE_DOMAIN, TASK])
 def test_what_is_listed_does_differ(table):
-    pairs = [differences(*pair) for pair in combinations(CONTROL, 2)]
+    pairs = [differences(*pair) for pair in combinations(SCRIPTS, 2)]
     assert set().union(*(found for allowed, found in pairs if allowed == table)) == set(table.split())

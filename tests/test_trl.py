@@ -30,7 +30,7 @@ def trainer(assets, tmp_path_factory):
     args = trl_baseline.Args(str(run_dir), **small(assets))
     script = trl_baseline.script
     learner = script.make_learner(trl_baseline.settings(args))
-    log = trl_baseline.Log(script.RunLog(run_dir, trl_baseline.settings(args), [], -1), args.num_updates)
+    log = trl_baseline.Log(script.RunLog(str(run_dir), -1), args.num_updates)
     return trl_baseline.make_trainer(args, run_dir, learner, log), learner, args
 
 
@@ -114,7 +114,8 @@ def test_runs_of_both_sides_stand_in_one_table(assets, tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    "flags, message", [({"num_updates": 0}, "--num-updates must be"), ({"policy": "nothing"}, "--policy nothing")]
+    "flags, message",
+    [({"num_updates": 0}, "--num-updates >= 1 must hold"), ({"policy": "nothing"}, "--policy nothing")],
 )
 def test_wrong_arguments_end_in_one_line(assets, tmp_path, flags, message):
     process = run("benchmark/peers/trl_baseline.py", small(assets) | flags, tmp_path)

@@ -69,7 +69,10 @@ def run(script, assets, run_dir, rank):
     with patch.multiple(script, rollout=spy, save_checkpoint=slow):
         for arguments in (tiny.command_line(flags), ["--resume", str(run_dir)]):
             with patch.object(sys, "argv", [script.__file__, *arguments]):
-                codes.append(script.main())
+                try:
+                    codes.append(script.main() or 0)
+                except SystemExit as end:
+                    codes.append(end.code)
             saved.append((run_dir / "checkpoint.pt").exists())
     torch.save(seen, f"{run_dir}-rank{rank}.pt")
     return codes, saved[0]

@@ -27,7 +27,7 @@ import time
 import warnings
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Literal
@@ -165,8 +165,9 @@ def language(side: str, paths: dict[str, str], updates: int, threads: int, lengt
             trl_baseline = importlib.import_module("peers.trl_baseline")
             trl_baseline.train(trl_baseline.Args(folder, **settings), Path(folder))
         else:
-            args = script.Args(**settings, alpha=1.0, beta=0.0, top_k=0, min_response_length=0, max_grad_norm=1e9)
-            script.train(replace(args, run_dir=folder), script.make_learner(args))
+            settings |= {"run_dir": folder, "alpha": 1.0, "beta": 0.0, "top_k": 0, "min_response_length": 0}
+            args = script.Args(**settings, max_grad_norm=1e9)
+            script.train(args, script.make_learner(args))
     wall, cpu = np.array(marks[-1]) - marks[0]
     total = LANGUAGE["num_trajectories"] * lengths["response_length"] * updates
     return Speed(total / wall, total / cpu, memory=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)

@@ -187,7 +187,7 @@ def train(args: Args, run_dir: Path) -> dict:
     start, commit = time.monotonic(), script.git_commit()
     learner = script.make_learner(settings(args))
     before, _ = script.evaluate(learner, settings(args))
-    log = Log(script.RunLog(run_dir, settings(args), [], -1), args.num_updates)
+    log = Log(script.RunLog(str(run_dir), -1), args.num_updates)
     log.log.write(0, before)
     make_trainer(args, run_dir, learner, log).train()
     gc.collect()
@@ -195,7 +195,7 @@ def train(args: Args, run_dir: Path) -> dict:
     learner.actor_critic.policy.generation_config = sampling  # TRL has changed it
     metrics, samples = script.evaluate(learner, settings(args))
     log.log.write(args.num_updates, metrics)
-    log.log.close()
+    log.log.writer.close()
     installed = {d.name: d.version for d in distributions()}
     result = {"script": SCRIPT, "policy": args.policy, "dataset": args.dataset, "seed": args.seed}
     result |= {"args": asdict(args), "reward_model": args.reward_model, "num_updates": args.num_updates}
@@ -208,6 +208,10 @@ def train(args: Args, run_dir: Path) -> dict:
     return result
 
 
+def write_json(path: Path, content: dict) -> None:
+    script.write_atomic(path, (json.dumps(content, indent=2) + "\n").encode())
+
+
 def main() -> int:
     args = tyro.cli(Args, description=__doc__)
     run_dir = Path(args.run_dir)
@@ -215,19 +219,15 @@ def main() -> int:
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     datasets.disable_progress_bars()
+    script.check_args(script.find_run(settings(args), set()))
+    run_dir.mkdir(parents=True, exist_ok=True)
+    write_json(run_dir / "args.json", {"script": SCRIPT, "args": asdict(args)})
     try:
-        script.validate(settings(args))
-        script.check_unused(run_dir)
-        run_dir.mkdir(parents=True, exist_ok=True)
-        script.write_json(run_dir / "args.json", {"script": SCRIPT, "args": asdict(args)})
         result = train(args, run_dir)
-    except script.Stop as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.code
     except KeyboardInterrupt:
         print("\nstopped; this script cannot resume", file=sys.stderr)
         return 130
-    script.write_json(run_dir / "result.json", result)
+    write_json(run_dir / "result.json", result)
     print(f"seed {args.seed}: {args.num_updates} updates, {json.dumps(result['eval_score'])}")
     return 0
 
