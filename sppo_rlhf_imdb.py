@@ -126,8 +126,7 @@ def begin_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:
 
 def first_half(review: str) -> str:
     """First half of a review's words."""
-    words = review.split()
-    return " ".join(words[: len(words) // 2])
+    return " ".join(review.split()[: len(review.split()) // 2])
 
 
 def encode_targets(tokenizer: PreTrainedTokenizerBase, rows: list[dict], max_length: int) -> list[list[int]]:
@@ -213,13 +212,6 @@ def check_same(flag: str, name: str, padded: Tensor, alone: Tensor, tolerance: f
     require(error <= tolerance, f"--{flag} {name}: padding changes its numbers by {error:.2g}; {instead}")
 
 
-def end_tokens(policy: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Every token that ends a response, first the tokenizer's own; chat models list others for the end of a turn."""
-    listed, rows = policy.generation_config.eos_token_id, policy.get_input_embeddings().num_embeddings
-    listed = listed if isinstance(listed, list) else [listed]
-    return list(dict.fromkeys([tokenizer.eos_token_id, *(i for i in listed if i is not None and i < rows)]))
-
-
 class ActorCritic(nn.Module):
     """Policy and value model in one module, which Accelerate wraps and whose gradients are clipped jointly."""
 
@@ -256,8 +248,9 @@ class Classifier:
     def logits(self, texts: list[str]) -> Tensor:
         """(text, label). Where a model reads the last token that is not padding, it is the last one of the text."""
         tokens = self.tokenizer(texts, truncation=True, max_length=self.max_length).input_ids if texts else []
+        unusable = {None, *(text[-1] for text in tokens)}
         candidates = self.tokenizer.pad_token_id, *range(self.model.get_input_embeddings().num_embeddings)
-        padding = next(i for i in candidates if i not in {None, *(text[-1] for text in tokens)})
+        padding = next(i for i in candidates if i not in unusable)
         self.model.config.get_text_config().pad_token_id = padding
         logits = torch.zeros(len(texts), self.model.config.num_labels)
         for batch in batches([len(text) for text in texts], self.batch_size):
@@ -364,8 +357,7 @@ def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, gae_lambda:
     values = torch.where(mask, values, 0.0)  # the episode is over after the last real token
     next_values = torch.cat([values[:, 1:], torch.zeros_like(values[:, :1])], dim=1)
     deltas = rewards + gamma * next_values - values
-    advantages = torch.zeros_like(values)
-    advantage = torch.zeros_like(values[:, 0])
+    advantages, advantage = torch.zeros_like(values), 0.0
     for t in reversed(range(rewards.shape[1])):
         advantages[:, t] = advantage = deltas[:, t] + gamma * gae_lambda * advantage
     return advantages, advantages + values
@@ -422,7 +414,6 @@ class Learner:
     """Data and networks of a run on this process: policy, value model, frozen reference and reward model."""
 
     def __init__(self, args: Args, accelerator: Accelerator):
-        """Ends when something cannot be loaded or does not fit together."""
         self.accelerator, self.device = accelerator, accelerator.device
         self.reward = RewardFunction(args.reward_function) if args.reward_function else None
         with accelerator.main_process_first():  # the others find the data set prepared
@@ -445,7 +436,10 @@ class Learner:
         for split, rows in (("training", self.rows), ("validation", self.validation)):
             enough = len(rows) >= accelerator.num_processes
             require(enough, f"--dataset {args.dataset} has {len(rows)} {split} reviews of at least two words")
-        self.own_generation_config, self.ends = policy.generation_config, end_tokens(policy, self.tokenizer)
+        self.own_generation_config, rows = policy.generation_config, policy.get_input_embeddings().num_embeddings
+        listed = self.own_generation_config.eos_token_id  # chat models list others for the end of a turn
+        listed = [i for i in (listed if isinstance(listed, list) else [listed]) if i is not None and i < rows]
+        self.ends = list(dict.fromkeys([self.tokenizer.eos_token_id, *listed]))  # every token that ends a response
         policy.generation_config = generation_config(args, self.ends)
         value_model = deepcopy(policy.base_model)
         self.reference = deepcopy(policy).to(self.device).eval().requires_grad_(False)
@@ -454,7 +448,8 @@ class Learner:
         torch.manual_seed(args.seed)  # the value head is the same in every process
         self.actor_critic = ActorCritic(policy, value_model).to(self.device).eval()  # eval: dropout is never active
         self.trained = {name: p for name, p in self.actor_critic.named_parameters() if p.requires_grad}
-        matrices, others = ([p for p in self.trained.values() if (p.ndim > 1) == decays] for decays in (True, False))
+        matrices = [p for p in self.trained.values() if p.ndim > 1]
+        others = [p for p in self.trained.values() if p.ndim <= 1]  # biases and norms
         groups = [{"params": matrices, "weight_decay": args.weight_decay}, {"params": others, "weight_decay": 0.0}]
         optimizer = torch.optim.AdamW(groups, args.learning_rate, eps=1e-5, fused=True)
         self.model, self.optimizer = accelerator.prepare(self.actor_critic, optimizer)
@@ -526,11 +521,7 @@ def rollout(learner: Learner, rows: list[dict], args: Args) -> tuple[Rollout, di
 
 
 def backward(learner: Learner, trajectories: Rollout, rows: list[int], args: Args) -> dict[str, float]:
-    """Gradients of a minibatch, this process's rows of its rollout, and its losses as {tag: mean}.
-
-    Every mean is over the real tokens of the whole minibatch, of all micro-batches and all processes: a micro-batch
-    counts by its share of the tokens. Gradients are averaged over processes, hence the factor num_processes.
-    """
+    """Gradients of a minibatch, this process's rows of its rollout, and its losses as {tag: mean over processes}."""
     minibatch_mask, advantages = trajectories.mask[rows], trajectories.advantages[rows]
     normalized = normalize(advantages, minibatch_mask, learner.sum) if args.norm_adv else advantages
     num_tokens = learner.sum(minibatch_mask.sum())
@@ -552,10 +543,10 @@ def backward(learner: Learner, trajectories: Rollout, rows: list[int], args: Arg
             policy_loss = symmetric_ppo_loss(logprob, old_logprob, A_normalized, *weights, mask)
             returns = trajectories.returns[micro, :R]
             value_loss = clipped_value_loss(values, old_values, returns, args.clip_coef_value, mask)
-            share = mask.sum() / num_tokens
+            share = mask.sum() / num_tokens  # every mean is over the real tokens of the whole minibatch
             target_loss = -torch.where(target_mask, target_logprob, 0.0).sum() / num_target_tokens
             loss = share * (policy_loss + args.vf_coef * value_loss) + args.target_coef * target_loss
-            learner.accelerator.backward(loss * learner.accelerator.num_processes)
+            learner.accelerator.backward(loss * learner.accelerator.num_processes)  # which averages the gradients
 
         with torch.no_grad():
             logratio = torch.where(mask, logprob - old_logprob, 0.0)
@@ -613,17 +604,16 @@ def train(args: Args, learner: Learner) -> None:
                 require(np.isfinite(grad_norm), failed + "Try a lower --learning-rate or a lower --beta", code=1)
                 learner.optimizer.step()
                 stats.append(losses | {"losses/grad_norm": grad_norm})
-        rollout_seconds, update_seconds = update_start - rollout_start, time.perf_counter() - update_start
-        num_tokens = metrics["val/response_length"] * args.num_trajectories
-        spent = {"rollout_tokens": num_tokens, "generation_seconds": metrics["perf/generation_seconds"]}
-        spent |= {"rollout_seconds": rollout_seconds, "update_seconds": update_seconds}
+        spent = {"rollout_seconds": update_start - rollout_start, "update_seconds": time.perf_counter() - update_start}
+        spent["rollout_tokens"] = metrics["val/response_length"] * args.num_trajectories
+        spent["generation_seconds"] = metrics["perf/generation_seconds"]
         counters |= {name: counters[name] + x for name, x in spent.items()}
         counters |= {"update": update, "wall_seconds": time.monotonic() - start_time}
 
         # Evaluate, log, save
         metrics |= {tag: float(np.mean([s[tag] for s in stats])) for tag in stats[0]}
-        metrics["perf/rollout_tokens_per_second"] = num_tokens / rollout_seconds
-        metrics["perf/update_tokens_per_second"] = num_tokens * args.update_epochs / update_seconds
+        for phase, passes in (("rollout", 1), ("update", args.update_epochs)):
+            metrics[f"perf/{phase}_tokens_per_second"] = passes * spent["rollout_tokens"] / spent[f"{phase}_seconds"]
         if args.eval_every and update % args.eval_every == 0 and update < args.num_updates:
             metrics |= evaluate(learner, args)[0]
         counters["metrics"] = metrics
@@ -647,18 +637,15 @@ def train(args: Args, learner: Learner) -> None:
         save_policy(learner, args)
         say("trained and saved; evaluating")
     metrics, samples = evaluate(learner, args)
-    counters["peak_memory_gib"] = learner.sum(peak_memory(learner.device)).item()
-    counters["wall_seconds"] = time.monotonic() - start_time
+    peak_memory_gib = learner.sum(peak_memory(learner.device)).item()
+    counters |= {"peak_memory_gib": peak_memory_gib, "wall_seconds": time.monotonic() - start_time}
     if main_process:
         log.write(args.num_updates, counters["metrics"] | metrics)
         save_results(learner, args, metrics, samples, counters, commit)
 
 
 def evaluate(learner: Learner, args: Args) -> tuple[dict[str, float], list[dict]]:
-    """Scores and perplexity of Table 3 on the validation reviews as {tag: value}, and what was scored.
-
-    Empty responses, responses cut in half and the reviews themselves are scored as well (compare Figure 1, Table 15).
-    """
+    """Scores and perplexity of Table 3 on the validation reviews as {tag: value}, and what was scored."""
     seed_everything(args.seed, EVALUATION, learner.accelerator.process_index)
     index = learner.shard(range(len(learner.validation))[: args.eval_samples or None])
     rows = [learner.validation[i] for i in index]
@@ -673,7 +660,7 @@ def evaluate(learner: Learner, args: Args) -> tuple[dict[str, float], list[dict]
     samples = [dict(zip(columns, values)) for values in zip(*columns.values())]
     samples = sorted(gather_object(samples), key=lambda sample: sample["index"])
     metrics = {f"eval/{name}": float(np.mean([sample[name] for sample in samples])) for name in scored}
-    for name in ("empty", "truncated"):
+    for name in ("empty", "truncated"):  # how often these score above the policy's own (compare Figure 1, Table 15)
         metrics[f"eval/{name}_wins"] = float(np.mean([s[f"score_{name}"] > s["score"] for s in samples]))
     texts = [row["text"] for row in learner.validation]
     metrics["eval/perplexity"] = perplexity(learner, learner.actor_critic.policy, texts)
@@ -684,8 +671,7 @@ def evaluate_saved(args: Args) -> dict[str, float]:
     """Metrics of a finished run's policy, on the prompts of its final evaluation. Ends when there is none."""
     path = Path(args.run_dir, "policy")
     require(path.exists(), f"{args.run_dir} holds no policy: it is written at the end of training")
-    learner = make_learner(replace(args, policy=str(path), tokenizer=None))
-    return evaluate(learner, args)[0]
+    return evaluate(make_learner(replace(args, policy=str(path), tokenizer=None)), args)[0]
 
 
 @torch.no_grad()
@@ -842,8 +828,8 @@ def load_rows(args: Args, columns: Sequence[str]) -> tuple[list[dict], list[dict
 
 def check_vocabulary(flag: str, name: str, tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> None:
     """End when the tokenizer has tokens that the model has no embedding for, or no end-of-text token."""
-    found = tokenizer("text", add_special_tokens=False).input_ids  # none by the empty one transformers may make up
-    require(found, f"--{flag} {name} has no tokenizer{': give one with --tokenizer' * (flag == 'policy')}")
+    tokens = tokenizer("text", add_special_tokens=False).input_ids  # transformers may make an empty tokenizer up
+    require(tokens, f"--{flag} {name} has no tokenizer{': give one with --tokenizer' * (flag == 'policy')}")
     rows = model.get_input_embeddings().num_embeddings
     message = f"--{flag} {name}: the tokenizer has {len(tokenizer)} tokens and the model embeddings for {rows}"
     require(len(tokenizer) <= rows, message + "; they belong to different models")
@@ -957,12 +943,12 @@ def save_results(
     write_atomic(run_dir / "eval_samples.jsonl", "".join(json.dumps(sample) + "\n" for sample in samples).encode())
     versions = {"python": sys.version.split()[0]} | {d.name: d.version for d in distributions() if d.name in PACKAGES}
     scores, before = ({tag.replace("/", "_"): x for tag, x in m.items()} for m in (metrics, counters["before"]))
-    tokens, seconds = counters["rollout_tokens"], counters["rollout_seconds"] + counters["update_seconds"]
+    seconds = counters["rollout_seconds"] + counters["update_seconds"]
     result = {"script": SCRIPT, "policy": args.policy, "dataset": args.dataset, "seed": args.seed, "args": asdict(args)}
     result |= {"reward_model": args.reward_function or args.reward_model, "num_updates": counters["update"]} | scores
     result |= {"eval_scores": [round(sample["score"], 6) for sample in samples], "before": before}
-    result["rollout_tokens_per_second"] = tokens / counters["rollout_seconds"]
-    result["update_tokens_per_second"] = tokens * args.update_epochs / counters["update_seconds"]
+    for phase, passes in (("rollout", 1), ("update", args.update_epochs)):
+        result[f"{phase}_tokens_per_second"] = passes * counters["rollout_tokens"] / counters[f"{phase}_seconds"]
     result["generation_time_share"] = counters["generation_seconds"] / seconds
     result["device"] = torch.cuda.get_device_name() if learner.device.type == "cuda" else "cpu"
     result |= {name: counters[name] for name in ("num_processes_from", "peak_memory_gib", "wall_seconds")}
@@ -1045,9 +1031,9 @@ def main() -> None:
         if RANK == 0 and args.resume is not None:
             open_run(args)
         learner = make_learner(args)
-        if RANK == 0 and args.resume is None:  # when everything is loaded and fits
-            open_run(args)
         if RANK == 0:
+            if args.resume is None:  # when everything is loaded and fits
+                open_run(args)
             resume = [*sys.orig_argv[: len(sys.orig_argv) - len(sys.argv) + 1], "--resume", args.run_dir]
             say(f"run directory {args.run_dir}; should it stop, go on with: {shlex.join(resume)}")
         if RANK == 0 and args.track:

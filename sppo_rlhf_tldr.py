@@ -70,10 +70,8 @@ VERSION = 3  # of the format of checkpoint.pt
 RANK, WORLD_SIZE = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1)))
 TRAINING, EVALUATION = 0, 1  # streams of random numbers
 MAY_CHANGE = ("--micro-batch-size", "--rollout-batch-size")  # on resume and for an evaluation
-OOM_HINT = (
-    "lower --micro-batch-size and --rollout-batch-size, which --resume takes as well, "
-    "or begin anew with --gradient-checkpointing or a smaller --base-precision"
-)
+OOM_HINT = "lower --micro-batch-size and --rollout-batch-size, which --resume takes as well, or begin anew with "
+OOM_HINT += "--gradient-checkpointing or a smaller --base-precision"
 TOKENIZERS = {"CarperAI/openai_summarize_tldr_sft": "EleutherAI/gpt-j-6b"}  # where the authors took it
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 PACKAGES = ("torch", "transformers", "datasets", "accelerate", "peft", "numpy")  # their versions go into result.json
@@ -166,10 +164,7 @@ def encode_labels(tokenizer: PreTrainedTokenizerBase, rows: list[dict], max_leng
 def encode_prompts(
     tokenizer: PreTrainedTokenizerBase, rows: list[dict], max_length: int, instruction: str | None = None
 ) -> list[list[int]]:
-    """Prompts: posts, their end cut off at max_length tokens, and "TL;DR:", which a post may have at its end already.
-
-    With an instruction: a chat in which the user gives it and then the post, and the assistant is to answer.
-    """
+    """Posts, their end cut off at max_length tokens, and "TL;DR:"; with an instruction, chats of it and a post."""
     posts = [row["prompt"].strip().removesuffix("TL;DR:").strip() for row in rows]
     if instruction is None:
         before, (after,) = begin_tokens(tokenizer), encode_inside(tokenizer, [PROMPT_END])
@@ -252,23 +247,13 @@ def check_same(flag: str, name: str, padded: Tensor, alone: Tensor, tolerance: f
     require(error <= tolerance, f"--{flag} {name}: padding changes its numbers by {error:.2g}; {instead}")
 
 
-def end_tokens(policy: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Every token that ends a response, first the tokenizer's own; chat models list others for the end of a turn."""
-    listed, rows = policy.generation_config.eos_token_id, policy.get_input_embeddings().num_embeddings
-    listed = listed if isinstance(listed, list) else [listed]
-    return list(dict.fromkeys([tokenizer.eos_token_id, *(i for i in listed if i is not None and i < rows)]))
-
-
 class ActorCritic(nn.Module):
-    """One base model with LoRA adapters for policy, value and perhaps reward; with all off, it is the reference.
-
-    peft finds an adapter by its name in those of the parameters: no module of a model may have the same.
-    """
+    """One base model with LoRA adapters for policy, value and perhaps reward; with all off, it is the reference."""
 
     def __init__(self, base: PreTrainedModel, args: Args):
         super().__init__()
         lora = LoraConfig(r=args.lora_rank, lora_alpha=args.lora_alpha, target_modules=list(args.lora_targets))
-        self.lm = base  # the adapters are put into it
+        self.lm = base  # the adapters are put into it; peft finds them by names that no module of it may have
         self.adapters = get_peft_model(base, lora, adapter_name="policy_adapter")
         self.adapters.add_adapter("value_adapter", lora)
         self.value_head = nn.Linear(hidden_size(base), 1)
@@ -344,8 +329,9 @@ class Classifier:
     def logits(self, texts: list[str]) -> Tensor:
         """(text, label). Where a model reads the last token that is not padding, it is the last one of the text."""
         tokens = self.tokenizer(texts, truncation=True, max_length=self.max_length).input_ids if texts else []
+        unusable = {None, *(text[-1] for text in tokens)}
         candidates = self.tokenizer.pad_token_id, *range(self.model.get_input_embeddings().num_embeddings)
-        padding = next(i for i in candidates if i not in {None, *(text[-1] for text in tokens)})
+        padding = next(i for i in candidates if i not in unusable)
         self.model.config.get_text_config().pad_token_id = padding
         logits = torch.zeros(len(texts), self.model.config.num_labels)
         for batch in batches([len(text) for text in texts], self.batch_size):
@@ -489,8 +475,7 @@ def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, gae_lambda:
     values = torch.where(mask, values, 0.0)  # the episode is over after the last real token
     next_values = torch.cat([values[:, 1:], torch.zeros_like(values[:, :1])], dim=1)
     deltas = rewards + gamma * next_values - values
-    advantages = torch.zeros_like(values)
-    advantage = torch.zeros_like(values[:, 0])
+    advantages, advantage = torch.zeros_like(values), 0.0
     for t in reversed(range(rewards.shape[1])):
         advantages[:, t] = advantage = deltas[:, t] + gamma * gae_lambda * advantage
     return advantages, advantages + values
@@ -564,7 +549,6 @@ class Learner:
     """Data and networks of a run on this process: the base model with its adapters, and the reward."""
 
     def __init__(self, args: Args, accelerator: Accelerator):
-        """Ends when something cannot be loaded or does not fit together."""
         self.accelerator, self.device = accelerator, accelerator.device
         self.reward = RewardFunction(args.reward_function) if args.reward_function else None
         with accelerator.main_process_first():  # the others find the data set prepared
@@ -602,11 +586,15 @@ class Learner:
         references = "".join(row["label"].strip() for row in self.validation[: args.eval_samples or None])
         enough = len(self.tokenizer(references, add_special_tokens=False, verbose=False).input_ids) > 1
         require(enough, f"--dataset {args.dataset}: its references are empty, and perplexity would be that of nothing")
-        self.own_generation_config, self.ends = base.generation_config, end_tokens(base, self.tokenizer)
+        self.own_generation_config, rows = base.generation_config, base.get_input_embeddings().num_embeddings
+        listed = self.own_generation_config.eos_token_id  # chat models list others for the end of a turn
+        listed = [i for i in (listed if isinstance(listed, list) else [listed]) if i is not None and i < rows]
+        self.ends = list(dict.fromkeys([self.tokenizer.eos_token_id, *listed]))  # every token that ends a response
         base.generation_config = generation_config(args, self.ends)
         eval_mode(self.actor_critic.to(self.device))
         self.trained = {name: p for name, p in self.actor_critic.named_parameters() if p.requires_grad}
-        matrices, others = ([p for p in self.trained.values() if (p.ndim > 1) == decays] for decays in (True, False))
+        matrices = [p for p in self.trained.values() if p.ndim > 1]
+        others = [p for p in self.trained.values() if p.ndim <= 1]  # biases and norms
         groups = [{"params": matrices, "weight_decay": args.weight_decay}, {"params": others, "weight_decay": 0.0}]
         optimizer = torch.optim.AdamW(groups, args.learning_rate, eps=1e-5, fused=True)
         self.model, self.optimizer = accelerator.prepare(self.actor_critic, optimizer)
@@ -680,11 +668,7 @@ def rollout(learner: Learner, rows: list[dict], args: Args) -> tuple[Rollout, di
 
 
 def backward(learner: Learner, trajectories: Rollout, rows: list[int], args: Args) -> dict[str, float]:
-    """Gradients of a minibatch, this process's rows of its rollout, and its losses as {tag: mean}.
-
-    Every mean is over the real tokens of the whole minibatch, of all micro-batches and all processes: a micro-batch
-    counts by its share of the tokens. Gradients are averaged over processes, hence the factor num_processes.
-    """
+    """Gradients of a minibatch, this process's rows of its rollout, and its losses as {tag: mean over processes}."""
     minibatch_mask, advantages = trajectories.mask[rows], trajectories.advantages[rows]
     normalized = normalize(advantages, minibatch_mask, learner.sum) if args.norm_adv else advantages
     num_tokens = learner.sum(minibatch_mask.sum())
@@ -706,10 +690,10 @@ def backward(learner: Learner, trajectories: Rollout, rows: list[int], args: Arg
             policy_loss = symmetric_ppo_loss(logprob, old_logprob, A_normalized, *weights, mask)
             returns = trajectories.returns[micro, :R]
             value_loss = clipped_value_loss(values, old_values, returns, args.clip_coef_value, mask)
-            share = mask.sum() / num_tokens
+            share = mask.sum() / num_tokens  # every mean is over the real tokens of the whole minibatch
             target_loss = -torch.where(target_mask, target_logprob, 0.0).sum() / num_target_tokens
             loss = share * (policy_loss + args.vf_coef * value_loss) + args.target_coef * target_loss
-            learner.accelerator.backward(loss * learner.accelerator.num_processes)
+            learner.accelerator.backward(loss * learner.accelerator.num_processes)  # which averages the gradients
 
         with torch.no_grad():
             logratio = torch.where(mask, logprob - old_logprob, 0.0)
@@ -767,17 +751,16 @@ def train(args: Args, learner: Learner) -> None:
                 require(np.isfinite(grad_norm), failed + "Try a lower --learning-rate or a lower --beta", code=1)
                 learner.optimizer.step()
                 stats.append(losses | {"losses/grad_norm": grad_norm})
-        rollout_seconds, update_seconds = update_start - rollout_start, time.perf_counter() - update_start
-        num_tokens = metrics["val/response_length"] * args.num_trajectories
-        spent = {"rollout_tokens": num_tokens, "generation_seconds": metrics["perf/generation_seconds"]}
-        spent |= {"rollout_seconds": rollout_seconds, "update_seconds": update_seconds}
+        spent = {"rollout_seconds": update_start - rollout_start, "update_seconds": time.perf_counter() - update_start}
+        spent["rollout_tokens"] = metrics["val/response_length"] * args.num_trajectories
+        spent["generation_seconds"] = metrics["perf/generation_seconds"]
         counters |= {name: counters[name] + x for name, x in spent.items()}
         counters |= {"update": update, "wall_seconds": time.monotonic() - start_time}
 
         # Evaluate, log, save
         metrics |= {tag: float(np.mean([s[tag] for s in stats])) for tag in stats[0]}
-        metrics["perf/rollout_tokens_per_second"] = num_tokens / rollout_seconds
-        metrics["perf/update_tokens_per_second"] = num_tokens * args.update_epochs / update_seconds
+        for phase, passes in (("rollout", 1), ("update", args.update_epochs)):
+            metrics[f"perf/{phase}_tokens_per_second"] = passes * spent["rollout_tokens"] / spent[f"{phase}_seconds"]
         if args.eval_every and update % args.eval_every == 0 and update < args.num_updates:
             metrics |= evaluate(learner, args)[0]
         counters["metrics"] = metrics
@@ -801,18 +784,15 @@ def train(args: Args, learner: Learner) -> None:
         save_policy(learner, args)
         say("trained and saved; evaluating")
     metrics, samples = evaluate(learner, args)
-    counters["peak_memory_gib"] = learner.sum(peak_memory(learner.device)).item()
-    counters["wall_seconds"] = time.monotonic() - start_time
+    peak_memory_gib = learner.sum(peak_memory(learner.device)).item()
+    counters |= {"peak_memory_gib": peak_memory_gib, "wall_seconds": time.monotonic() - start_time}
     if main_process:
         log.write(args.num_updates, counters["metrics"] | metrics)
         save_results(learner, args, metrics, samples, counters, commit)
 
 
 def evaluate(learner: Learner, args: Args) -> tuple[dict[str, float], list[dict]]:
-    """Scores and perplexity of Table 3, and ROUGE, on the validation posts as {tag: value}, and what was scored.
-
-    Empty summaries, summaries cut in half and the human ones are scored as well (compare Figure 1, Table 15).
-    """
+    """Scores and perplexity of Table 3, and ROUGE, on the validation posts as {tag: value}, and what was scored."""
     tokenizer = learner.tokenizer
     seed_everything(args.seed, EVALUATION, learner.accelerator.process_index)
     index = learner.shard(range(len(learner.validation))[: args.eval_samples or None])
@@ -833,7 +813,7 @@ def evaluate(learner: Learner, args: Args) -> tuple[dict[str, float], list[dict]
     samples = [dict(zip(columns, values)) for values in zip(*columns.values())]
     samples = sorted(gather_object(samples), key=lambda sample: sample["index"])
     metrics = {f"eval/{name}": float(np.mean([sample[name] for sample in samples])) for name in scored}
-    for name in ("empty", "truncated"):
+    for name in ("empty", "truncated"):  # how often these score above the policy's own (compare Figure 1, Table 15)
         metrics[f"eval/{name}_wins"] = float(np.mean([s[f"score_{name}"] > s["score"] for s in samples]))
     texts = [sample["reference"] for sample in samples]
     metrics["eval/perplexity"] = perplexity(learner, learner.actor_critic.switch_to("policy_adapter"), texts)
@@ -925,10 +905,8 @@ def check_args(args: Args) -> None:
         tokenizer = args.tokenizer or TOKENIZERS.get(args.policy)
         used = name in (args.policy, tokenizer, args.reward_model, args.dataset) and not Path(name).exists()
         require(used, f"--revision {name} is no hub id among --policy, --tokenizer, --reward-model and --dataset")
-    for wanted, flag, package in (
-        (args.track, "--track", "wandb"),
-        (args.base_precision == "4bit", "--base-precision 4bit", "bitsandbytes"),
-    ):
+    four_bit = args.base_precision == "4bit", "--base-precision 4bit", "bitsandbytes"
+    for wanted, flag, package in ((args.track, "--track", "wandb"), four_bit):
         spec = find_spec(package)
         if wanted and (spec is None or spec.origin is None):  # an empty folder has a spec, but no origin
             fail(f"{flag} needs {package}: pip install {package}")
@@ -1010,8 +988,8 @@ def load_rows(args: Args, columns: Sequence[str]) -> tuple[list[dict], list[dict
 
 def check_vocabulary(flag: str, name: str, tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> None:
     """End when the tokenizer has tokens that the model has no embedding for, or no end-of-text token."""
-    found = tokenizer("text", add_special_tokens=False).input_ids  # none by the empty one transformers may make up
-    require(found, f"--{flag} {name} has no tokenizer{': give one with --tokenizer' * (flag == 'policy')}")
+    tokens = tokenizer("text", add_special_tokens=False).input_ids  # transformers may make an empty tokenizer up
+    require(tokens, f"--{flag} {name} has no tokenizer{': give one with --tokenizer' * (flag == 'policy')}")
     rows = model.get_input_embeddings().num_embeddings
     message = f"--{flag} {name}: the tokenizer has {len(tokenizer)} tokens and the model embeddings for {rows}"
     require(len(tokenizer) <= rows, message + "; they belong to different models")
@@ -1124,12 +1102,12 @@ def save_results(
     write_atomic(run_dir / "eval_samples.jsonl", "".join(json.dumps(sample) + "\n" for sample in samples).encode())
     versions = {"python": sys.version.split()[0]} | {d.name: d.version for d in distributions() if d.name in PACKAGES}
     scores, before = ({tag.replace("/", "_"): x for tag, x in m.items()} for m in (metrics, counters["before"]))
-    tokens, seconds = counters["rollout_tokens"], counters["rollout_seconds"] + counters["update_seconds"]
+    seconds = counters["rollout_seconds"] + counters["update_seconds"]
     result = {"script": SCRIPT, "policy": args.policy, "dataset": args.dataset, "seed": args.seed, "args": asdict(args)}
     result |= {"reward_model": args.reward_function or args.reward_model, "num_updates": counters["update"]} | scores
     result |= {"eval_scores": [round(sample["score"], 6) for sample in samples], "before": before}
-    result["rollout_tokens_per_second"] = tokens / counters["rollout_seconds"]
-    result["update_tokens_per_second"] = tokens * args.update_epochs / counters["update_seconds"]
+    for phase, passes in (("rollout", 1), ("update", args.update_epochs)):
+        result[f"{phase}_tokens_per_second"] = passes * counters["rollout_tokens"] / counters[f"{phase}_seconds"]
     result["generation_time_share"] = counters["generation_seconds"] / seconds
     result["device"] = torch.cuda.get_device_name() if learner.device.type == "cuda" else "cpu"
     result |= {name: counters[name] for name in ("num_processes_from", "peak_memory_gib", "wall_seconds")}
@@ -1212,9 +1190,9 @@ def main() -> None:
         if RANK == 0 and args.resume is not None:
             open_run(args)
         learner = make_learner(args)
-        if RANK == 0 and args.resume is None:  # when everything is loaded and fits
-            open_run(args)
         if RANK == 0:
+            if args.resume is None:  # when everything is loaded and fits
+                open_run(args)
             resume = [*sys.orig_argv[: len(sys.orig_argv) - len(sys.argv) + 1], "--resume", args.run_dir]
             say(f"run directory {args.run_dir}; should it stop, go on with: {shlex.join(resume)}")
         if RANK == 0 and args.track:
