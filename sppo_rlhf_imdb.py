@@ -54,14 +54,8 @@ from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.utils.tensorboard import SummaryWriter
-from transformers import (
-    AutoModelForCausalLM,
-    AutoModelForSequenceClassification,
-    AutoTokenizer,
-    GenerationConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel
+from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from transformers.utils.peft_utils import find_adapter_config_file
 
 SCRIPT = Path(__file__).stem
@@ -132,8 +126,7 @@ def begin_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:
 
 def first_half(review: str) -> str:
     """First half of a review's words."""
-    words = review.split()
-    return " ".join(words[: len(words) // 2])
+    return " ".join(review.split()[: len(review.split()) // 2])
 
 
 def encode_targets(tokenizer: PreTrainedTokenizerBase, rows: list[dict], max_length: int) -> list[list[int]]:
@@ -156,19 +149,13 @@ def continuation(tokenizer: PreTrainedTokenizerBase, prompt: list[int], response
     return tokenizer.decode(prompt + response, skip_special_tokens=True)[len(before) :]
 
 
-def pad(
-    prompts: list[list[int]], responses: list[list[int]], device: torch.device, padding: int = 0
-) -> tuple[Tensor, ...]:
-    """Prompts padded on the left and responses on the right, so that all responses begin in one column.
-
-    Returns tokens and attention mask, both (batch, longest prompt + longest response), and the mask of the responses'
-    real tokens, (batch, longest response). The masks keep padding out of everything, whatever token it is.
-    """
+def pad(prompts: list[list[int]], responses: list[list[int]], device: torch.device, padding: int = 0) -> tuple:
+    """Tokens and mask, prompts padded on the left and responses on the right, and the mask of the responses alone."""
     P, R = max(map(len, prompts)), max(map(len, responses))
     tokens = [[padding] * (P - len(p)) + p + r + [padding] * (R - len(r)) for p, r in zip(prompts, responses)]
     mask = [[0] * (P - len(p)) + [1] * (len(p) + len(r)) + [0] * (R - len(r)) for p, r in zip(prompts, responses)]
-    tokens, mask = torch.tensor(tokens, device=device), torch.tensor(mask, device=device)
-    return tokens, mask, mask[:, P:].bool()
+    tokens, mask = torch.tensor(tokens, device=device), torch.tensor(mask, device=device)  # (batch, P + R)
+    return tokens, mask, mask[:, P:].bool()  # the masks keep padding out of everything, whatever token it is
 
 
 def batches(lengths: list[int], size: int) -> list[list[int]]:
@@ -190,8 +177,8 @@ def token_logprobs(logits: Tensor, tokens: Tensor) -> Tensor:
 def response_logprobs(lm: nn.Module, tokens: Tensor, attention_mask: Tensor, num_actions: int) -> Tensor:
     """Log-probabilities (batch, num_actions) of the last num_actions tokens, each from the logits one token before."""
     options = {"position_ids": positions(attention_mask), "use_cache": False, "logits_to_keep": num_actions + 1}
-    out = lm(tokens, attention_mask=attention_mask, **options)
-    return token_logprobs(out.logits[:, -num_actions - 1 : -1], tokens[:, -num_actions:])
+    logits = lm(tokens, attention_mask=attention_mask, **options).logits
+    return token_logprobs(logits[:, -num_actions - 1 : -1], tokens[:, -num_actions:])
 
 
 def num_positions(model: PreTrainedModel) -> int:
@@ -225,13 +212,6 @@ def check_same(flag: str, name: str, padded: Tensor, alone: Tensor, tolerance: f
     require(error <= tolerance, f"--{flag} {name}: padding changes its numbers by {error:.2g}; {instead}")
 
 
-def end_tokens(policy: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Every token that ends a response, first the tokenizer's own; chat models list others for the end of a turn."""
-    listed, rows = policy.generation_config.eos_token_id, policy.get_input_embeddings().num_embeddings
-    listed = listed if isinstance(listed, list) else [listed]
-    return list(dict.fromkeys([tokenizer.eos_token_id, *(i for i in listed if i is not None and i < rows)]))
-
-
 class ActorCritic(nn.Module):
     """Policy and value model in one module, which Accelerate wraps and whose gradients are clipped jointly."""
 
@@ -243,10 +223,10 @@ class ActorCritic(nn.Module):
     def forward(self, tokens: Tensor, attention_mask: Tensor, num_actions: int, num_rows: int | None = None):
         """Log-probabilities of the last num_actions tokens, and values before them of the first num_rows sequences."""
         logprob = response_logprobs(self.policy, tokens, attention_mask, num_actions)
-        tokens, attention_mask = tokens[:num_rows], attention_mask[:num_rows]
-        options = {"position_ids": positions(attention_mask), "use_cache": False}
-        hidden = self.value_model(tokens, attention_mask=attention_mask, **options).last_hidden_state
-        return logprob, self.value_head(hidden[:, -num_actions - 1 : -1].float()).squeeze(-1)
+        tokens, mask = tokens[:num_rows], attention_mask[:num_rows]
+        out = self.value_model(tokens, attention_mask=mask, position_ids=positions(mask), use_cache=False)
+        hidden = out.last_hidden_state[:, -num_actions - 1 : -1].float()
+        return logprob, self.value_head(hidden).squeeze(-1)
 
 
 class Classifier:
@@ -255,7 +235,7 @@ class Classifier:
     def __init__(self, args: Args, device: torch.device):
         name, auto_class = args.reward_model, AutoModelForSequenceClassification
         self.model = load_network(args, "reward-model", name, auto_class, dtype=torch.float32)  # not that of the file
-        self.tokenizer = load_auto(args, "reward-model", name, AutoTokenizer)
+        self.tokenizer = load_pretrained(args, "reward-model", name, AutoTokenizer)
         check_vocabulary("reward-model", name, self.tokenizer, self.model)
         self.batch_size = args.rollout_batch_size
         self.max_length = min(self.tokenizer.model_max_length, num_positions(self.model))
@@ -268,9 +248,9 @@ class Classifier:
     def logits(self, texts: list[str]) -> Tensor:
         """(text, label). Where a model reads the last token that is not padding, it is the last one of the text."""
         tokens = self.tokenizer(texts, truncation=True, max_length=self.max_length).input_ids if texts else []
-        lasts, vocabulary = {text[-1] for text in tokens}, self.model.get_input_embeddings().num_embeddings
-        candidates = [self.tokenizer.pad_token_id, *range(vocabulary)]
-        padding = next(i for i in candidates if i is not None and i not in lasts)
+        unusable = {None, *(text[-1] for text in tokens)}
+        candidates = self.tokenizer.pad_token_id, *range(self.model.get_input_embeddings().num_embeddings)
+        padding = next(i for i in candidates if i not in unusable)
         self.model.config.get_text_config().pad_token_id = padding
         logits = torch.zeros(len(texts), self.model.config.num_labels)
         for batch in batches([len(text) for text in texts], self.batch_size):
@@ -288,10 +268,10 @@ class Reward(Classifier):
         labels = {str(label).lower(): i for i, label in config.id2label.items()}
         positive = [i for label, i in labels.items() if label in ("positive", "pos")]
         require(positive, f"{flag} has no label positive, only {', '.join(labels)}")
-        self.positive, self.independent = positive[0], config.problem_type == "multi_label_classification"
-        one_of_several = config.num_labels > 1 and config.problem_type in (None, "single_label_classification")
-        no_probability = f"{flag}: {config.num_labels} output(s) with problem_type {config.problem_type} are"
-        require(self.independent or one_of_several, f"{no_probability} no probabilities")
+        kind, num_labels = config.problem_type, config.num_labels
+        self.positive, self.independent = positive[0], kind == "multi_label_classification"
+        usable = self.independent or (num_labels > 1 and kind in (None, "single_label_classification"))
+        require(usable, f"{flag}: {num_labels} output(s) with problem_type {kind} are no probabilities")
 
     def __call__(self, prompts: list[str], responses: list[str], rows: list[dict]) -> list[float]:
         logits = self.logits([prompt + response for prompt, response in zip(prompts, responses)])
@@ -299,10 +279,9 @@ class Reward(Classifier):
 
 
 class RewardFunction:
-    """The function module:name, which is called with lists of prompts, responses (texts) and rows of the data set.
+    """The function module:name: lists of prompts, responses (texts) and rows of the data set -> as many numbers.
 
-    It returns as many numbers. An evaluation calls it with empty responses as well. The module is in the working
-    directory or installed.
+    An evaluation calls it with empty responses as well. The module is in the working directory or installed.
     """
 
     def __init__(self, name: str):
@@ -330,16 +309,7 @@ class RewardFunction:
         return [float(score) for score in scores]
 
 
-def symmetric_ppo_loss(
-    logprob: Tensor,
-    old_logprob: Tensor,
-    advantages: Tensor,
-    clip_coef: float,
-    alpha: float,
-    beta: float,
-    Z: float,
-    mask: Tensor,
-) -> Tensor:
+def symmetric_ppo_loss(logprob, old_logprob, advantages, clip_coef, alpha, beta, Z, mask) -> Tensor:
     """alpha * L_ppo + beta * L_rppo (Eq. 9), averaged over the real tokens: (sequence, token) -> scalar.
 
     logprob and old_logprob are log-probabilities of the sampled tokens under pi and pi_old; mask is True on real
@@ -357,10 +327,7 @@ def symmetric_ppo_loss(
 
 
 def clipped_value_loss(values: Tensor, old_values: Tensor, returns: Tensor, clip_coef: float, mask: Tensor) -> Tensor:
-    """Half the mean, over real tokens, of the larger of the plain and the clipped squared error.
-
-    (sequence, token) -> scalar
-    """
+    """Half the mean, over real tokens, of the larger of the plain and the clipped squared error: scalar."""
     clipped = old_values + (values - old_values).clamp(-clip_coef, clip_coef)
     return 0.5 * masked_mean(torch.max((values - returns).square(), (clipped - returns).square()), mask)
 
@@ -371,10 +338,7 @@ def masked_mean(x: Tensor, mask: Tensor) -> Tensor:
 
 
 def normalize(x: Tensor, mask: Tensor, reduce: Callable[[Tensor], Tensor]) -> Tensor:
-    """(x - mean) / (std + 1e-8) over the elements where mask is True, unbiased std; 0 elsewhere.
-
-    reduce adds up a tensor over all processes: mean and std are those of the whole minibatch.
-    """
+    """(x - mean) / (std + 1e-8) where mask is True, std unbiased, else 0; reduce adds up over all processes."""
     count, total = reduce(mask.sum()), reduce(torch.where(mask, x, 0.0).sum())
     centred = torch.where(mask, x - total / count, 0.0)
     std = (reduce(centred.square().sum()) / (count - 1).clamp(min=1)).sqrt()
@@ -382,29 +346,20 @@ def normalize(x: Tensor, mask: Tensor, reduce: Callable[[Tensor], Tensor]) -> Te
 
 
 def token_rewards(scores: Tensor, logprob: Tensor, ref_logprob: Tensor, mask: Tensor, kl_coef: float) -> Tensor:
-    """Reward of every token, (batch, length): -kl_coef (log pi - log pi_ref), and on the last real token the score.
-
-    The charge is the one-sample estimate of the KL divergence, of either sign. scores: (batch,); the end-of-text token
-    is an action like any other and, where it was sampled, carries the score.
-    """
-    rewards = torch.where(mask, -kl_coef * (logprob - ref_logprob), 0.0)
-    rewards[torch.arange(len(scores)), mask.sum(1) - 1] += scores
+    """Reward of every token, (batch, length): -kl_coef (log pi - log pi_ref), and on the last real token the score."""
+    rewards = torch.where(mask, -kl_coef * (logprob - ref_logprob), 0.0)  # of either sign: KL's one-sample estimate
+    rewards[torch.arange(len(scores)), mask.sum(1) - 1] += scores  # a sampled end-of-text token is an action as well
     return rewards
 
 
 def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, gae_lambda: float) -> tuple[Tensor, Tensor]:
-    """Generalized advantage estimation (Schulman et al. 2018): advantages and returns, (batch, length) like rewards.
-
-    The episode is over after the last real token, with value 0; past it both are 0.
-    """
-    values = torch.where(mask, values, 0.0)
+    """Generalized advantage estimation (Schulman et al. 2018): advantages and returns, (batch, length) like rewards."""
+    values = torch.where(mask, values, 0.0)  # the episode is over after the last real token
     next_values = torch.cat([values[:, 1:], torch.zeros_like(values[:, :1])], dim=1)
     deltas = rewards + gamma * next_values - values
-    advantages = torch.zeros_like(values)
-    advantage = torch.zeros_like(values[:, 0])
+    advantages, advantage = torch.zeros_like(values), 0.0
     for t in reversed(range(rewards.shape[1])):
-        advantage = deltas[:, t] + gamma * gae_lambda * advantage
-        advantages[:, t] = advantage
+        advantages[:, t] = advantage = deltas[:, t] + gamma * gae_lambda * advantage
     return advantages, advantages + values
 
 
@@ -433,17 +388,12 @@ def seed_everything(*entropy: int) -> None:
     torch.manual_seed(int(np.random.SeedSequence(entropy).generate_state(1)[0]))
 
 
-def generation_config(args: Args, ends: list[int]) -> GenerationConfig:
+def generation_config(args: Args, ends: list[int]) -> transformers.GenerationConfig:
     """Sampling as the arguments have it, and nothing of what the model's own folder says, but for the end tokens."""
-    return GenerationConfig(
-        do_sample=True,
-        top_k=args.top_k,
-        max_new_tokens=args.response_length,
-        min_new_tokens=args.min_response_length,
-        remove_invalid_values=True,  # a policy of NaNs is found out by its loss
-        eos_token_id=ends,
-        pad_token_id=ends[0],
-    )
+    lengths = {"max_new_tokens": args.response_length, "min_new_tokens": args.min_response_length}
+    lengths |= {"eos_token_id": ends, "pad_token_id": ends[0]}
+    # A policy of NaNs is found out by its loss.
+    return transformers.GenerationConfig(do_sample=True, top_k=args.top_k, remove_invalid_values=True, **lengths)
 
 
 @dataclass
@@ -464,7 +414,6 @@ class Learner:
     """Data and networks of a run on this process: policy, value model, frozen reference and reward model."""
 
     def __init__(self, args: Args, accelerator: Accelerator):
-        """Ends when something cannot be loaded or does not fit together."""
         self.accelerator, self.device = accelerator, accelerator.device
         self.reward = RewardFunction(args.reward_function) if args.reward_function else None
         with accelerator.main_process_first():  # the others find the data set prepared
@@ -474,36 +423,34 @@ class Learner:
         require(not adapter, f"--policy {args.policy} is an adapter: give a model that it has been merged into")
         tokenizer = args.tokenizer or TOKENIZERS.get(args.policy, args.policy)
         flag = "policy" if tokenizer == args.policy else "tokenizer"
-        self.tokenizer = load_auto(args, flag, tokenizer, AutoTokenizer)
+        self.tokenizer = load_pretrained(args, flag, tokenizer, AutoTokenizer)
         policy = load_network(args, "policy", args.policy, AutoModelForCausalLM, dtype=torch.float32)
-        value_model = deepcopy(policy.base_model)
         check_vocabulary("policy", args.policy, self.tokenizer, policy)
-        rounding = args.tf32
-        check_padding("policy", args.policy, policy, tolerance=0.5 if rounding else 1e-3)
+        check_padding("policy", args.policy, policy, tolerance=0.5 if args.tf32 else 1e-3)
         self.reward = self.reward or Reward(args, self.device)
         models = (args.policy, tokenizer, *(() if args.reward_function else (args.reward_model,)))
         self.hub_commits = {name: hub_commit(args, name) for name in models} | {args.dataset: data_commit}
-        room = num_positions(policy)
-        length = args.prompt_length + args.response_length
+        length, room = args.prompt_length + args.response_length, num_positions(policy)
         require(length <= room, f"--prompt-length plus --response-length is {length}; the policy has {room} positions")
-        self.rows = [row for row in train if first_half(row["text"])]
-        self.validation = [row for row in validation if first_half(row["text"])]
+        self.rows, self.validation = ([row for row in rows if first_half(row["text"])] for rows in (train, validation))
         for split, rows in (("training", self.rows), ("validation", self.validation)):
             enough = len(rows) >= accelerator.num_processes
             require(enough, f"--dataset {args.dataset} has {len(rows)} {split} reviews of at least two words")
-        self.own_generation_config, self.ends = policy.generation_config, end_tokens(policy, self.tokenizer)
+        self.own_generation_config, rows = policy.generation_config, policy.get_input_embeddings().num_embeddings
+        listed = self.own_generation_config.eos_token_id  # chat models list others for the end of a turn
+        listed = [i for i in (listed if isinstance(listed, list) else [listed]) if i is not None and i < rows]
+        self.ends = list(dict.fromkeys([self.tokenizer.eos_token_id, *listed]))  # every token that ends a response
         policy.generation_config = generation_config(args, self.ends)
+        value_model = deepcopy(policy.base_model)
         self.reference = deepcopy(policy).to(self.device).eval().requires_grad_(False)
-        if args.bfloat16:
-            for network in (policy, value_model, self.reference):
-                network.forward = torch.autocast(self.device.type, torch.bfloat16)(network.forward)
+        for network in (policy, value_model, self.reference) if args.bfloat16 else ():
+            network.forward = torch.autocast(self.device.type, torch.bfloat16)(network.forward)
         torch.manual_seed(args.seed)  # the value head is the same in every process
         self.actor_critic = ActorCritic(policy, value_model).to(self.device).eval()  # eval: dropout is never active
         self.trained = {name: p for name, p in self.actor_critic.named_parameters() if p.requires_grad}
-        groups = [
-            {"params": [p for p in self.trained.values() if p.ndim > 1], "weight_decay": args.weight_decay},
-            {"params": [p for p in self.trained.values() if p.ndim <= 1], "weight_decay": 0.0},  # biases and norms
-        ]
+        matrices = [p for p in self.trained.values() if p.ndim > 1]
+        others = [p for p in self.trained.values() if p.ndim <= 1]  # biases and norms
+        groups = [{"params": matrices, "weight_decay": args.weight_decay}, {"params": others, "weight_decay": 0.0}]
         optimizer = torch.optim.AdamW(groups, args.learning_rate, eps=1e-5, fused=True)
         self.model, self.optimizer = accelerator.prepare(self.actor_critic, optimizer)
 
@@ -513,6 +460,9 @@ class Learner:
         for prompt, response, score in zip(prompts, responses, scores):
             require(np.isfinite(score), f"the reward model gives {score} for {(prompt + response)[-100:]!r}", code=1)
         return scores
+
+    def texts(self, prompts: list[list[int]], responses: list[list[int]]) -> list[str]:
+        return [continuation(self.tokenizer, *both, self.ends) for both in zip(prompts, responses)]
 
     def sum(self, x: Tensor | float) -> Tensor:
         """Sum over all processes."""
@@ -535,17 +485,14 @@ class Learner:
 
 @torch.no_grad()
 def rollout(learner: Learner, rows: list[dict], args: Args) -> tuple[Rollout, dict[str, float], list[str]]:
-    """Respond to this process's prompts, score the responses and estimate advantages.
-
-    Returns the trajectories, means over those of all processes as {tag: mean}, and a few responses to look at.
-    """
+    """This process's trajectories, means over those of all processes as {tag: mean}, a few responses to look at."""
     tokenizer, device = learner.tokenizer, learner.device
     prompts = encode_prompts(tokenizer, rows, args.prompt_length)
     start = time.perf_counter()
     responses = generate(learner.actor_critic.policy, prompts, args.rollout_batch_size)
     generation_seconds = time.perf_counter() - start
     texts = [tokenizer.decode(prompt, skip_special_tokens=True) for prompt in prompts]  # what the policy saw
-    continuations = [continuation(tokenizer, p, r, learner.ends) for p, r in zip(prompts, responses)]
+    continuations = learner.texts(prompts, responses)
     scores = torch.tensor(learner.score(texts, continuations, rows), device=device)
 
     # pi_old, V and pi_ref from a fresh forward pass: generation has other log-probabilities (top-k) and other kernels.
@@ -561,35 +508,25 @@ def rollout(learner: Learner, rows: list[dict], args: Args) -> tuple[Rollout, di
 
     rewards = token_rewards(scores, logprob, ref_logprob, mask, args.kl_coef)
     advantages, returns = gae(rewards, values, mask, args.gamma, args.gae_lambda)
-    kl, ended = (logprob - ref_logprob).sum(1), [r[-1] in learner.ends for r in responses]
-    sums = {
-        "objective/scores": scores.sum(),
-        "objective/kl": kl.sum(),
-        "objective/entropy": -logprob.sum(),
-        "objective/non_score_reward": -args.kl_coef * kl.sum(),
-        "objective/rlhf_reward": rewards.sum(),
-        "val/response_length": mask.sum(),
-        "val/eos_rate": torch.tensor(sum(ended)),
-        "losses/explained_variance": len(prompts) * (1 - (returns - values)[mask].var() / returns[mask].var()),
-    }
+    kl, unexplained = (logprob - ref_logprob).sum(1).sum(), (returns - values)[mask].var() / returns[mask].var()
+    sums = {"objective/scores": scores.sum(), "objective/kl": kl, "objective/entropy": -logprob.sum()}
+    sums |= {"objective/non_score_reward": -args.kl_coef * kl, "objective/rlhf_reward": rewards.sum()}
+    sums |= {"val/response_length": mask.sum(), "losses/explained_variance": len(prompts) * (1 - unexplained)}
+    sums["val/eos_rate"] = torch.tensor(sum(response[-1] in learner.ends for response in responses))
     means = learner.sum(torch.stack([x.float().to(device) for x in sums.values()])) / args.num_trajectories
+    metrics = dict(zip(sums, means.tolist())) | {"perf/generation_seconds": generation_seconds}
     targets = encode_targets(tokenizer, rows, args.response_length) if args.target_coef else [[] for _ in rows]
     samples = [f"{score:.3f} | {p}{r}" for score, p, r in zip(scores.tolist()[:4], texts, continuations)]
-    trajectories = Rollout(prompts, responses, targets, mask, logprob, values, advantages, returns)
-    return trajectories, dict(zip(sums, means.tolist())) | {"perf/generation_seconds": generation_seconds}, samples
+    return Rollout(prompts, responses, targets, mask, logprob, values, advantages, returns), metrics, samples
 
 
 def backward(learner: Learner, trajectories: Rollout, rows: list[int], args: Args) -> dict[str, float]:
-    """Gradients of a minibatch, this process's rows of its rollout, and its losses as {tag: mean}.
-
-    Every mean is over the real tokens of the whole minibatch, of all micro-batches and all processes: a micro-batch
-    counts by its share of the tokens. Gradients are averaged over processes, hence the factor num_processes.
-    """
+    """Gradients of a minibatch, this process's rows of its rollout, and its losses as {tag: mean over processes}."""
     minibatch_mask, advantages = trajectories.mask[rows], trajectories.advantages[rows]
     normalized = normalize(advantages, minibatch_mask, learner.sum) if args.norm_adv else advantages
     num_tokens = learner.sum(minibatch_mask.sum())
     num_target_tokens = learner.sum(sum(len(trajectories.targets[i]) for i in rows)).clamp(min=1)
-    sums = {}
+    weights, sums = (args.clip_coef, args.alpha, args.beta, args.Z), {}
     for start in range(0, len(rows), args.micro_batch_size):
         micro = rows[start : start + args.micro_batch_size]
         prompts, responses = ([x[i] for i in micro] for x in (trajectories.prompts, trajectories.responses))
@@ -599,19 +536,17 @@ def backward(learner: Learner, trajectories: Rollout, rows: list[int], args: Arg
         mask, target_mask, R = mask[: len(micro)], mask[len(micro) :], mask.shape[1]
         A, A_normalized = (x[start : start + args.micro_batch_size, :R] for x in (advantages, normalized))
         old_logprob, old_values = trajectories.logprob[micro, :R], trajectories.values[micro, :R]
-        returns = trajectories.returns[micro, :R]
         last = start + args.micro_batch_size >= len(rows)
         with nullcontext() if last else learner.accelerator.no_sync(learner.model):
             logprob, values = learner.model(tokens, attention_mask, R, len(micro))
             logprob, target_logprob = logprob[: len(micro)], logprob[len(micro) :]
-            policy_loss = symmetric_ppo_loss(
-                logprob, old_logprob, A_normalized, args.clip_coef, args.alpha, args.beta, args.Z, mask
-            )
+            policy_loss = symmetric_ppo_loss(logprob, old_logprob, A_normalized, *weights, mask)
+            returns = trajectories.returns[micro, :R]
             value_loss = clipped_value_loss(values, old_values, returns, args.clip_coef_value, mask)
-            share = mask.sum() / num_tokens
+            share = mask.sum() / num_tokens  # every mean is over the real tokens of the whole minibatch
             target_loss = -torch.where(target_mask, target_logprob, 0.0).sum() / num_target_tokens
             loss = share * (policy_loss + args.vf_coef * value_loss) + args.target_coef * target_loss
-            learner.accelerator.backward(loss * learner.accelerator.num_processes)
+            learner.accelerator.backward(loss * learner.accelerator.num_processes)  # which averages the gradients
 
         with torch.no_grad():
             logratio = torch.where(mask, logprob - old_logprob, 0.0)
@@ -659,8 +594,7 @@ def train(args: Args, learner: Learner) -> None:
         # Update
         update_start = time.perf_counter()
         update += 1
-        stats = []
-        rows_per_minibatch = args.minibatch_size // accelerator.num_processes
+        stats, rows_per_minibatch = [], args.minibatch_size // accelerator.num_processes
         for _ in range(args.update_epochs):
             order = torch.randperm(len(indices)).tolist()
             for start in range(0, len(order), rows_per_minibatch):
@@ -671,32 +605,28 @@ def train(args: Args, learner: Learner) -> None:
                 require(np.isfinite(grad_norm), failed + "Try a lower --learning-rate or a lower --beta", code=1)
                 learner.optimizer.step()
                 stats.append(losses | {"losses/grad_norm": grad_norm})
-        rollout_seconds, update_seconds = update_start - rollout_start, time.perf_counter() - update_start
-        num_tokens = metrics["val/response_length"] * args.num_trajectories
-        counters["update"] = update
-        counters["rollout_tokens"] += num_tokens
-        counters["rollout_seconds"] += rollout_seconds
-        counters["generation_seconds"] += metrics["perf/generation_seconds"]
-        counters["update_seconds"] += update_seconds
-        counters["wall_seconds"] = time.monotonic() - start_time
+        spent = {"rollout_seconds": update_start - rollout_start, "update_seconds": time.perf_counter() - update_start}
+        spent["rollout_tokens"] = metrics["val/response_length"] * args.num_trajectories
+        spent["generation_seconds"] = metrics["perf/generation_seconds"]
+        counters |= {name: counters[name] + x for name, x in spent.items()}
+        counters |= {"update": update, "wall_seconds": time.monotonic() - start_time}
 
         # Evaluate, log, save
         metrics |= {tag: float(np.mean([s[tag] for s in stats])) for tag in stats[0]}
-        metrics["perf/rollout_tokens_per_second"] = num_tokens / rollout_seconds
-        metrics["perf/update_tokens_per_second"] = num_tokens * args.update_epochs / update_seconds
+        for phase, passes in (("rollout", 1), ("update", args.update_epochs)):
+            metrics[f"perf/{phase}_tokens_per_second"] = passes * spent["rollout_tokens"] / spent[f"{phase}_seconds"]
         if args.eval_every and update % args.eval_every == 0 and update < args.num_updates:
             metrics |= evaluate(learner, args)[0]
         counters["metrics"] = metrics
+        stopped = learner.sum(len(stop_signals)) > 0  # in any process
         if main_process:
             log.writer.add_text("samples", "\n\n".join(samples), update)
             if update < args.num_updates:  # the last row has the final evaluation as well
                 log.write(update, metrics)
+            if update % args.checkpoint_every == 0 or update == args.num_updates or stopped:
+                save_checkpoint(args, learner, counters)
             seconds = (counters["rollout_seconds"] + counters["update_seconds"]) / update * (args.num_updates - update)
             progress = f"score {metrics['objective/scores']:.4f}  KL {metrics['objective/kl']:.3f}"
-        stopped = learner.sum(len(stop_signals)) > 0  # in any process
-        if main_process and (update % args.checkpoint_every == 0 or update == args.num_updates or stopped):
-            save_checkpoint(args, learner, counters)
-        if main_process:  # after the files
             say(f"update {update} of {args.num_updates}  {progress}  {timedelta(seconds=int(seconds))} left")
         if stopped:
             accelerator.wait_for_everyone()  # a process that ends makes torchrun stop the one that writes
@@ -708,42 +638,31 @@ def train(args: Args, learner: Learner) -> None:
         save_policy(learner, args)
         say("trained and saved; evaluating")
     metrics, samples = evaluate(learner, args)
-    counters["peak_memory_gib"] = learner.sum(peak_memory(learner.device)).item()
-    counters["wall_seconds"] = time.monotonic() - start_time
+    peak_memory_gib = learner.sum(peak_memory(learner.device)).item()
+    counters |= {"peak_memory_gib": peak_memory_gib, "wall_seconds": time.monotonic() - start_time}
     if main_process:
         log.write(args.num_updates, counters["metrics"] | metrics)
         save_results(learner, args, metrics, samples, counters, commit)
 
 
 def evaluate(learner: Learner, args: Args) -> tuple[dict[str, float], list[dict]]:
-    """Scores and perplexity of Table 3 on the validation reviews as {tag: value}, and what was scored.
-
-    A response is sampled for each prompt; the classifier sees the full first half of the review and the response.
-    Empty responses, responses cut in half and the reviews themselves are scored as well (compare Figure 1, Table 15).
-    """
-    tokenizer = learner.tokenizer
+    """Scores and perplexity of Table 3 on the validation reviews as {tag: value}, and what was scored."""
     seed_everything(args.seed, EVALUATION, learner.accelerator.process_index)
     index = learner.shard(range(len(learner.validation))[: args.eval_samples or None])
     rows = [learner.validation[i] for i in index]
-    halves = [first_half(row["text"]) for row in rows]
+    halves = [first_half(row["text"]) for row in rows]  # the reward sees all of it, the policy its last tokens
     references = [" ".join(row["text"].split())[len(half) :] for row, half in zip(rows, halves)]
-    prompts = encode_prompts(tokenizer, rows, args.prompt_length)
+    prompts = encode_prompts(learner.tokenizer, rows, args.prompt_length)
     responses = generate(learner.actor_critic.policy, prompts, args.rollout_batch_size)
-    continuations = {
-        "score": [continuation(tokenizer, p, r, learner.ends) for p, r in zip(prompts, responses)],
-        "score_reference": references,
-        "score_empty": [""] * len(rows),
-        "score_truncated": [
-            continuation(tokenizer, p, r[: len(r) // 2], learner.ends) for p, r in zip(prompts, responses)
-        ],
-    }
-    scored = {name: learner.score(halves, texts, rows) for name, texts in continuations.items()}
-    columns = {"index": index, "prompt": halves, "response": continuations["score"], "reference": references} | scored
+    texts = {"score": learner.texts(prompts, responses), "score_reference": references, "score_empty": [""] * len(rows)}
+    texts["score_truncated"] = learner.texts(prompts, [response[: len(response) // 2] for response in responses])
+    scored = {name: learner.score(halves, x, rows) for name, x in texts.items()}
+    columns = {"index": index, "prompt": halves, "response": texts["score"], "reference": references} | scored
     samples = [dict(zip(columns, values)) for values in zip(*columns.values())]
     samples = sorted(gather_object(samples), key=lambda sample: sample["index"])
     metrics = {f"eval/{name}": float(np.mean([sample[name] for sample in samples])) for name in scored}
-    metrics["eval/empty_wins"] = float(np.mean([s["score_empty"] > s["score"] for s in samples]))
-    metrics["eval/truncated_wins"] = float(np.mean([s["score_truncated"] > s["score"] for s in samples]))
+    for name in ("empty", "truncated"):  # how often these score above the policy's own (compare Figure 1, Table 15)
+        metrics[f"eval/{name}_wins"] = float(np.mean([s[f"score_{name}"] > s["score"] for s in samples]))
     texts = [row["text"] for row in learner.validation]
     metrics["eval/perplexity"] = perplexity(learner, learner.actor_critic.policy, texts)
     return metrics, samples
@@ -753,19 +672,15 @@ def evaluate_saved(args: Args) -> dict[str, float]:
     """Metrics of a finished run's policy, on the prompts of its final evaluation. Ends when there is none."""
     path = Path(args.run_dir, "policy")
     require(path.exists(), f"{args.run_dir} holds no policy: it is written at the end of training")
-    learner = make_learner(replace(args, policy=str(path), tokenizer=None))
-    return evaluate(learner, args)[0]
+    return evaluate(make_learner(replace(args, policy=str(path), tokenizer=None)), args)[0]
 
 
 @torch.no_grad()
 def perplexity(learner: Learner, policy: PreTrainedModel, texts: list[str]) -> float:
-    """The policy's perplexity of texts, joined by blank lines: strides of 512 tokens after as many as it has room for.
-
-    Of more than GPT-J's 2,048 positions no use is made; with fewer than 1,024 a stride is half of them.
-    """
+    """Perplexity of texts, joined by blank lines: strides of 512 tokens after as many as the policy has room for."""
     text = learner.tokenizer("\n\n".join(texts), add_special_tokens=False, verbose=False).input_ids
     tokens = torch.tensor([begin_tokens(learner.tokenizer) + text], device=learner.device)
-    room = min(num_positions(policy), 2048)
+    room = min(num_positions(policy), 2048)  # no more than GPT-J has
     stride = min(512, room // 2)
     loss = torch.zeros((), dtype=torch.float64, device=learner.device)
     for start in learner.shard(range(0, tokens.shape[1], stride)):
@@ -838,26 +753,23 @@ def check_args(args: Args) -> None:
             fail(f"{flag} needs {package}: pip install {package}")
 
 
-def load_pretrained(args: Args, flag: str, name: str, from_pretrained: Callable, **options):
-    """from_pretrained(name), hub id or local folder. Ends with one line that says what to give instead."""
+def load_pretrained(args: Args, flag: str, name: str, load: Callable, **options):
+    """load(name), hub id or local folder; an Auto class has from_pretrained for it. Fails with what to give instead."""
+    if hasattr(load, "from_pretrained"):  # code that comes with a model is never run
+        load, options["trust_remote_code"] = load.from_pretrained, False
     if name in (args.revision or {}):
         options["revision"] = args.revision[name]
     try:
-        return from_pretrained(name, **options)
+        return load(name, **options)
     except (OSError, ValueError, SafetensorError, DatasetsError, StrictDataclassError) as error:
         reason = (str(error.__cause__ or error) or repr(error)).splitlines()[0]
         instead = "a hub id that can be reached from here, or a local folder, such as benchmark/rlhf_assets.py makes"
         fail(f"--{flag} {name} cannot be loaded ({reason}): give {instead}")
 
 
-def load_auto(args: Args, flag: str, name: str, auto_class: type, **options):
-    """A model or tokenizer by one of transformers' Auto classes; code that comes with it is never run."""
-    return load_pretrained(args, flag, name, auto_class.from_pretrained, trust_remote_code=False, **options)
-
-
 def load_network(args: Args, flag: str, name: str, auto_class: type, **options) -> PreTrainedModel:
-    """A model by load_auto. Ends where it lacks weights, which transformers would draw at random."""
-    model, info = load_auto(args, flag, name, auto_class, output_loading_info=True, **options)
+    """A model. Ends where it lacks weights, which transformers would draw at random."""
+    model, info = load_pretrained(args, flag, name, auto_class, output_loading_info=True, **options)
     missing = ", ".join(sorted(info["missing_keys"])[:5])
     require(not missing, f"--{flag} {name} has no weights for {missing} of {type(model).__name__}")
     return model
@@ -865,9 +777,7 @@ def load_network(args: Args, flag: str, name: str, auto_class: type, **options) 
 
 def hub_commit(args: Args, name: str) -> str | None:
     """Commit of the files in the cache that a hub id was loaded from; None for a local folder."""
-    if Path(name).exists():
-        return None
-    for file in ("config.json", "adapter_config.json", "tokenizer_config.json"):
+    for file in () if Path(name).exists() else ("config.json", "adapter_config.json", "tokenizer_config.json"):
         path = huggingface_hub.try_to_load_from_cache(name, file, revision=(args.revision or {}).get(name))
         if isinstance(path, str):
             return Path(path).parent.name
@@ -883,26 +793,18 @@ def read_file(file: str) -> datasets.DatasetDict:
             lists = {key: x for key, x in lists.items() if isinstance(x, list) and x and isinstance(x[0], dict)}
             if lists:
                 names = ["train"] if len(lists) == 1 else lists  # under whatever key
-                splits = {name: datasets.Dataset.from_list(x) for name, x in zip(names, lists.values())}
-                return datasets.DatasetDict(splits)
+                return datasets.DatasetDict(zip(names, map(datasets.Dataset.from_list, lists.values())))
     kind = {".csv": "csv", ".parquet": "parquet"}.get(path.suffix, "json")
     return datasets.load_dataset(kind, data_files=file)
 
 
 def load_rows(args: Args, columns: Sequence[str]) -> tuple[list[dict], list[dict], str | None]:
-    """Rows of the training and the validation split; without one, a fifth of the training split, drawn by the seed.
-
-    Third is the commit on the hub. Ends when there is no such data set, none of these columns, no row, or
-    something else than text in these columns.
-    """
+    """Rows of the training and the validation split, and the commit on the hub. Ends where a column is not all text."""
     name, path = args.dataset, Path(args.dataset)
     require(not path.is_file() or path.stat().st_size, f"--dataset {name} is empty")
-    if path.is_file():
-        data = load_pretrained(args, "dataset", name, read_file)
-    elif (path / "dataset_dict.json").exists() or (path / "dataset_info.json").exists():
-        data = load_pretrained(args, "dataset", name, datasets.load_from_disk)
-    else:
-        data = load_pretrained(args, "dataset", name, datasets.load_dataset)
+    on_disk = (path / "dataset_dict.json").exists() or (path / "dataset_info.json").exists()
+    load = read_file if path.is_file() else datasets.load_from_disk if on_disk else datasets.load_dataset
+    data = load_pretrained(args, "dataset", name, load)
     data = data if isinstance(data, datasets.DatasetDict) else {"train": data}
     require("train" in data, f"--dataset {name} has no split train, only {', '.join(data)}")
     train, validation = data["train"], data.get("validation", data.get("valid"))
@@ -926,17 +828,14 @@ def load_rows(args: Args, columns: Sequence[str]) -> tuple[list[dict], list[dict
 
 
 def check_vocabulary(flag: str, name: str, tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> None:
-    """End when the tokenizer has tokens that the model has no embedding for, or no end-of-text token.
-
-    For a folder without a tokenizer, transformers makes an empty one of some families.
-    """
-    instead = ": give one with --tokenizer" if flag == "policy" else ""
-    require(tokenizer("text", add_special_tokens=False).input_ids, f"--{flag} {name} has no tokenizer{instead}")
+    """End when the tokenizer has tokens that the model has no embedding for, or no end-of-text token."""
+    tokens = tokenizer("text", add_special_tokens=False).input_ids  # transformers may make an empty tokenizer up
+    require(tokens, f"--{flag} {name} has no tokenizer{': give one with --tokenizer' * (flag == 'policy')}")
     rows = model.get_input_embeddings().num_embeddings
     message = f"--{flag} {name}: the tokenizer has {len(tokenizer)} tokens and the model embeddings for {rows}"
     require(len(tokenizer) <= rows, message + "; they belong to different models")
-    if flag == "policy":
-        require(tokenizer.eos_token_id is not None, f"--{flag} {name}: the tokenizer has no end-of-text token")
+    has_end = flag != "policy" or tokenizer.eos_token_id is not None
+    require(has_end, f"--{flag} {name}: the tokenizer has no end-of-text token")
 
 
 def make_learner(args: Args) -> Learner:
@@ -1042,23 +941,19 @@ def save_results(
 ) -> None:
     """What a finished run leaves besides its policy: eval_samples.jsonl and result.json, and no checkpoint."""
     run_dir = Path(args.run_dir)
-    lines = "".join(json.dumps(sample) + "\n" for sample in samples)
-    write_atomic(run_dir / "eval_samples.jsonl", lines.encode())
+    write_atomic(run_dir / "eval_samples.jsonl", "".join(json.dumps(sample) + "\n" for sample in samples).encode())
     versions = {"python": sys.version.split()[0]} | {d.name: d.version for d in distributions() if d.name in PACKAGES}
-    result = {"script": SCRIPT, "policy": args.policy, "dataset": args.dataset, "seed": args.seed, "args": asdict(args)}
-    result |= {"reward_model": args.reward_function or args.reward_model, "num_updates": counters["update"]}
-    result |= {tag.replace("/", "_"): value for tag, value in metrics.items()}
-    result["eval_scores"] = [round(sample["score"], 6) for sample in samples]
-    result["before"] = {tag.replace("/", "_"): value for tag, value in counters["before"].items()}
-    tokens = counters["rollout_tokens"]
-    result["rollout_tokens_per_second"] = tokens / counters["rollout_seconds"]
-    result["update_tokens_per_second"] = tokens * args.update_epochs / counters["update_seconds"]
+    scores, before = ({tag.replace("/", "_"): x for tag, x in m.items()} for m in (metrics, counters["before"]))
     seconds = counters["rollout_seconds"] + counters["update_seconds"]
+    result = {"script": SCRIPT, "policy": args.policy, "dataset": args.dataset, "seed": args.seed, "args": asdict(args)}
+    result |= {"reward_model": args.reward_function or args.reward_model, "num_updates": counters["update"]} | scores
+    result |= {"eval_scores": [round(sample["score"], 6) for sample in samples], "before": before}
+    for phase, passes in (("rollout", 1), ("update", args.update_epochs)):
+        result[f"{phase}_tokens_per_second"] = passes * counters["rollout_tokens"] / counters[f"{phase}_seconds"]
     result["generation_time_share"] = counters["generation_seconds"] / seconds
     result["device"] = torch.cuda.get_device_name() if learner.device.type == "cuda" else "cpu"
-    result["num_processes_from"] = counters["num_processes_from"]  # update
-    result |= {"num_processes": learner.accelerator.num_processes, "peak_memory_gib": counters["peak_memory_gib"]}
-    result |= {"wall_seconds": counters["wall_seconds"], "versions": versions, "commit": commit}
+    result |= {name: counters[name] for name in ("num_processes_from", "peak_memory_gib", "wall_seconds")}
+    result |= {"num_processes": learner.accelerator.num_processes, "versions": versions, "commit": commit}
     result["hub_commits"] = {name: commit for name, commit in learner.hub_commits.items() if commit}
     write_atomic(run_dir / "result.json", (json.dumps(result, indent=2) + "\n").encode())
     (run_dir / "checkpoint.pt").unlink()  # it is several times as large as the policy
@@ -1137,9 +1032,9 @@ def main() -> None:
         if RANK == 0 and args.resume is not None:
             open_run(args)
         learner = make_learner(args)
-        if RANK == 0 and args.resume is None:  # when everything is loaded and fits
-            open_run(args)
         if RANK == 0:
+            if args.resume is None:  # when everything is loaded and fits
+                open_run(args)
             resume = [*sys.orig_argv[: len(sys.orig_argv) - len(sys.argv) + 1], "--resume", args.run_dir]
             say(f"run directory {args.run_dir}; should it stop, go on with: {shlex.join(resume)}")
         if RANK == 0 and args.track:
@@ -1152,11 +1047,8 @@ def main() -> None:
     except (OSError, torch.OutOfMemoryError) as error:
         if getattr(error, "errno", errno.ENOSPC) not in DISK_FULL:
             raise  # neither the disk nor the memory is full
-        hint = (
-            f"the GPU is out of memory: {OOM_HINT}"
-            if isinstance(error, torch.OutOfMemoryError)
-            else f"{args.run_dir}: {error}"
-        )
+        on_gpu = isinstance(error, torch.OutOfMemoryError)
+        hint = f"the GPU is out of memory: {OOM_HINT}" if on_gpu else f"{args.run_dir}: {error}"
         say(f"error: {f'process {RANK}: ' * (RANK > 0)}{hint}", sys.stderr)
         sys.exit(1)
 
