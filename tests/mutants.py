@@ -407,6 +407,22 @@ models: drawn where weights are missing | sppo_rlhf_imdb | rlhf_cli -k refused
 - tokenizer = args.tokenizer or TOKENIZERS.get(args.policy)
 + tokenizer = args.tokenizer
 
+responses: the first end token alone ends them | sppo_rlhf_imdb | rlhf_models -k end_token
+- if token in ends), len(response))
++ if token == ends[0]), len(response))
+
+resume: the last row once more | sppo_rlhf_tldr | rlhf_cli -k awkward
+- min(update, args.num_updates - 1) if update else -1
++ update or -1
+
+policy: saved after the final evaluation | sppo_rlhf_imdb | rlhf_cli -k final_evaluation
+-         save_policy(learner, args)
+-         say("trained and saved; evaluating")
+-     metrics, samples = evaluate(learner, args)
++         say("trained and saved; evaluating")
++     metrics, samples = evaluate(learner, args)
++     save_policy(learner, args)
+
 # Environments and models
 observations: a vector of switches is not flattened | sppo_continuous_discretized | cli -k flattened
 - isinstance(space, gym.spaces.Box) and len(space.shape) == 1

@@ -27,6 +27,8 @@ GPU, aten = torch.device("gpu", 0), torch.ops.aten
 COPIES = {aten.copy_, aten._to_copy}
 INDEXING = {aten.index, aten.index_put, aten.index_put_, aten._index_put_impl_}  # the indices may be anywhere
 PRODUCTS = {aten.mm, aten.bmm, aten.addmm, aten.baddbmm, aten.convolution}
+CHECKS = ("check_padding", "hidden_size")  # one short text each while models are loaded, wherever the model is
+checking = []
 drawn_on_gpu = set()  # operations that drew random numbers there
 
 
@@ -68,7 +70,8 @@ def compute(operation, args: tuple, kwargs: dict):
     name, tensors = operation.overloadpacket, tensors_of(args, kwargs)
     meeting = tensors if name not in INDEXING else tensors_of(args[0], args[2:], kwargs)
     devices = {x.device for x in meeting}
-    if (len(devices) > 1 and name not in COPIES) or (name in PRODUCTS and devices != {GPU}):
+    slow = name in PRODUCTS and devices != {GPU} and not checking
+    if (len(devices) > 1 and name not in COPIES) or slow:
         raise RuntimeError(f"{operation} of {', '.join(f'{tuple(x.shape)} on {x.device}' for x in meeting)}")
     device = kwargs.get("device") or (tensors[0].device if tensors else torch.device("cpu"))
     if device == GPU and torch.Tag.nondeterministic_seeded in operation.tags:
@@ -93,6 +96,8 @@ def pretended_gpu(script):
     with ExitStack() as stack:
         if hasattr(script, "Accelerator"):
             stack.enter_context(patch.object(script.Accelerator, "device", GPU))
+            for name in CHECKS:
+                stack.enter_context(patch.object(script, name, check(getattr(script, name))))
         else:
             device = script.Args.device.fget
             pretended = property(lambda args: GPU if device(args) == "cuda" else "cpu")
@@ -102,6 +107,19 @@ def pretended_gpu(script):
         stack.callback(torch._C._set_only_lift_cpu_tensors, False)
         stack.enter_context(Computing())
         yield
+
+
+def check(function):
+    """The function, which may use the CPU."""
+
+    def checks(*inputs, **options):
+        checking.append(function)
+        try:
+            return function(*inputs, **options)
+        finally:
+            checking.pop()
+
+    return checks
 
 
 class TorchWithGPU(ModuleType):

@@ -1039,9 +1039,8 @@ def test_evaluate_refuses_a_damaged_policy(script, finished, tmp_path):
     assert out == ""
 
 
+@either
 def test_evaluate_refuses_a_policy_with_weights_missing(script, finished, tmp_path):
-    if script is not IMDB:
-        pytest.skip("leaves an adapter")
     shutil.copytree(finished.run_dir, tmp_path / "run")
     without(tmp_path / "run" / "policy", "transformer.h.0.attn.c_attn.bias")
     code, out, err = call(script, tmp_path, ["--evaluate", "run"])
@@ -1049,9 +1048,8 @@ def test_evaluate_refuses_a_policy_with_weights_missing(script, finished, tmp_pa
     assert out == ""
 
 
+@pytest.mark.parametrize("script", SCRIPTS[1:], indirect=True)
 def test_evaluate_refuses_an_adapter_with_a_part_missing(script, finished, tmp_path):
-    if script is IMDB:
-        pytest.skip("leaves no adapter")
     shutil.copytree(finished.run_dir, tmp_path / "run")
     parameters = weights(tmp_path / "run")
     for name in sorted(parameters):
