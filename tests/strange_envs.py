@@ -246,6 +246,6 @@ TOYS = {
     "NeedsArgument": NeedsArgument,
 }
 for name, toy in TOYS.items():
-    gym.register(f"{name}-v0", entry_point=toy)
+    gym.register("PlainToy-v0" if name == "Toy" else f"{name}-v0", entry_point=toy)
 gym.register("NoModule-v0", entry_point="no_such_module:Toy")
 gym.register("NoClass-v0", entry_point="strange_envs:NoSuchClass")

@@ -485,7 +485,7 @@ def test_full_disk_stops_the_run_in_one_line(script, tmp_path, monkeypatch, caps
         patch.setattr(script, "save_checkpoint", save_until_full)
         main(script, patch, *SMALL, "--run-dir", run_dir)
     out, err = capsys.readouterr()
-    assert end.value.code == 1 and err == "error: [Errno 27] File too large\n"
+    assert end.value.code == 1 and err == f"error: {run_dir}: [Errno 27] File too large\n"
     assert out.splitlines()[0].endswith(f"--resume {run_dir}")
     assert read_checkpoint(run_dir)["progress"]["global_step"] == 128  # the last one that had room
     main(script, monkeypatch, "--resume", run_dir)

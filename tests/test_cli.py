@@ -643,7 +643,7 @@ FLAGS = [
     ("--resume run --num-bins 12 --gae_lambda=0.9 --compile", "drop --compile, --gae-lambda, --num-bins"),
     ("--resume run --run-dir new", "drop --run-dir"),
     ("--resume missing", "missing cannot be opened as a run directory: No such file"),
-    ("--run-dir run", "--run-dir run is in use: name another, or see whether --resume run continues it"),
+    ("--run-dir run", "--run-dir run is in use: name another, or try --resume run"),
     ("--run-dir run/args.json", "run/args.json cannot be opened as a run directory: File exists"),
     ("--run-dir run/args.json/new", "run/args.json/new cannot be opened as a run directory: Not a directory"),
     ("--evaluate run --seed 5", "--evaluate takes its arguments from the run: drop --seed"),
@@ -872,7 +872,7 @@ def test_full_disk_stops_the_run_in_one_line_and_keeps_the_last_checkpoint(scrip
     with monkeypatch.context() as patch:
         patch.setattr(script, "save_checkpoint", save_until_full)
         code, _, err = call(*PENDULUM, *small(script), "--total-timesteps", 96, "--run-dir", "run")
-    assert code == 1 and err == "error: [Errno 27] File too large\n"
+    assert code == 1 and err == "error: run: [Errno 27] File too large\n"
     assert checkpoint_step(tmp_path / "run") == 32
     assert call("--resume", "run")[0] == 0
     assert read_result(tmp_path / "run")["total_timesteps"] == 96 and not list(tmp_path.rglob("*.tmp"))

@@ -295,7 +295,7 @@ def second_environment_of_seed_6(script, fault):
 
 def test_agent_whose_loss_is_not_finite_is_named_and_disturbs_no_other(script, runs, capsys, tmp_path):
     second_environment_of_seed_6(script, "nan")
-    run_dir, error = tmp_path / "run", "error: no result of seed 6: its loss is not finite\n"
+    run_dir, error = tmp_path / "run", "error: no result of seed 6: the loss is not finite\n"
     assert run_main(script, train_flags(script), BATCH, "--run-dir", run_dir) == 1
     reason = "the environment's observations or rewards are not finite; it leaves no result"
     assert capsys.readouterr().err == f"seed 6 of Fragile-v0 failed at step 96: {reason}\n{error}"

@@ -86,7 +86,7 @@ def test_numbers_in_any_form_are_the_same_numbers(script, form):
                 arrays += envs.step(np.full((1, 3, 2), t % 11))
         return arrays
 
-    for expected, array in zip(play("strange_envs:Toy-v0"), play(f"strange_envs:{form}-v0"), strict=True):
+    for expected, array in zip(play("strange_envs:PlainToy-v0"), play(f"strange_envs:{form}-v0"), strict=True):
         assert array.shape == expected.shape and np.allclose(array, expected)
     assert (expected[0] != expected[0, 0]).any()  # final observations of copies differ
 
@@ -339,7 +339,7 @@ def test_hints_can_be_pasted(script, start):
 @continuous
 def test_one_environment_of_all_is_recorded(script, tmp_path):
     pytest.importorskip("moviepy")
-    args = script.Args(env_id="strange_envs:Toy-v0", num_seeds=3)
+    args = script.Args(env_id="strange_envs:PlainToy-v0", num_seeds=3)
     with closing(script.Envs(args, 4, tmp_path)) as envs:
         envs.reset(args.seeds, 0)
         assert [env.render_mode for env in envs.envs] == ["rgb_array"] + 11 * [None]
