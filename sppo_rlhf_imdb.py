@@ -233,16 +233,16 @@ class Classifier:
     """A sequence classifier with its tokenizer; of a text that is too long, the end counts."""
 
     def __init__(self, args: Args, device: torch.device):
-        name, auto_class = args.reward_model, AutoModelForSequenceClassification
-        self.model = load_network(args, "reward-model", name, auto_class, dtype=torch.float32)  # not that of the file
-        self.tokenizer = load_pretrained(args, "reward-model", name, AutoTokenizer)
-        check_vocabulary("reward-model", name, self.tokenizer, self.model)
+        flag, name, auto_class = "reward-model", args.reward_model, AutoModelForSequenceClassification
+        self.model = load_network(args, flag, name, auto_class, dtype=torch.float32)  # not that of the file
+        self.tokenizer = load_pretrained(args, flag, name, AutoTokenizer.from_pretrained, trust_remote_code=False)
+        check_vocabulary(flag, name, self.tokenizer, self.model)
         self.batch_size = args.rollout_batch_size
         self.max_length = min(self.tokenizer.model_max_length, num_positions(self.model))
         self.tokenizer.truncation_side = "left"
         self.model.to(device).eval().requires_grad_(False)
         padded, alone = self.logits(["a b", "a b " * 9])[:1], self.logits(["a b"])
-        check_same("reward-model", name, padded, alone, 1e-3 * (1 + alone.abs().max().item()))
+        check_same(flag, name, padded, alone, 1e-3 * (1 + alone.abs().max().item()))
 
     @torch.no_grad()
     def logits(self, texts: list[str]) -> Tensor:
@@ -390,10 +390,9 @@ def seed_everything(*entropy: int) -> None:
 
 def generation_config(args: Args, ends: list[int]) -> transformers.GenerationConfig:
     """Sampling as the arguments have it, and nothing of what the model's own folder says, but for the end tokens."""
-    lengths = {"max_new_tokens": args.response_length, "min_new_tokens": args.min_response_length}
-    lengths |= {"eos_token_id": ends, "pad_token_id": ends[0]}
-    # A policy of NaNs is found out by its loss.
-    return transformers.GenerationConfig(do_sample=True, top_k=args.top_k, remove_invalid_values=True, **lengths)
+    options = {"max_new_tokens": args.response_length, "min_new_tokens": args.min_response_length}
+    options |= {"eos_token_id": ends, "pad_token_id": ends[0], "remove_invalid_values": True}  # the loss shows NaNs
+    return transformers.GenerationConfig(do_sample=True, top_k=args.top_k, **options)
 
 
 @dataclass
@@ -423,7 +422,7 @@ class Learner:
         require(not adapter, f"--policy {args.policy} is an adapter: give a model that it has been merged into")
         tokenizer = args.tokenizer or TOKENIZERS.get(args.policy, args.policy)
         flag = "policy" if tokenizer == args.policy else "tokenizer"
-        self.tokenizer = load_pretrained(args, flag, tokenizer, AutoTokenizer)
+        self.tokenizer = load_pretrained(args, flag, tokenizer, AutoTokenizer.from_pretrained, trust_remote_code=False)
         policy = load_network(args, "policy", args.policy, AutoModelForCausalLM, dtype=torch.float32)
         check_vocabulary("policy", args.policy, self.tokenizer, policy)
         check_padding("policy", args.policy, policy, tolerance=0.5 if args.tf32 else 1e-3)
@@ -753,14 +752,12 @@ def check_args(args: Args) -> None:
             fail(f"{flag} needs {package}: pip install {package}")
 
 
-def load_pretrained(args: Args, flag: str, name: str, load: Callable, **options):
-    """load(name), hub id or local folder; an Auto class has from_pretrained for it. Fails with what to give instead."""
-    if hasattr(load, "from_pretrained"):  # code that comes with a model is never run
-        load, options["trust_remote_code"] = load.from_pretrained, False
+def load_pretrained(args: Args, flag: str, name: str, from_pretrained: Callable, **options):
+    """from_pretrained(name), hub id or local folder. Ends with one line that says what to give instead."""
     if name in (args.revision or {}):
         options["revision"] = args.revision[name]
     try:
-        return load(name, **options)
+        return from_pretrained(name, **options)
     except (OSError, ValueError, SafetensorError, DatasetsError, StrictDataclassError) as error:
         reason = (str(error.__cause__ or error) or repr(error)).splitlines()[0]
         instead = "a hub id that can be reached from here, or a local folder, such as benchmark/rlhf_assets.py makes"
@@ -769,7 +766,8 @@ def load_pretrained(args: Args, flag: str, name: str, load: Callable, **options)
 
 def load_network(args: Args, flag: str, name: str, auto_class: type, **options) -> PreTrainedModel:
     """A model. Ends where it lacks weights, which transformers would draw at random."""
-    model, info = load_pretrained(args, flag, name, auto_class, output_loading_info=True, **options)
+    options |= {"output_loading_info": True, "trust_remote_code": False}  # code that comes with a model is never run
+    model, info = load_pretrained(args, flag, name, auto_class.from_pretrained, **options)
     missing = ", ".join(sorted(info["missing_keys"])[:5])
     require(not missing, f"--{flag} {name} has no weights for {missing} of {type(model).__name__}")
     return model
