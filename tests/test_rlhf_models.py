@@ -76,7 +76,8 @@ def test_every_end_token_that_a_model_lists_ends_a_response(script, assets, make
     model.generation_config = GenerationConfig(eos_token_id=ends, temperature=0.7, do_sample=True, max_new_tokens=99)
     model.save_pretrained(tmp_path / "policy")
     tokenizer.save_pretrained(tmp_path / "policy")
-    learner, args = make_learner(script, policy=str(tmp_path / "policy"), top_k=1)
+    changes = {"top_k": 1, "rollout_batch_size": 8}  # in one batch, where the short ones are padded
+    learner, args = make_learner(script, policy=str(tmp_path / "policy"), **changes)
     texts = []
     learner.reward = lambda prompts, responses, rows: texts.append(responses) or [0.0] * len(rows)
     rollout, metrics, _ = script.rollout(learner, rows, args)
