@@ -873,18 +873,18 @@ def write_atomic(path: Path, content: bytes | memoryview) -> None:
 
 
 class RunLog:
-    """TensorBoard and curves.csv of a run. Rows after global_step, of a killed run, go."""
+    """TensorBoard and curves.csv of a run. Rows after that update, of a killed run, go."""
 
-    def __init__(self, run_dir: str, global_step: int):
-        self.writer = SummaryWriter(run_dir, purge_step=global_step + 1)
+    def __init__(self, run_dir: str, update: int):
+        self.writer = SummaryWriter(run_dir, purge_step=update + 1)
         self.path, self.columns, self.rows = Path(run_dir, "curves.csv"), {}, []
         if self.path.exists():
             rows = csv.DictReader(self.path.read_text().splitlines())  # one that a kill cut short lacks its last values
-            self.rows = [row for row in rows if None not in row.values() and int(row["global_step"]) <= global_step]
+            self.rows = [row for row in rows if None not in row.values() and int(row["update"]) <= update]
 
-    def write(self, global_step: int, metrics: dict[str, float]) -> None:
+    def write(self, update: int, metrics: dict[str, float]) -> None:
         """Log {tag: value}, any tags. curves.csv gets one more row, and is written anew where a tag is new."""
-        row, text = {"global_step": global_step} | {tag: f"{x:.6g}" for tag, x in metrics.items()}, io.StringIO()
+        row, text = {"update": update} | {tag: f"{x:.6g}" for tag, x in metrics.items()}, io.StringIO()
         self.rows.append(row)
         if row.keys() <= self.columns.keys():
             with self.path.open("a", newline="") as file:
@@ -896,7 +896,7 @@ class RunLog:
             writer.writerows(self.rows)
             write_atomic(self.path, text.getvalue().encode())
         for tag, value in metrics.items():
-            self.writer.add_scalar(tag, value, global_step)
+            self.writer.add_scalar(tag, value, update)
         self.writer.flush()  # a kill loses nothing that a later checkpoint counts as written
 
 

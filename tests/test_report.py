@@ -80,7 +80,7 @@ def write_language_run(folder, scores, script="sppo_rlhf_imdb", updates=None, cu
         result |= {"commit": "c" * 40, "versions": {"torch": "2.13.0"}}
         (run_dir / "result.json").write_text(json.dumps(result))
         if curves:
-            lines = ["global_step,objective/scores,objective/kl,eval/score,eval/perplexity", "0,,,0.5,33.0"]
+            lines = ["update,objective/scores,objective/kl,eval/score,eval/perplexity", "0,,,0.5,33.0"]
             updates_done = range(1, updates + 1)
             lines += [f"{i},{score * i / updates},{i * seed},{f'{seed},30' if i == 10 else ','}" for i in updates_done]
             (run_dir / "curves.csv").write_text("\n".join([*lines, f"{updates},,,{score},{perplexity}\n"]))
@@ -476,7 +476,7 @@ def test_what_cannot_be_counted_is_listed(tmp_path):
     write_run(runs / "several", [9200.0], first_seed=4, **DSPPO)
     (runs / "updates").mkdir()
     (runs / "updates/args.json").write_text("{}")
-    (runs / "updates/curves.csv").write_text("global_step,objective/kl\n7,0.5\n")
+    (runs / "updates/curves.csv").write_text("update,objective/kl\n7,0.5\n")
     text = make_report(runs)
     assert "3 runs in" in text and "11 left out" in text
     left_out = section(text, "Left out")

@@ -273,13 +273,13 @@ def test_output_says_how_to_go_on_how_it_went_and_where_everything_is(script, fi
 
 
 def tags(run_dir):
-    return [tag for tag in read_curves(run_dir)[0] if tag != "global_step"]
+    return [tag for tag in read_curves(run_dir)[0] if tag != "update"]
 
 
 def test_curves_hold_every_metric_and_the_same_values_as_tensorboard(script, finished):
     rows = read_curves(finished.run_dir)
-    assert [int(row["global_step"]) for row in rows] == [0, 1, 2, 3]  # the last step once
-    points = {tag: [(int(r["global_step"]), float(r[tag])) for r in rows if r[tag]] for tag in tags(finished.run_dir)}
+    assert [int(row["update"]) for row in rows] == [0, 1, 2, 3]  # the last step once
+    points = {tag: [(int(r["update"]), float(r[tag])) for r in rows if r[tag]] for tag in tags(finished.run_dir)}
     assert TAGS | (ROUGE_TAGS if script is TLDR else set()) == set(points)
     scalars = events(finished.run_dir)
     assert set(scalars.Tags()["scalars"]) == set(points)
@@ -1293,7 +1293,7 @@ def test_run_of_two_processes_leaves_one_result_over_all_samples(script, assets,
     assert {p.name for p in run_dir.iterdir() if "tfevents" not in p.name} == FILES
     samples = [json.loads(line) for line in (run_dir / "eval_samples.jsonl").open()]
     assert [sample["index"] for sample in samples] == list(range(8)) and len(result["eval_scores"]) == 8
-    assert [int(row["global_step"]) for row in read_curves(run_dir)] == [0, 1, 2]
+    assert [int(row["update"]) for row in read_curves(run_dir)] == [0, 1, 2]
     assert two.stdout.count("before training") == 2  # once per script
     assert two.stdout.count("run directory ") == 4  # and once when resumed
     assert two.stderr.count("error: stopped\n") == 2

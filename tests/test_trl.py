@@ -69,7 +69,7 @@ def test_trl_makes_an_optimizer_step_per_minibatch_and_samples_until_the_end_tok
         trainer.processing_class.pad_token_id,
     )
     rows = trainer.callback_handler.callbacks[-1].log.rows
-    assert [row["global_step"] for row in rows] == [1, 2, 3]
+    assert [row["update"] for row in rows] == [1, 2, 3]
     assert abs(float(rows[0]["objective/kl"])) < 1e-4 < abs(float(rows[2]["objective/kl"]))
 
 

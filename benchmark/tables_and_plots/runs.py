@@ -130,7 +130,8 @@ def read_curve(folder: Path, tag: str) -> tuple[np.ndarray, np.ndarray]:
         with (folder / "curves.csv").open(newline="") as file:
             for row in csv.DictReader(file):
                 try:
-                    points.append((float(row["global_step"]), float(row[tag])))
+                    step = row.get("global_step", row.get("update"))  # of language runs
+                    points.append((float(step), float(step if tag == "global_step" else row[tag])))
                 except (KeyError, TypeError, ValueError):
                     continue  # a tag that is not logged in every row, or a line cut short by a crash
     except (OSError, UnicodeDecodeError, csv.Error):
