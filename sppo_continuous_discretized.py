@@ -162,8 +162,8 @@ class Envs:
         values = self.bins[actions, np.arange(self.action_dim)].reshape(-1, *self.action_space.shape)
         rows = []  # one per environment, which may write into the same array again
         for env, value in zip(self.envs, values):
-            obs, *numbers, _ = env.step(value)
-            reward, terminated, truncated = (np.asarray(x).item() for x in numbers)  # of arrays and lists as well
+            obs, *row, _ = env.step(value)  # numbers, or arrays and lists of one
+            reward, terminated, truncated = [x if isinstance(x, (float, bool)) else np.asarray(x).item() for x in row]
             obs = final_obs = np.array(obs)
             if terminated or truncated:
                 obs = np.array(env.reset()[0])
