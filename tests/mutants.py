@@ -434,8 +434,8 @@ models: of another script | sppo_continuous_discretized | copies -k another_copy
 
 # What strangers bring
 regular numbers: as they come | sppo_continuous_discretized | strangers -k any_form
-- (np.asarray(x).item() for x in numbers)
-+ numbers
+- [x if isinstance(x, (float, bool)) else np.asarray(x).item() for x in row]
++ row
 
 regular numbers: not copied | sa2c_continuous_discretized | strangers -k any_form
 - obs = final_obs = np.array(obs)
