@@ -23,7 +23,7 @@ check: .venv/dev
 	.venv/bin/python -m pytest --numprocesses 2 $(CHECK) $(ARGS)
 
 test: .venv/dev
-	.venv/bin/python -m pytest --numprocesses 2 $(ARGS)
+	.venv/bin/python -m pytest --numprocesses 2 --durations 20 $(ARGS)
 
 lint: .venv/dev
 	.venv/bin/ruff check .
