@@ -28,6 +28,7 @@ import time
 from contextlib import closing
 from dataclasses import asdict, dataclass, replace
 from datetime import datetime, timedelta
+from functools import partial
 from importlib import metadata, util
 from pathlib import Path
 from typing import NoReturn
@@ -214,9 +215,7 @@ def symmetric_a2c_loss(logprob: Tensor, advantages: Tensor, alpha: float, beta: 
     return (alpha * L_a2c + beta * L_ra2c).mean(-1)  # Eq. 9
 
 
-def gae(
-    rewards: np.ndarray, values: np.ndarray, dones: np.ndarray, last_value: np.ndarray, gamma: float, gae_lambda: float
-) -> tuple[np.ndarray, np.ndarray]:
+def gae(rewards, values, dones, last_value, gamma: float, gae_lambda: float) -> tuple[np.ndarray, np.ndarray]:
     """Generalized advantage estimation (Schulman et al. 2018): advantages and returns, both shaped like rewards.
 
     rewards, values, dones: (..., num_steps, num_envs). dones is true where an episode ended in that step; a time
@@ -313,7 +312,7 @@ def train(args: Args, envs: Envs) -> None:
     progress |= load_checkpoint(args, parts)
     generator.set_state(progress["generator"])
     start_time -= progress["wall_seconds"]  # of the process or processes before
-    first_step = global_step = last_log = progress["global_step"]
+    first_step = global_step = progress["global_step"]
     log = RunLog(args.run_dir, global_step)
     train_seconds, last_saved, last_shown = 0.0, time.monotonic(), 0.0
 
@@ -325,9 +324,7 @@ def train(args: Args, envs: Envs) -> None:
     reward_buf, done_buf = np.zeros((T, E), np.float32), np.zeros((T, E), bool)
     episode_return, episode_length = np.zeros(E), np.zeros(E)
     episodes, stats = [], []  # since the last log
-
-    def tensor(x: np.ndarray) -> Tensor:
-        return torch.from_numpy(x).to(args.device)
+    tensor = partial(torch.as_tensor, device=args.device)
 
     obs = envs.reset(env_seeds(args.seed, E, TRAINING, global_step))  # a resumed run has other episodes
     while global_step < total_timesteps:
@@ -376,9 +373,8 @@ def train(args: Args, envs: Envs) -> None:
         # Evaluate, log, save
         finished = global_step == total_timesteps
         evaluate_now = finished or (args.eval_every and global_step % args.eval_every < T * E)
-        if not evaluate_now and global_step - last_log < LOG_EVERY:
+        if not evaluate_now and global_step % LOG_EVERY >= T * E:
             continue
-        last_log = global_step
         sps = (global_step - first_step - T * E) / max(train_seconds, 1e-9)
         if finished:  # before the evaluation, where a game may fail
             save_model(args, agent)

@@ -28,6 +28,7 @@ import warnings
 from contextlib import ExitStack, closing
 from dataclasses import asdict, dataclass, replace
 from datetime import datetime, timedelta
+from functools import partial
 from importlib import metadata, util
 from pathlib import Path
 from typing import NoReturn
@@ -116,12 +117,11 @@ def make_env(env_id: str, video_dir: Path | None = None) -> gym.Env:
     if video_dir:
         env = gym.wrappers.RecordVideo(env, str(video_dir), episode_trigger=lambda episode: episode == 0)
     space = env.observation_space
-    if isinstance(space, gym.spaces.Box) and len(space.shape) == 1:
-        return env
-    if space.is_np_flattenable:
-        return gym.wrappers.FlattenObservation(env)
-    with closing(env):
-        fail(f"--env-id {env_id}: observations of {space} are no vector of numbers")
+    if not space.is_np_flattenable:
+        with closing(env):
+            fail(f"--env-id {env_id}: observations of {space} are no vector of numbers")
+    is_vector = isinstance(space, gym.spaces.Box) and len(space.shape) == 1
+    return env if is_vector else gym.wrappers.FlattenObservation(env)
 
 
 def action_bins(space: gym.Space, num_bins: int) -> np.ndarray:
@@ -262,9 +262,7 @@ def logprob_and_entropy(logits: Tensor, actions: Tensor) -> tuple[Tensor, Tensor
     return logprob, -(logp.exp() * logp).sum((-2, -1))
 
 
-def symmetric_ppo_loss(
-    logprob: Tensor, old_logprob: Tensor, advantages: Tensor, clip_coef: float, alpha: float, beta: float, Z: float
-) -> Tensor:
+def symmetric_ppo_loss(logprob, old_logprob, advantages, clip_coef, alpha: float, beta: float, Z: float) -> Tensor:
     """alpha * L_ppo + beta * L_rppo (Eq. 9), averaged over the last dimension: (..., batch) -> (...).
 
     logprob and old_logprob are joint log-probabilities of the sampled actions under pi and pi_old. The reverse loss
@@ -281,9 +279,7 @@ def symmetric_ppo_loss(
     return (alpha * L_ppo + beta * L_rppo).mean(-1)  # Eq. 9
 
 
-def gae(
-    rewards: np.ndarray, values: np.ndarray, dones: np.ndarray, last_value: np.ndarray, gamma: float, gae_lambda: float
-) -> tuple[np.ndarray, np.ndarray]:
+def gae(rewards, values, dones, last_value, gamma: float, gae_lambda: float) -> tuple[np.ndarray, np.ndarray]:
     """Generalized advantage estimation (Schulman et al. 2018): advantages and returns, both shaped like rewards.
 
     rewards, values, dones: (..., num_steps, num_envs). dones is true where an episode ended in that step; a time
@@ -362,7 +358,7 @@ def train(args: Args, envs: Envs) -> None:
     for generator, state in zip(generators, progress["generators"]):
         generator.set_state(state)
     start_time -= progress["wall_seconds"]  # of the process or processes before
-    first_step = global_step = last_log = progress["global_step"]
+    first_step = global_step = progress["global_step"]
     logs = [RunLog(own_args.run_dir, global_step) for own_args in args.split()]
     failed, last_shown, train_seconds = np.zeros(N, bool), start_time, 0.0
 
@@ -372,9 +368,7 @@ def train(args: Args, envs: Envs) -> None:
     reward_buf, done_buf = np.zeros((N, T, E)), np.zeros((N, T, E), bool)
     episode_return, episode_length = np.zeros((N, E)), np.zeros((N, E))
     episodes, stats = [[] for _ in args.seeds], []  # since the last log
-
-    def tensor(x: np.ndarray) -> Tensor:
-        return torch.from_numpy(x).to(args.device)
+    tensor = partial(torch.as_tensor, device=args.device)
 
     raw_obs = envs.reset(args.seeds, TRAINING, global_step)  # a resumed run has other episodes
     normalizer.count("obs", raw_obs)
@@ -430,9 +424,8 @@ def train(args: Args, envs: Envs) -> None:
         # Evaluate, log, save
         finished = global_step == total_timesteps
         evaluate_now = finished or (args.eval_every and global_step % args.eval_every < T * E)
-        if not evaluate_now and global_step - last_log < LOG_EVERY:
+        if not evaluate_now and global_step % LOG_EVERY >= T * E:
             continue
-        last_log = global_step
         sps = (global_step - first_step - T * E) / max(train_seconds, 1e-9)  # of each agent
         if finished:  # before the evaluation, where an environment may fail
             save_models(args, agent, normalizer)

@@ -268,8 +268,8 @@ devices: clip range on the CPU | sppo_atari | devices -k sppo_atari
 + torch.tensor(args.clip_coef)
 
 devices: rollout on the CPU | sppo_continuous_discretized | devices -k sppo_continuous
-- return torch.from_numpy(x).to(args.device)
-+ return torch.from_numpy(x)
+- tensor = partial(torch.as_tensor, device=args.device)
++ tensor = torch.as_tensor
 
 devices: noise on the CPU | sa2c_continuous_discretized | devices -k sa2c_continuous
 - generators]).log().to(args.device)
@@ -483,10 +483,10 @@ closed: not after a failure | sppo_atari | strangers -k closed
 + if envs := Envs(args, args.num_envs):
 
 closed: not where it is refused | sa2c_continuous_discretized | strangers -k closed
--     with closing(env):
--         fail(f"--env-id {env_id}: observations
-+     if True:
-+         fail(f"--env-id {env_id}: observations
+-         with closing(env):
+-             fail(f"--env-id {env_id}: observations
++         if True:
++             fail(f"--env-id {env_id}: observations
 
 ids: a missing package | sppo_continuous_discretized | strangers -k ids
 - except (gym.error.Error, ImportError) as error:
