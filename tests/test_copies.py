@@ -84,7 +84,7 @@ AVERAGE = [
     ("    parts = {", "    average = torch.optim.swa_utils.AveragedModel(agent)\n    parts = {"),
     ('"optimizer": optimizer', '"optimizer": optimizer, "average": average'),
     ('    progress = {"global_step": 0', '    progress = {"updates": 0, "global_step": 0'),
-    ("        last_log = global_step\n", '        last_log = global_step\n        progress["updates"] += len(stats)\n'),
+    ("        episodes, stats =", '        progress["updates"] += len(stats)\n        episodes, stats ='),
 ]
 UPDATE = {
     algorithm: (f"{indent}optimizer.step()\n", f"{indent}optimizer.step()\n{indent}average.update_parameters(agent)\n")
