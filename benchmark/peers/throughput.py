@@ -10,8 +10,9 @@ backwards in every second round, and only ratios within a round are compared: of
 disturb less, of steps per CPU second of the whole process. Printed are medians with 95 % bootstrap intervals over the
 rounds after the first, absolute steps per second, the processor and the load of the machine. Compilation and evaluation
 are not counted, on either side. Both sides of Atari use a GPU where there is one. Where the time goes is printed too
-(with a GPU, where the program waits for it). --scaling shows in the same way how the total grows
-with the number of agents in one process.
+(with a GPU, where the program waits for it), and the share of the physical limit: of what the environments alone would
+reach (continuous scripts), or the script's matrix products and convolutions at the rate of large matrix products.
+--scaling shows in the same way how the total grows with the number of agents in one process.
 """
 
 import contextlib
@@ -146,8 +147,10 @@ def language_models(folder: Path) -> dict[str, str]:
 def language(side: str, paths: dict[str, str], updates: int, threads: int, lengths: dict[str, int]) -> Speed:
     """sppo_rlhf_imdb.py ("ours") or TRL's trainer over the same networks: tokens of responses, after one update more.
 
-    Evaluation, checkpoints and the saved policy are left out on both sides.
+    Evaluation, checkpoints and the saved policy are left out on both sides. "arithmetic": see arithmetic_alone.
     """
+    from torch.utils.flop_counter import FlopCounterMode
+
     script, marks = importlib.import_module("sppo_rlhf_imdb"), []
     settings = LANGUAGE | lengths | paths | {"num_updates": updates + 1, "num_threads": threads}
     script.evaluate = lambda *_: ({"eval/score": 0.0, "eval/perplexity": 0.0}, [])
@@ -167,7 +170,13 @@ def language(side: str, paths: dict[str, str], updates: int, threads: int, lengt
         else:
             settings |= {"run_dir": folder, "alpha": 1.0, "beta": 0.0, "top_k": 0, "min_response_length": 0}
             args = script.Args(**settings, max_grad_norm=1e9)
-            script.train(args, script.make_learner(args))
+            learner, counter = script.make_learner(args), FlopCounterMode(display=False)
+            with counter if side == "arithmetic" else contextlib.nullcontext():
+                script.train(args, learner)
+    if side == "arithmetic":
+        tokens = LANGUAGE["num_trajectories"] * lengths["response_length"] * (updates + 1)
+        operations, rate = counter.get_total_flops() / tokens, large_products(threads)
+        return Speed(rate.wall / operations, rate.cpu / operations)
     wall, cpu = np.array(marks[-1]) - marks[0]
     total = LANGUAGE["num_trajectories"] * lengths["response_length"] * updates
     return Speed(total / wall, total / cpu, memory=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)
@@ -219,7 +228,6 @@ def ours(script: str, env_id: str, steps: int, threads: int, num_seeds: int, com
         setattr(owner, name, timed)
 
     time.perf_counter = clock
-    module.evaluate = lambda args, *_: np.zeros((num_seeds, 10) if hasattr(args, "num_seeds") else 10)
     if script.endswith("atari"):
         time_method(module.Envs, "step", "environment")
         time_method(module.Agent, "forward", "policy")
@@ -228,14 +236,7 @@ def ours(script: str, env_id: str, steps: int, threads: int, num_seeds: int, com
         time_method(module.Agent, "logits", "policy")
         for name in ("count", "obs", "rewards"):
             time_method(module.Normalizer, name, "normalization")
-    with tempfile.TemporaryDirectory() as folder:
-        run_dir = Path(folder) / "run"
-        sys.argv = [script, "--env-id", env_id, "--run-dir", str(run_dir), "--total-timesteps", str(steps)]
-        sys.argv += ["--num-threads", str(threads), *["--compile"] * compiled]
-        sys.argv += ["--num-seeds", str(num_seeds)] if num_seeds > 1 else []
-        with contextlib.redirect_stdout(io.StringIO()):
-            module.main()
-        results = [json.loads(path.read_text()) for path in run_dir.rglob("result.json")]
+    results = finished_run(script, env_id, steps, threads, num_seeds, compiled)
     seconds_of = iterations(marks)
     counted = len(seconds_of) / (len(seconds_of) + 1)  # the first one is not timed: it may compile
     wall, cpu = seconds_of.sum(0)
@@ -246,6 +247,45 @@ def ours(script: str, env_id: str, steps: int, threads: int, num_seeds: int, com
     shares["update and the rest"] = 1 - sum(shares.values())
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     return Speed(total / wall, total / cpu, shares, memory)
+
+
+def finished_run(script: str, env_id: str, steps: int, threads: int, num_seeds: int, compiled: bool) -> list[dict]:
+    """What one of our scripts leaves in result.json, of every agent, without the evaluation."""
+    module = importlib.import_module(script)
+    module.evaluate = lambda args, *_: np.zeros((num_seeds, 10) if hasattr(args, "num_seeds") else 10)
+    with tempfile.TemporaryDirectory() as folder:
+        run_dir = Path(folder) / "run"
+        sys.argv = [script, "--env-id", env_id, "--run-dir", str(run_dir), "--total-timesteps", str(steps)]
+        sys.argv += ["--num-threads", str(threads), *["--compile"] * compiled]
+        sys.argv += ["--num-seeds", str(num_seeds)] if num_seeds > 1 else []
+        with contextlib.redirect_stdout(io.StringIO()):
+            module.main()
+        return [json.loads(path.read_text()) for path in run_dir.rglob("result.json")]
+
+
+def large_products(threads: int) -> Speed:
+    """Operations per second, by the clock and per CPU second, of matrix products of 2048 by 2048."""
+    import torch
+
+    torch.set_num_threads(threads)
+    x = torch.randn(2048, 2048, device="cuda" if torch.cuda.is_available() else "cpu")
+    speeds = []
+    for _ in range(5):
+        wall, cpu = time.perf_counter(), time.process_time()
+        (x @ x).sum().item()  # waits for a GPU
+        speeds.append((time.perf_counter() - wall, time.process_time() - cpu))
+    wall, cpu = np.min(speeds, 0)
+    return Speed(2 * 2048**3 / wall, 2 * 2048**3 / cpu)
+
+
+def arithmetic_alone(script: str, env_id: str, steps: int, threads: int) -> Speed:
+    """Steps per second, were there nothing but the script's products and convolutions, at the rate of large ones."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    with FlopCounterMode(display=False) as counter:
+        (result,) = finished_run(script, env_id, steps, threads, 1, False)
+    operations, rate = counter.get_total_flops() / result["total_timesteps"], large_products(threads)
+    return Speed(rate.wall / operations, rate.cpu / operations)
 
 
 def iterations(marks: list[tuple[float, float]]) -> np.ndarray:
@@ -311,25 +351,27 @@ def compare(args: Args, script: str) -> None:
 
     runs = {"Stable-Baselines3": measure(stable_baselines3, steps, threads)}
     runs |= {v: measure(ours, steps, threads, num_seeds, v == "compile") for v in args.variants}
-    if not script.endswith("atari"):
-        runs["environments"] = measure(environments_alone, 3000, num_seeds)
+    if script.endswith("atari"):
+        limit, runs["limit"] = "arithmetic", measure(arithmetic_alone, steps // 2, threads)
+    else:
+        limit, runs["limit"] = "environments", measure(environments_alone, 3000, num_seeds)
     label = f"{script}, {env_id}, {num_seeds} agent(s), {threads} thread(s), {steps:,} steps"
     found = in_turn(args.rounds, runs, label)
-    peer, alone = found["Stable-Baselines3"], found.get("environments")
+    peer, alone = found["Stable-Baselines3"], found["limit"]
     for variant in args.variants:
         print(f"  {variant}: {ratio(found[variant], peer)} times Stable-Baselines3, ", end="")
-        print(f"{median_wall(found[variant])} and {median_wall(peer)} steps/s; {parts(found[variant])}", flush=True)
-    if alone:
-        print(f"  {variant}: {ratio(found[variant], alone)} of its environments alone, {median_wall(alone)} steps/s")
+        print(f"{median_wall(found[variant])} and {median_wall(peer)} steps/s; {parts(found[variant])}")
+        print(f"    {ratio(found[variant], alone)} of its {limit} alone, {median_wall(alone)} steps/s", flush=True)
 
 
 def compare_with_trl(args: Args) -> None:
-    updates, threads = args.steps or 3, args.threads or 1
+    updates, threads, sides = args.steps or 3, args.threads or 1, ("TRL", "ours", "arithmetic")
     with tempfile.TemporaryDirectory() as folder:
         paths = in_fresh_process(language_models, Path(folder))
-        runs = {s: lambda s=s: in_fresh_process(language, s, paths, updates, threads, LENGTHS) for s in ("TRL", "ours")}
+        runs = {s: lambda s=s: in_fresh_process(language, s, paths, updates, threads, LENGTHS) for s in sides}
         found = in_turn(args.rounds, runs, f"sppo_rlhf_imdb, 6-layer GPT-2, {threads} thread(s), {updates} updates")
     print(f"  {ratio(found['ours'], found['TRL'])} times TRL")
+    print(f"  {ratio(found['ours'], found['arithmetic'])} of its arithmetic alone")
     for side, speeds in found.items():
         seconds = LANGUAGE["num_trajectories"] * LENGTHS["response_length"] / np.median([s.cpu for s in speeds])
         print(f"  {side}: {median_wall(speeds)} tokens/s, {seconds:.1f} CPU seconds per update, ", end="")
