@@ -29,7 +29,7 @@ from contextlib import closing
 from dataclasses import asdict, dataclass, replace
 from datetime import datetime, timedelta
 from functools import partial
-from importlib import metadata, util
+from importlib import import_module, metadata, util
 from pathlib import Path
 from typing import NoReturn
 
@@ -114,8 +114,7 @@ class Envs:
     action set, 108,000 frames at most. Rewards are raw. docs/paper-notes.md says where the published results differ.
 
     A lost life ends the episode for learning, but the game plays on. FIRE starts the next life in games that have it:
-    where must_fire is set, the caller has to take the action fire.
-    """
+    where must_fire is set, the caller has to take the action fire."""
 
     def __init__(self, args: Args, num_envs: int, **options):
         self.envs = AtariVectorEnv(
@@ -142,9 +141,7 @@ class Envs:
 
     def step(self, actions: np.ndarray):
         """Frames, raw rewards, terminated (life lost or game over), truncated, game_over, infos: (num_envs, ...).
-
-        infos["final_obs"] holds the last frames of games that ended; the frames returned are the next game's.
-        """
+        infos["final_obs"] holds the last frames of games that ended; the frames returned are the next game's."""
         obs, rewards, terminated, truncated, infos = self.envs.step(actions)
         # Lives cannot tell: at game over they are the next game's, and games award extra ones. Frame numbers can.
         game_start = infos["frame_number"] - infos["episode_frame_number"]  # frames before the running game
@@ -187,9 +184,7 @@ class Agent(nn.Module):
 
 def logprob_and_entropy(logits: Tensor, actions: Tensor) -> tuple[Tensor, Tensor]:
     """Log-probability of the actions and entropy of the policy, both (...).
-
-    logits: (..., num_actions); actions: (...), indices.
-    """
+    logits: (..., num_actions); actions: (...), indices."""
     logp = logits.log_softmax(-1)
     logprob = logp.gather(-1, actions.unsqueeze(-1)).squeeze(-1)
     return logprob, -(logp.exp() * logp).sum(-1)
@@ -197,19 +192,15 @@ def logprob_and_entropy(logits: Tensor, actions: Tensor) -> tuple[Tensor, Tensor
 
 def flip_rewards(rewards: np.ndarray, uniform: np.ndarray, flip_prob: float) -> np.ndarray:
     """Clipped rewards through a binary symmetric channel: r becomes 1 - r where uniform < flip_prob (Section 5.1).
-
-    rewards and uniform, numbers in [0, 1), have the same shape, which is also the result's.
-    """
+    rewards and uniform, numbers in [0, 1), have the same shape, which is also the result's."""
     return np.where(uniform < flip_prob, 1 - rewards, rewards)
 
 
 def symmetric_a2c_loss(logprob: Tensor, advantages: Tensor, alpha: float, beta: float, Z: float) -> Tensor:
     """alpha * L_a2c + beta * L_ra2c (Eq. 9), averaged over the last dimension: (..., batch) -> (...).
-
     logprob is the joint log-probability of the sampled actions under pi. The reverse loss is Eq. 7 with the aligned
     sign for A < 0 (Eq. 33-34): one form, L_ra2c = -A Z (1 - pi), for both signs, since the other actions'
-    probabilities sum to 1 - pi.
-    """
+    probabilities sum to 1 - pi."""
     L_a2c = -advantages * logprob  # Eq. 16
     L_ra2c = advantages * Z * torch.expm1(logprob)  # Eq. 7; expm1(log pi) = -(1 - pi)
     return (alpha * L_a2c + beta * L_ra2c).mean(-1)  # Eq. 9
@@ -217,10 +208,8 @@ def symmetric_a2c_loss(logprob: Tensor, advantages: Tensor, alpha: float, beta: 
 
 def gae(rewards, values, dones, last_value, gamma: float, gae_lambda: float) -> tuple[np.ndarray, np.ndarray]:
     """Generalized advantage estimation (Schulman et al. 2018): advantages and returns, both shaped like rewards.
-
     rewards, values, dones: (..., num_steps, num_envs). dones is true where an episode ended in that step; a time
-    limit's bootstrap value is already in its reward. last_value: (..., num_envs), of the observation after them.
-    """
+    limit's bootstrap value is already in its reward. last_value: (..., num_envs), of the observation after them."""
     next_values = np.concatenate([values[..., 1:, :], last_value[..., None, :]], axis=-2)
     deltas = rewards + gamma * next_values * ~dones - values
     decay = gamma * gae_lambda * ~dones
@@ -235,10 +224,8 @@ def gae(rewards, values, dones, last_value, gamma: float, gae_lambda: float) -> 
 @torch.enable_grad()
 def backward(agent: Agent, batch: tuple[Tensor, ...], args: Args) -> dict[str, Tensor]:
     """Leave the clipped gradient on a batch in p.grad; returns {tag: ()} to log.
-
     batch: frames (batch, 4, 84, 84) and (batch,) of actions, whether the policy chose them (1 or 0), advantages and
-    returns. Actions that it did not choose train the value alone.
-    """
+    returns. Actions that it did not choose train the value alone."""
     obs, actions, chosen, advantages, returns = batch
     logits, values = agent(obs)
     logprob, entropy = logprob_and_entropy(logits, actions)
@@ -408,10 +395,8 @@ def train(args: Args, envs: Envs) -> None:
 @torch.no_grad()
 def evaluate(args: Args, agent: Agent, step: int | None = None) -> np.ndarray:
     """Raw scores (10,) of the first whole game in each of 10 environments of its own; actions are sampled.
-
     An evaluation during training, at a step, has starts and draws of its own. With args.capture_video the first of the
-    games is recorded.
-    """
+    games is recorded."""
     name, stream = ("final", (EVALUATION,)) if step is None else (f"step{step}", (EVALUATION, step))
     say(f"evaluation, {name}: {EVAL_EPISODES} games")
     seeds = env_seeds(args.seed, EVAL_EPISODES, *stream)
@@ -460,11 +445,10 @@ def fail(message: object, code: int = 2) -> NoReturn:
 
 def say(text: str, file=None) -> None:
     """Print. A reader that has gone, as behind | head, does not stop a run."""
-    file = file or sys.stdout
     try:
         print(text, file=file, flush=True)
     except OSError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), file.fileno())
+        os.dup2(os.open(os.devnull, os.O_WRONLY), (file or sys.stdout).fileno())
 
 
 def check_args(args: Args) -> None:
@@ -473,8 +457,8 @@ def check_args(args: Args) -> None:
         if not eval(values, {"inf": np.inf, "nan": np.nan}):
             fail(f"{rule} must hold, and {values} does not")
     for flag, package in (("track", "wandb"), ("capture_video", "moviepy")):
-        spec = util.find_spec(package)
-        if getattr(args, flag) and (spec is None or spec.origin is None):  # an empty folder has a spec, but no origin
+        origin = getattr(util.find_spec(package), "origin", None)  # an empty folder passes for a package, but has none
+        if getattr(args, flag) and origin is None:
             fail(f"--{flag.replace('_', '-')} needs {package}: pip install {package}")
 
 
@@ -497,17 +481,14 @@ class RunLog:
 
     def write(self, global_step: int, metrics: dict[str, float]) -> None:
         """Log {tag: value}, any tags. curves.csv gets one more row, and is written anew where a tag is new."""
-        row, text = {"global_step": global_step} | {tag: f"{x:.6g}" for tag, x in metrics.items()}, io.StringIO()
-        self.rows.append(row)
-        if row.keys() <= self.columns.keys():
-            with self.path.open("a", newline="") as file:
-                csv.DictWriter(file, self.columns, lineterminator="\n").writerow(row)
-        else:
-            self.columns = dict.fromkeys(tag for row in self.rows for tag in row)
-            writer = csv.DictWriter(text, self.columns, lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(self.rows)
-            write_atomic(self.path, text.getvalue().encode())
+        self.rows.append({"global_step": global_step} | {tag: f"{x:.6g}" for tag, x in metrics.items()})
+        path, mode, rows = self.path, "a", self.rows[-1:]
+        if not rows[0].keys() <= self.columns.keys():
+            self.columns = {tag: tag for row in self.rows for tag in row}
+            path, mode, rows = self.path.with_name("curves.csv.tmp"), "w", [self.columns, *self.rows]
+        with path.open(mode, newline="") as file:
+            csv.DictWriter(file, self.columns, lineterminator="\n").writerows(rows)
+        path.replace(self.path)
         for tag, value in metrics.items():
             self.writer.add_scalar(tag, value, global_step)
         self.writer.flush()  # a kill loses nothing that a later checkpoint counts as written
@@ -554,10 +535,9 @@ def save_result(args: Args, progress: dict, commit: str | None) -> None:
 
 def git_commit() -> str | None:
     """Commit of the repository this file is in, with "-dirty" when this file differs; None outside a repository."""
-    git = f"git rev-parse HEAD && git status --porcelain -- {shlex.quote(__file__)}"
+    git = f"git rev-parse HEAD && git status --porcelain -- {shlex.quote(__file__)} | grep -q . && echo -dirty"
     done = subprocess.run(git, shell=True, cwd=Path(__file__).parent, capture_output=True, text=True)
-    commit, _, changes = done.stdout.strip().partition("\n")
-    return f"{commit}-dirty" if changes else commit or None
+    return "".join(done.stdout.split()) or None
 
 
 def saved_args(path: Path, script: str | None, saved: dict) -> Args:
@@ -584,12 +564,11 @@ def open_run(args: Args) -> Args:
     except OSError as error:
         if error.errno in (errno.EACCES, errno.EAGAIN):  # and is no file system without locks
             fail(f"{run_dir} is being trained by another process")
-    if args.resume is not None:
-        saved = json.loads(os.read(file, 2**20) or "{}")  # a kill in the first moment leaves it empty
-        return replace(saved_args(run_dir, saved.get("script"), saved.get("args")), run_dir=str(run_dir))
-    args = replace(args, run_dir=str(run_dir))
-    os.write(file, json.dumps({"script": SCRIPT, "args": asdict(args)}, indent=2).encode())
-    return args
+    if args.resume is None:
+        content = {"script": SCRIPT, "args": asdict(replace(args, run_dir=str(run_dir)))}
+        os.write(file, json.dumps(content, indent=2).encode())
+    saved = json.loads(os.pread(file, 2**20, 0) or "{}")  # a kill in the first moment leaves it empty
+    return replace(saved_args(run_dir, saved.get("script"), saved.get("args")), run_dir=str(run_dir))
 
 
 def evaluate_model(args: Args) -> None:
@@ -629,9 +608,7 @@ def main() -> None:
         with closing(Envs(args, args.num_envs)) as envs:
             args = args if "--resume" in typed else open_run(args)
             if args.track:
-                import wandb
-
-                wandb.init(dir=args.run_dir, config=asdict(args), sync_tensorboard=True, resume="auto")
+                import_module("wandb").init(dir=args.run_dir, config=asdict(args), sync_tensorboard=True, resume="auto")
             resume = [*sys.orig_argv[: len(sys.orig_argv) - len(sys.argv) + 1], "--resume", args.run_dir]
             say(f"run directory {args.run_dir}; should it stop, go on with: {shlex.join(resume)}")
             train(args, envs)

@@ -29,7 +29,7 @@ from contextlib import ExitStack, closing
 from dataclasses import asdict, dataclass, replace
 from datetime import datetime, timedelta
 from functools import partial
-from importlib import metadata, util
+from importlib import import_module, metadata, util
 from pathlib import Path
 from typing import NoReturn
 
@@ -132,10 +132,8 @@ def action_bins(space: gym.Space, num_bins: int) -> np.ndarray:
 
 class Envs:
     """num_envs environments of every agent that take bins for actions; all arrays are (num_agents, num_envs, ...).
-
     They reset within the step that ends an episode, so that no transition is junk. gymnasium's SyncVectorEnv takes
-    four times as long. With video_dir the first episode of the very first environment is recorded.
-    """
+    four times as long. With video_dir the first episode of the very first environment is recorded."""
 
     def __init__(self, args: Args, num_envs: int, video_dir: Path | None = None):
         self.shape, self.envs = (args.num_seeds, num_envs), []
@@ -164,10 +162,9 @@ class Envs:
             if terminated or truncated:
                 obs = np.array(env.reset()[0])
             rows.append((obs, reward, terminated, truncated, final_obs))
-        obs, rewards, terminated, truncated, final_obs = map(np.array, zip(*rows))
-        rewards, terminated, truncated = (x.reshape(self.shape) for x in (rewards, terminated, truncated))
-        shape = (*self.shape, self.obs_dim)
-        return obs.reshape(shape), rewards, terminated.astype(bool), truncated.astype(bool), final_obs.reshape(shape)
+        obs, *numbers, final_obs = (np.array(x).reshape(*self.shape, -1) for x in zip(*rows))
+        rewards, terminated, truncated = (x[..., 0] for x in numbers)
+        return obs, rewards, terminated.astype(bool), truncated.astype(bool), final_obs
 
 
 class Normalizer(nn.Module):
@@ -176,9 +173,8 @@ class Normalizer(nn.Module):
     def __init__(self, num_agents: int, num_envs: int, obs_dim: int, gamma: float):
         super().__init__()
         for name, shape in (("obs", (num_agents, 1, obs_dim)), ("return", (num_agents, 1))):
-            self.register_buffer(f"{name}_mean", torch.zeros(shape, dtype=torch.float64))
-            self.register_buffer(f"{name}_var", torch.ones(shape, dtype=torch.float64))
-            self.register_buffer(f"{name}_count", torch.tensor(1e-4, dtype=torch.float64))
+            for key, size, start in (("mean", shape, 0.0), ("var", shape, 1.0), ("count", (), 1e-4)):
+                self.register_buffer(f"{name}_{key}", torch.full(size, start, dtype=torch.float64))
         self.statistics = {name: x.numpy() for name, x in self.named_buffers()}  # the same memory
         self.returns = np.zeros((num_agents, num_envs))  # discounted return so far of the running episodes
         self.gamma = gamma
@@ -250,9 +246,7 @@ class Agent(nn.Module):
 
 def logprob_and_entropy(logits: Tensor, actions: Tensor) -> tuple[Tensor, Tensor]:
     """Joint log-probability of the actions and entropy of the policy, both (...): sums over the action dimensions.
-
-    logits: (..., action_dim, num_bins); actions: (..., action_dim), bin indices.
-    """
+    logits: (..., action_dim, num_bins); actions: (..., action_dim), bin indices."""
     logp = logits.log_softmax(-1)
     logprob = logp.gather(-1, actions.unsqueeze(-1)).squeeze(-1).sum(-1)
     return logprob, -(logp.exp() * logp).sum((-2, -1))
@@ -260,11 +254,9 @@ def logprob_and_entropy(logits: Tensor, actions: Tensor) -> tuple[Tensor, Tensor
 
 def symmetric_a2c_loss(logprob: Tensor, advantages: Tensor, alpha: float, beta: float, Z: float) -> Tensor:
     """alpha * L_a2c + beta * L_ra2c (Eq. 9), averaged over the last dimension: (..., batch) -> (...).
-
     logprob is the joint log-probability of the sampled actions under pi. The reverse loss is Eq. 7 with the aligned
     sign for A < 0 (Eq. 33-34): one form, L_ra2c = -A Z (1 - pi), for both signs, since the other actions'
-    probabilities sum to 1 - pi.
-    """
+    probabilities sum to 1 - pi."""
     L_a2c = -advantages * logprob  # Eq. 16
     L_ra2c = advantages * Z * torch.expm1(logprob)  # Eq. 7; expm1(log pi) = -(1 - pi)
     return (alpha * L_a2c + beta * L_ra2c).mean(-1)  # Eq. 9
@@ -272,10 +264,8 @@ def symmetric_a2c_loss(logprob: Tensor, advantages: Tensor, alpha: float, beta: 
 
 def gae(rewards, values, dones, last_value, gamma: float, gae_lambda: float) -> tuple[np.ndarray, np.ndarray]:
     """Generalized advantage estimation (Schulman et al. 2018): advantages and returns, both shaped like rewards.
-
     rewards, values, dones: (..., num_steps, num_envs). dones is true where an episode ended in that step; a time
-    limit's bootstrap value is already in its reward. last_value: (..., num_envs), of the observation after them.
-    """
+    limit's bootstrap value is already in its reward. last_value: (..., num_envs), of the observation after them."""
     next_values = np.concatenate([values[..., 1:, :], last_value[..., None, :]], axis=-2)
     deltas = rewards + gamma * next_values * ~dones - values
     decay = gamma * gae_lambda * ~dones
@@ -290,10 +280,8 @@ def gae(rewards, values, dones, last_value, gamma: float, gae_lambda: float) -> 
 @torch.enable_grad()
 def backward(agent: Agent, batch: tuple[Tensor, ...], args: Args) -> dict[str, Tensor]:
     """Leave every agent's clipped gradient on a batch of its own in p.grad; returns {tag: (num_agents,)} to log.
-
     batch: observations (num_agents, batch, obs_dim), actions (num_agents, batch, action_dim), and (num_agents, batch)
-    of advantages and returns.
-    """
+    of advantages and returns."""
     obs, actions, advantages, returns = batch
     logprob, entropy = logprob_and_entropy(agent.logits(obs), actions)
     policy_loss = symmetric_a2c_loss(logprob, advantages, args.alpha, args.beta, args.Z)
@@ -439,10 +427,8 @@ def train(args: Args, envs: Envs) -> None:
 @torch.no_grad()
 def evaluate(args: Args, agent: Agent, normalizer: Normalizer, step: int | None = None) -> np.ndarray:
     """Raw returns (num_agents, 10) of the first episode in each of 10 environments of its own per agent.
-
     The most likely bin of every action dimension is taken, and the normalization statistics are frozen. An evaluation
-    during training, at a step, has starts of its own. With args.capture_video the very first episode is recorded.
-    """
+    during training, at a step, has starts of its own. With args.capture_video the very first episode is recorded."""
     name, stream = ("final", (EVALUATION,)) if step is None else (f"step{step}", (EVALUATION, step))
     say(f"evaluation, {name}: {EVAL_EPISODES} episodes of every agent")
     with closing(Envs(args, EVAL_EPISODES, Path(args.run_dir, "videos", name) if args.capture_video else None)) as envs:
@@ -480,11 +466,10 @@ def fail(message: object, code: int = 2) -> NoReturn:
 
 def say(text: str, file=None) -> None:
     """Print. A reader that has gone, as behind | head, does not stop a run."""
-    file = file or sys.stdout
     try:
         print(text, file=file, flush=True)
     except OSError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), file.fileno())
+        os.dup2(os.open(os.devnull, os.O_WRONLY), (file or sys.stdout).fileno())
 
 
 def check_args(args: Args) -> None:
@@ -495,8 +480,8 @@ def check_args(args: Args) -> None:
     if args.cuda and not torch.cuda.is_available():
         fail("--cuda needs a CUDA device, and torch sees none")
     for flag, package in (("track", "wandb"), ("capture_video", "moviepy")):
-        spec = util.find_spec(package)
-        if getattr(args, flag) and (spec is None or spec.origin is None):  # an empty folder has a spec, but no origin
+        origin = getattr(util.find_spec(package), "origin", None)  # an empty folder passes for a package, but has none
+        if getattr(args, flag) and origin is None:
             fail(f"--{flag.replace('_', '-')} needs {package}: pip install {package}")
     if args.capture_video:
         try:
@@ -537,17 +522,14 @@ class RunLog:
 
     def write(self, global_step: int, metrics: dict[str, float]) -> None:
         """Log {tag: value}, any tags. curves.csv gets one more row, and is written anew where a tag is new."""
-        row, text = {"global_step": global_step} | {tag: f"{x:.6g}" for tag, x in metrics.items()}, io.StringIO()
-        self.rows.append(row)
-        if row.keys() <= self.columns.keys():
-            with self.path.open("a", newline="") as file:
-                csv.DictWriter(file, self.columns, lineterminator="\n").writerow(row)
-        else:
-            self.columns = dict.fromkeys(tag for row in self.rows for tag in row)
-            writer = csv.DictWriter(text, self.columns, lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(self.rows)
-            write_atomic(self.path, text.getvalue().encode())
+        self.rows.append({"global_step": global_step} | {tag: f"{x:.6g}" for tag, x in metrics.items()})
+        path, mode, rows = self.path, "a", self.rows[-1:]
+        if not rows[0].keys() <= self.columns.keys():
+            self.columns = {tag: tag for row in self.rows for tag in row}
+            path, mode, rows = self.path.with_name("curves.csv.tmp"), "w", [self.columns, *self.rows]
+        with path.open(mode, newline="") as file:
+            csv.DictWriter(file, self.columns, lineterminator="\n").writerows(rows)
+        path.replace(self.path)
         for tag, value in metrics.items():
             self.writer.add_scalar(tag, value, global_step)
         self.writer.flush()  # a kill loses nothing that a later checkpoint counts as written
@@ -605,10 +587,9 @@ def save_results(args: Args, progress: dict, commit: str | None) -> None:
 
 def git_commit() -> str | None:
     """Commit of the repository this file is in, with "-dirty" when this file differs; None outside a repository."""
-    git = f"git rev-parse HEAD && git status --porcelain -- {shlex.quote(__file__)}"
+    git = f"git rev-parse HEAD && git status --porcelain -- {shlex.quote(__file__)} | grep -q . && echo -dirty"
     done = subprocess.run(git, shell=True, cwd=Path(__file__).parent, capture_output=True, text=True)
-    commit, _, changes = done.stdout.strip().partition("\n")
-    return f"{commit}-dirty" if changes else commit or None
+    return "".join(done.stdout.split()) or None
 
 
 def saved_args(path: Path, script: str | None, saved: dict) -> Args:
@@ -635,12 +616,11 @@ def open_run(args: Args) -> Args:
     except OSError as error:
         if error.errno in (errno.EACCES, errno.EAGAIN):  # and is no file system without locks
             fail(f"{run_dir} is being trained by another process")
-    if args.resume is not None:
-        saved = json.loads(os.read(file, 2**20) or "{}")  # a kill in the first moment leaves it empty
-        return replace(saved_args(run_dir, saved.get("script"), saved.get("args")), run_dir=str(run_dir))
-    args = replace(args, run_dir=str(run_dir))
-    os.write(file, json.dumps({"script": SCRIPT, "args": asdict(args)}, indent=2).encode())
-    return args
+    if args.resume is None:
+        content = {"script": SCRIPT, "args": asdict(replace(args, run_dir=str(run_dir)))}
+        os.write(file, json.dumps(content, indent=2).encode())
+    saved = json.loads(os.pread(file, 2**20, 0) or "{}")  # a kill in the first moment leaves it empty
+    return replace(saved_args(run_dir, saved.get("script"), saved.get("args")), run_dir=str(run_dir))
 
 
 def evaluate_model(args: Args) -> None:
@@ -682,9 +662,7 @@ def main() -> None:
         with closing(Envs(args, args.num_envs)) as envs:
             args = args if "--resume" in typed else open_run(args)
             if args.track:
-                import wandb
-
-                wandb.init(dir=args.run_dir, config=asdict(args), sync_tensorboard=True, resume="auto")
+                import_module("wandb").init(dir=args.run_dir, config=asdict(args), sync_tensorboard=True, resume="auto")
             resume = [*sys.orig_argv[: len(sys.orig_argv) - len(sys.argv) + 1], "--resume", args.run_dir]
             say(f"run directory {args.run_dir}; should it stop, go on with: {shlex.join(resume)}")
             train(args, envs)

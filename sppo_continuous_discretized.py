@@ -29,7 +29,7 @@ from contextlib import ExitStack, closing
 from dataclasses import asdict, dataclass, replace
 from datetime import datetime, timedelta
 from functools import partial
-from importlib import metadata, util
+from importlib import import_module, metadata, util
 from pathlib import Path
 from typing import NoReturn
 
@@ -136,10 +136,8 @@ def action_bins(space: gym.Space, num_bins: int) -> np.ndarray:
 
 class Envs:
     """num_envs environments of every agent that take bins for actions; all arrays are (num_agents, num_envs, ...).
-
     They reset within the step that ends an episode, so that no transition is junk. gymnasium's SyncVectorEnv takes
-    four times as long. With video_dir the first episode of the very first environment is recorded.
-    """
+    four times as long. With video_dir the first episode of the very first environment is recorded."""
 
     def __init__(self, args: Args, num_envs: int, video_dir: Path | None = None):
         self.shape, self.envs = (args.num_seeds, num_envs), []
@@ -168,10 +166,9 @@ class Envs:
             if terminated or truncated:
                 obs = np.array(env.reset()[0])
             rows.append((obs, reward, terminated, truncated, final_obs))
-        obs, rewards, terminated, truncated, final_obs = map(np.array, zip(*rows))
-        rewards, terminated, truncated = (x.reshape(self.shape) for x in (rewards, terminated, truncated))
-        shape = (*self.shape, self.obs_dim)
-        return obs.reshape(shape), rewards, terminated.astype(bool), truncated.astype(bool), final_obs.reshape(shape)
+        obs, *numbers, final_obs = (np.array(x).reshape(*self.shape, -1) for x in zip(*rows))
+        rewards, terminated, truncated = (x[..., 0] for x in numbers)
+        return obs, rewards, terminated.astype(bool), truncated.astype(bool), final_obs
 
 
 class Normalizer(nn.Module):
@@ -180,9 +177,8 @@ class Normalizer(nn.Module):
     def __init__(self, num_agents: int, num_envs: int, obs_dim: int, gamma: float):
         super().__init__()
         for name, shape in (("obs", (num_agents, 1, obs_dim)), ("return", (num_agents, 1))):
-            self.register_buffer(f"{name}_mean", torch.zeros(shape, dtype=torch.float64))
-            self.register_buffer(f"{name}_var", torch.ones(shape, dtype=torch.float64))
-            self.register_buffer(f"{name}_count", torch.tensor(1e-4, dtype=torch.float64))
+            for key, size, start in (("mean", shape, 0.0), ("var", shape, 1.0), ("count", (), 1e-4)):
+                self.register_buffer(f"{name}_{key}", torch.full(size, start, dtype=torch.float64))
         self.statistics = {name: x.numpy() for name, x in self.named_buffers()}  # the same memory
         self.returns = np.zeros((num_agents, num_envs))  # discounted return so far of the running episodes
         self.gamma = gamma
@@ -254,9 +250,7 @@ class Agent(nn.Module):
 
 def logprob_and_entropy(logits: Tensor, actions: Tensor) -> tuple[Tensor, Tensor]:
     """Joint log-probability of the actions and entropy of the policy, both (...): sums over the action dimensions.
-
-    logits: (..., action_dim, num_bins); actions: (..., action_dim), bin indices.
-    """
+    logits: (..., action_dim, num_bins); actions: (..., action_dim), bin indices."""
     logp = logits.log_softmax(-1)
     logprob = logp.gather(-1, actions.unsqueeze(-1)).squeeze(-1).sum(-1)
     return logprob, -(logp.exp() * logp).sum((-2, -1))
@@ -264,12 +258,10 @@ def logprob_and_entropy(logits: Tensor, actions: Tensor) -> tuple[Tensor, Tensor
 
 def symmetric_ppo_loss(logprob, old_logprob, advantages, clip_coef, alpha: float, beta: float, Z: float) -> Tensor:
     """alpha * L_ppo + beta * L_rppo (Eq. 9), averaged over the last dimension: (..., batch) -> (...).
-
     logprob and old_logprob are joint log-probabilities of the sampled actions under pi and pi_old. The reverse loss
     is Eq. 8 with the aligned sign for A < 0 (Eq. 33-34): one form, L_rppo = -A Z (1 - pi) / pi_old, for both signs,
     since the other actions' probabilities sum to 1 - pi. Its constant part -A Z / pi_old is left out of the value:
-    it has no gradient, and its size (11^17 with 17 action dimensions) would bury everything else.
-    """
+    it has no gradient, and its size (11^17 with 17 action dimensions) would bury everything else."""
     ratio = (logprob - old_logprob).exp()  # r_t of Eq. 3
     unclipped = ratio * advantages
     clipped = ratio.clamp(1 - clip_coef, 1 + clip_coef) * advantages
@@ -281,10 +273,8 @@ def symmetric_ppo_loss(logprob, old_logprob, advantages, clip_coef, alpha: float
 
 def gae(rewards, values, dones, last_value, gamma: float, gae_lambda: float) -> tuple[np.ndarray, np.ndarray]:
     """Generalized advantage estimation (Schulman et al. 2018): advantages and returns, both shaped like rewards.
-
     rewards, values, dones: (..., num_steps, num_envs). dones is true where an episode ended in that step; a time
-    limit's bootstrap value is already in its reward. last_value: (..., num_envs), of the observation after them.
-    """
+    limit's bootstrap value is already in its reward. last_value: (..., num_envs), of the observation after them."""
     next_values = np.concatenate([values[..., 1:, :], last_value[..., None, :]], axis=-2)
     deltas = rewards + gamma * next_values * ~dones - values
     decay = gamma * gae_lambda * ~dones
@@ -299,10 +289,8 @@ def gae(rewards, values, dones, last_value, gamma: float, gae_lambda: float) -> 
 @torch.enable_grad()
 def backward(agent: Agent, batch: tuple[Tensor, ...], args: Args) -> dict[str, Tensor]:
     """Leave every agent's clipped gradient on a minibatch of its own in p.grad; returns {tag: (num_agents,)} to log.
-
     batch: observations (num_agents, batch, obs_dim), actions (num_agents, batch, action_dim), and (num_agents, batch)
-    of old log-probabilities, advantages and returns.
-    """
+    of old log-probabilities, advantages and returns."""
     obs, actions, old_logprob, advantages, returns = batch
     logprob, entropy = logprob_and_entropy(agent.logits(obs), actions)
     normalized = advantages
@@ -460,10 +448,8 @@ def train(args: Args, envs: Envs) -> None:
 @torch.no_grad()
 def evaluate(args: Args, agent: Agent, normalizer: Normalizer, step: int | None = None) -> np.ndarray:
     """Raw returns (num_agents, 10) of the first episode in each of 10 environments of its own per agent.
-
     The most likely bin of every action dimension is taken, and the normalization statistics are frozen. An evaluation
-    during training, at a step, has starts of its own. With args.capture_video the very first episode is recorded.
-    """
+    during training, at a step, has starts of its own. With args.capture_video the very first episode is recorded."""
     name, stream = ("final", (EVALUATION,)) if step is None else (f"step{step}", (EVALUATION, step))
     say(f"evaluation, {name}: {EVAL_EPISODES} episodes of every agent")
     with closing(Envs(args, EVAL_EPISODES, Path(args.run_dir, "videos", name) if args.capture_video else None)) as envs:
@@ -489,9 +475,8 @@ RULES = """
 --num-bins >= 2, --eval-every >= 0, 0 <= --seed < 2**63, 0 <= --gamma <= 1, 0 <= --gae-lambda <= 1
 0 < --alpha < inf, 0 <= --beta < inf, -inf < --Z < 0, 0 <= --reward-noise-std < inf, 0 < --learning-rate < inf
 0 < --clip-coef < inf, 0 <= --ent-coef < inf, 0 <= --vf-coef < inf, 0 < --max-grad-norm < inf
---num-envs * --num-steps % --num-minibatches == 0
+--total-timesteps >= --num-envs * --num-steps, --num-envs * --num-steps % --num-minibatches == 0
 --num-envs * --num-steps > --num-minibatches or not --norm-adv
---total-timesteps >= --num-envs * --num-steps
 """  # of arguments, in the flags' spelling: the one that does not hold is the error message
 
 
@@ -503,11 +488,10 @@ def fail(message: object, code: int = 2) -> NoReturn:
 
 def say(text: str, file=None) -> None:
     """Print. A reader that has gone, as behind | head, does not stop a run."""
-    file = file or sys.stdout
     try:
         print(text, file=file, flush=True)
     except OSError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), file.fileno())
+        os.dup2(os.open(os.devnull, os.O_WRONLY), (file or sys.stdout).fileno())
 
 
 def check_args(args: Args) -> None:
@@ -518,8 +502,8 @@ def check_args(args: Args) -> None:
     if args.cuda and not torch.cuda.is_available():
         fail("--cuda needs a CUDA device, and torch sees none")
     for flag, package in (("track", "wandb"), ("capture_video", "moviepy")):
-        spec = util.find_spec(package)
-        if getattr(args, flag) and (spec is None or spec.origin is None):  # an empty folder has a spec, but no origin
+        origin = getattr(util.find_spec(package), "origin", None)  # an empty folder passes for a package, but has none
+        if getattr(args, flag) and origin is None:
             fail(f"--{flag.replace('_', '-')} needs {package}: pip install {package}")
     if args.capture_video:
         try:
@@ -560,17 +544,14 @@ class RunLog:
 
     def write(self, global_step: int, metrics: dict[str, float]) -> None:
         """Log {tag: value}, any tags. curves.csv gets one more row, and is written anew where a tag is new."""
-        row, text = {"global_step": global_step} | {tag: f"{x:.6g}" for tag, x in metrics.items()}, io.StringIO()
-        self.rows.append(row)
-        if row.keys() <= self.columns.keys():
-            with self.path.open("a", newline="") as file:
-                csv.DictWriter(file, self.columns, lineterminator="\n").writerow(row)
-        else:
-            self.columns = dict.fromkeys(tag for row in self.rows for tag in row)
-            writer = csv.DictWriter(text, self.columns, lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(self.rows)
-            write_atomic(self.path, text.getvalue().encode())
+        self.rows.append({"global_step": global_step} | {tag: f"{x:.6g}" for tag, x in metrics.items()})
+        path, mode, rows = self.path, "a", self.rows[-1:]
+        if not rows[0].keys() <= self.columns.keys():
+            self.columns = {tag: tag for row in self.rows for tag in row}
+            path, mode, rows = self.path.with_name("curves.csv.tmp"), "w", [self.columns, *self.rows]
+        with path.open(mode, newline="") as file:
+            csv.DictWriter(file, self.columns, lineterminator="\n").writerows(rows)
+        path.replace(self.path)
         for tag, value in metrics.items():
             self.writer.add_scalar(tag, value, global_step)
         self.writer.flush()  # a kill loses nothing that a later checkpoint counts as written
@@ -628,10 +609,9 @@ def save_results(args: Args, progress: dict, commit: str | None) -> None:
 
 def git_commit() -> str | None:
     """Commit of the repository this file is in, with "-dirty" when this file differs; None outside a repository."""
-    git = f"git rev-parse HEAD && git status --porcelain -- {shlex.quote(__file__)}"
+    git = f"git rev-parse HEAD && git status --porcelain -- {shlex.quote(__file__)} | grep -q . && echo -dirty"
     done = subprocess.run(git, shell=True, cwd=Path(__file__).parent, capture_output=True, text=True)
-    commit, _, changes = done.stdout.strip().partition("\n")
-    return f"{commit}-dirty" if changes else commit or None
+    return "".join(done.stdout.split()) or None
 
 
 def saved_args(path: Path, script: str | None, saved: dict) -> Args:
@@ -658,12 +638,11 @@ def open_run(args: Args) -> Args:
     except OSError as error:
         if error.errno in (errno.EACCES, errno.EAGAIN):  # and is no file system without locks
             fail(f"{run_dir} is being trained by another process")
-    if args.resume is not None:
-        saved = json.loads(os.read(file, 2**20) or "{}")  # a kill in the first moment leaves it empty
-        return replace(saved_args(run_dir, saved.get("script"), saved.get("args")), run_dir=str(run_dir))
-    args = replace(args, run_dir=str(run_dir))
-    os.write(file, json.dumps({"script": SCRIPT, "args": asdict(args)}, indent=2).encode())
-    return args
+    if args.resume is None:
+        content = {"script": SCRIPT, "args": asdict(replace(args, run_dir=str(run_dir)))}
+        os.write(file, json.dumps(content, indent=2).encode())
+    saved = json.loads(os.pread(file, 2**20, 0) or "{}")  # a kill in the first moment leaves it empty
+    return replace(saved_args(run_dir, saved.get("script"), saved.get("args")), run_dir=str(run_dir))
 
 
 def evaluate_model(args: Args) -> None:
@@ -705,9 +684,7 @@ def main() -> None:
         with closing(Envs(args, args.num_envs)) as envs:
             args = args if "--resume" in typed else open_run(args)
             if args.track:
-                import wandb
-
-                wandb.init(dir=args.run_dir, config=asdict(args), sync_tensorboard=True, resume="auto")
+                import_module("wandb").init(dir=args.run_dir, config=asdict(args), sync_tensorboard=True, resume="auto")
             resume = [*sys.orig_argv[: len(sys.orig_argv) - len(sys.argv) + 1], "--resume", args.run_dir]
             say(f"run directory {args.run_dir}; should it stop, go on with: {shlex.join(resume)}")
             train(args, envs)

@@ -19,7 +19,6 @@ memory, and the base with its adapters off is the reference.
 import csv
 import errno
 import fcntl
-import importlib
 import io
 import json
 import os
@@ -37,6 +36,7 @@ from contextlib import nullcontext, suppress
 from dataclasses import asdict, dataclass, replace
 from datetime import datetime, timedelta
 from functools import partial
+from importlib import import_module
 from importlib.metadata import distributions
 from importlib.util import find_spec
 from numbers import Real
@@ -409,7 +409,7 @@ class RewardFunction:
         require(module and function, f"{self.flag}: give a module and a function in it, module:name")
         sys.path.append(os.getcwd())
         try:
-            self.function = getattr(importlib.import_module(module), function, None)
+            self.function = getattr(import_module(module), function, None)
         except ModuleNotFoundError as error:
             if not f"{module}.".startswith(f"{error.name}."):  # an import in the module that fails
                 raise
@@ -891,11 +891,10 @@ def require(condition: object, message: object, code: int = 2) -> None:
 
 def say(text: str, file=None) -> None:
     """Print. A reader that has gone, as behind | head, does not stop a run."""
-    file = file or sys.stdout
     try:
         print(text, file=file, flush=True)
     except OSError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), file.fileno())
+        os.dup2(os.open(os.devnull, os.O_WRONLY), (file or sys.stdout).fileno())
 
 
 def check_args(args: Args) -> None:
@@ -909,8 +908,8 @@ def check_args(args: Args) -> None:
         require(used, f"--revision {name} is no hub id among --policy, --tokenizer, --reward-model and --dataset")
     four_bit = args.base_precision == "4bit", "--base-precision 4bit", "bitsandbytes"
     for wanted, flag, package in ((args.track, "--track", "wandb"), four_bit):
-        spec = find_spec(package)
-        if wanted and (spec is None or spec.origin is None):  # an empty folder has a spec, but no origin
+        origin = getattr(find_spec(package), "origin", None)  # an empty folder passes for a package, but has none
+        if wanted and origin is None:
             fail(f"{flag} needs {package}: pip install {package}")
 
 
@@ -1046,17 +1045,14 @@ class RunLog:
 
     def write(self, update: int, metrics: dict[str, float]) -> None:
         """Log {tag: value}, any tags. curves.csv gets one more row, and is written anew where a tag is new."""
-        row, text = {"update": update} | {tag: f"{x:.6g}" for tag, x in metrics.items()}, io.StringIO()
-        self.rows.append(row)
-        if row.keys() <= self.columns.keys():
-            with self.path.open("a", newline="") as file:
-                csv.DictWriter(file, self.columns, lineterminator="\n").writerow(row)
-        else:
-            self.columns = dict.fromkeys(tag for row in self.rows for tag in row)
-            writer = csv.DictWriter(text, self.columns, lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(self.rows)
-            write_atomic(self.path, text.getvalue().encode())
+        self.rows.append({"update": update} | {tag: f"{x:.6g}" for tag, x in metrics.items()})
+        path, mode, rows = self.path, "a", self.rows[-1:]
+        if not rows[0].keys() <= self.columns.keys():
+            self.columns = {tag: tag for row in self.rows for tag in row}
+            path, mode, rows = self.path.with_name("curves.csv.tmp"), "w", [self.columns, *self.rows]
+        with path.open(mode, newline="") as file:
+            csv.DictWriter(file, self.columns, lineterminator="\n").writerows(rows)
+        path.replace(self.path)
         for tag, value in metrics.items():
             self.writer.add_scalar(tag, value, update)
         self.writer.flush()  # a kill loses nothing that a later checkpoint counts as written
@@ -1122,10 +1118,9 @@ def save_results(
 
 def git_commit() -> str | None:
     """Commit of the repository this file is in, with "-dirty" when this file differs; None outside a repository."""
-    git = f"git rev-parse HEAD && git status --porcelain -- {shlex.quote(__file__)}"
+    git = f"git rev-parse HEAD && git status --porcelain -- {shlex.quote(__file__)} | grep -q . && echo -dirty"
     done = subprocess.run(git, shell=True, cwd=Path(__file__).parent, capture_output=True, text=True)
-    commit, _, changes = done.stdout.strip().partition("\n")
-    return f"{commit}-dirty" if changes else commit or None
+    return "".join(done.stdout.split()) or None
 
 
 def saved_args(path: Path, script: str | None, saved: dict) -> Args:
@@ -1197,9 +1192,7 @@ def main() -> None:
             resume = [*sys.orig_argv[: len(sys.orig_argv) - len(sys.argv) + 1], "--resume", args.run_dir]
             say(f"run directory {args.run_dir}; should it stop, go on with: {shlex.join(resume)}")
         if RANK == 0 and args.track:
-            import wandb
-
-            wandb.init(dir=args.run_dir, config=asdict(args), sync_tensorboard=True, resume="auto")
+            import_module("wandb").init(dir=args.run_dir, config=asdict(args), sync_tensorboard=True, resume="auto")
         train(replace(args, resume=None), learner)
     except KeyboardInterrupt:
         fail("stopped", code=130)

@@ -525,8 +525,8 @@ output: the number of standard error goes to a file | sppo_continuous_discretize
 + std
 
 packages: an empty folder | sppo_atari | strangers -k empty_folder
-- (spec is None or spec.origin is None)
-+ spec is None
+- origin = getattr(util.find_spec(package), "origin", None)
++ origin = util.find_spec(package)
 
 hints: not quoted | sppo_continuous_discretized | strangers -k pasted
 - {shlex.join(resume)}
