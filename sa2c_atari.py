@@ -112,7 +112,6 @@ def env_seeds(seed: int, num_envs: int, *stream: int) -> list[int]:
 class Envs:
     """Several copies of one game: no-ops, frame skip 4 with max-pooling, 84x84 gray frames in stacks of 4, minimal
     action set, 108,000 frames at most. Rewards are raw. docs/paper-notes.md says where the published results differ.
-
     A lost life ends the episode for learning, but the game plays on. FIRE starts the next life in games that have it:
     where must_fire is set, the caller has to take the action fire."""
 
@@ -294,9 +293,8 @@ def train(args: Args, envs: Envs) -> None:
 
     # A resumed run takes over the state_dict() of every part and all numbers, lists and tensors of progress.
     parts = {"agent": agent, "optimizer": optimizer}
-    progress = {"global_step": 0, "sps": None, "wall_seconds": 0.0}
-    progress |= {"last_returns": [], "eval_returns": None, "generator": generator.get_state()}
-    progress |= load_checkpoint(args, parts)
+    progress = {"global_step": 0, "sps": None, "wall_seconds": 0.0, "generator": generator.get_state()}
+    progress |= {"last_returns": [], "eval_returns": None} | load_checkpoint(args, parts)
     generator.set_state(progress["generator"])
     start_time -= progress["wall_seconds"]  # of the process or processes before
     first_step = global_step = progress["global_step"]
@@ -419,9 +417,7 @@ def evaluate(args: Args, agent: Agent, step: int | None = None) -> np.ndarray:
             returns += reward * running
             running &= ~game_over
     if args.capture_video:
-        from gymnasium.utils.save_video import save_video
-
-        save_video(video, str(Path(args.run_dir, "videos", name)), fps=15)
+        import_module("gymnasium.utils.save_video").save_video(video, str(Path(args.run_dir, "videos", name)), fps=15)
     say(f"seed {args.seed}: {returns.mean():.1f} ({' '.join(f'{r:.1f}' for r in returns)})")
     return returns
 
@@ -429,11 +425,10 @@ def evaluate(args: Args, agent: Agent, step: int | None = None) -> np.ndarray:
 # Nothing below knows the algorithm.
 
 RULES = """
---num-envs >= 1, --num-steps >= 1, --num-threads >= 1
+--num-envs >= 1, --num-steps >= 1, --num-threads >= 1, --total-timesteps >= --num-envs * --num-steps
 --eval-every >= 0, 0 <= --seed < 2**63, 0 <= --gamma <= 1, 0 <= --gae-lambda <= 1
 0 < --alpha < inf, 0 <= --beta < inf, -inf < --Z < 0, 0 <= --reward-flip-prob <= 1, 0 < --learning-rate < inf
 0 <= --ent-coef < inf, 0 <= --vf-coef < inf, 0 < --max-grad-norm < inf
---total-timesteps >= --num-envs * --num-steps
 """  # of arguments, in the flags' spelling: the one that does not hold is the error message
 
 

@@ -450,11 +450,10 @@ def evaluate(args: Args, agent: Agent, normalizer: Normalizer, step: int | None 
 # Nothing below knows the algorithm.
 
 RULES = """
---num-seeds >= 1, --num-envs >= 1, --num-steps >= 1, --num-threads >= 1
---num-bins >= 2, --eval-every >= 0, 0 <= --seed < 2**63, 0 <= --gamma <= 1, 0 <= --gae-lambda <= 1
+--num-seeds >= 1, --num-envs >= 1, --num-steps >= 1, --num-threads >= 1, --num-bins >= 2, --eval-every >= 0
+0 <= --seed < 2**63, 0 <= --gamma <= 1, 0 <= --gae-lambda <= 1, --total-timesteps >= --num-envs * --num-steps
 0 < --alpha < inf, 0 <= --beta < inf, -inf < --Z < 0, 0 <= --reward-noise-std < inf, 0 < --learning-rate < inf
 0 <= --ent-coef < inf, 0 <= --vf-coef < inf, 0 < --max-grad-norm < inf
---total-timesteps >= --num-envs * --num-steps
 """  # of arguments, in the flags' spelling: the one that does not hold is the error message
 
 
