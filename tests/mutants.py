@@ -520,11 +520,11 @@ bounds: whole numbers rounded | sa2c_continuous_discretized | strangers -k boxes
 - isinstance(space, gym.spaces.Box) and np.issubdtype(space.dtype, np.floating)
 + isinstance(space, gym.spaces.Box)
 
-output: a reader that has gone | sa2c_continuous_discretized | strangers -k reader
+output: a reader that has gone | sa2c_continuous_discretized | strangers -k head
 - except OSError:
 + except FileNotFoundError:
 
-output: the number of standard error goes to a file | sppo_continuous_discretized | strangers -k reader
+output: the number of standard error goes to a file | sppo_continuous_discretized | strangers -k no_error
 - (file or open(os.devnull, "w") for file in std)
 + std
 
@@ -628,8 +628,8 @@ def main() -> int:
     with multiprocessing.get_context("fork").Pool(args.jobs, maxtasksperchild=1) as pool:
         unchanged = {m.tests: m._replace(new=m.old) for m in chosen}
         for tests, (outcome, test, seconds) in zip(unchanged, pool.imap(run_tests, unchanged.values())):
+            print(f"{outcome:8} without a bug: {tests:66} {seconds:4.0f} s  {test[:120]}", flush=True)
             if outcome != "passed":  # its mutants are not caught by them
-                print(f"{outcome:8} WITHOUT A BUG: {tests:66} {seconds:4.0f} s  {test[:120]}", flush=True)
                 lines = {m: line for m, line in lines.items() if m.tests != tests}
         for line, (outcome, test, seconds) in zip(lines.values(), pool.imap(run_tests, lines)):
             verdict = {"failed": "caught", "passed": "SURVIVED"}.get(outcome, outcome)
