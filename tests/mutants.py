@@ -1,6 +1,8 @@
 """Bugs that the tests must notice: each is put into a copy of the repository, where its tests have to fail.
 
-python tests/mutants.py                     # all of them; exit code 1 where one survives
+They have to pass without it first. Tests that cannot be collected, or do not end in time, have not noticed anything.
+
+python tests/mutants.py                     # all of them; exit code 1 unless each is caught
 python tests/mutants.py --only bootstrap    # those with a word in their name, script or test file
 python tests/mutants.py --list
 """
@@ -10,6 +12,7 @@ import importlib
 import multiprocessing
 import os
 import shutil
+import signal
 import sys
 import tempfile
 import time
@@ -21,6 +24,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 LIBRARIES = "torch.utils.tensorboard safetensors.torch tyro mujoco ale_py stable_baselines3 hypothesis".split()
 IGNORED = shutil.ignore_patterns(".*", "__pycache__", "runs", "wandb", "results", "report", "assets")
+TIMEOUT = 600  # seconds for the tests of one mutant
 
 # What breaks | script | test file, perhaps with pytest's -k. The lines after - have exactly one place in the script,
 # and those after + replace them.
@@ -516,11 +520,11 @@ bounds: whole numbers rounded | sa2c_continuous_discretized | strangers -k boxes
 - isinstance(space, gym.spaces.Box) and np.issubdtype(space.dtype, np.floating)
 + isinstance(space, gym.spaces.Box)
 
-output: a reader that has gone | sa2c_continuous_discretized | strangers -k reader
+output: a reader that has gone | sa2c_continuous_discretized | strangers -k head
 - except OSError:
 + except FileNotFoundError:
 
-output: the number of standard error goes to a file | sppo_continuous_discretized | strangers -k reader
+output: the number of standard error goes to a file | sppo_continuous_discretized | strangers -k no_error
 - (file or open(os.devnull, "w") for file in std)
 + std
 
@@ -583,8 +587,8 @@ class FirstFailure:
     pytest_collectreport = pytest_runtest_logreport
 
 
-def run_tests(mutant: Mutant) -> tuple[int, str, float]:
-    """pytest's exit code on the mutant, the first test that failed and the seconds until then; in a process of its own.
+def run_tests(mutant: Mutant) -> tuple[str, str, float]:
+    """What came of the tests on the mutant, the first that failed and the seconds until then; in a process of its own.
 
     That process is a fork of one that has imported the libraries, which takes longer than most tests.
     """
@@ -597,9 +601,14 @@ def run_tests(mutant: Mutant) -> tuple[int, str, float]:
         os.chdir(copy)
         sys.path[0] = str(copy)  # was this file's folder
         file, *options = mutant.tests.split()
+        signal.signal(signal.SIGALRM, signal.default_int_handler)  # as Ctrl-C, after which pytest cleans up
+        signal.alarm(TIMEOUT)
         code = pytest.main(["-x", "-p", "no:cacheprovider", f"tests/test_{file}.py", *options], [failure])
+        signal.alarm(0)
         os.chdir(ROOT)
-    return int(code), failure.name, time.monotonic() - start
+    seconds = time.monotonic() - start
+    outcome = {0: "passed", 1: "failed"}.get(int(code), f"pytest {code:d}")  # 2 to 5: nothing was tested
+    return "timeout" if seconds > TIMEOUT else outcome, failure.name, seconds
 
 
 def main() -> int:
@@ -609,20 +618,25 @@ def main() -> int:
     parser.add_argument("--list", action="store_true", help="print them and run nothing")
     args = parser.parse_args()
     chosen = [m for m in parse(MUTANTS) if args.only.lower() in f"{m.name} {m.script} {m.tests}".lower()]
-    lines = [f"{m.script.removesuffix('.py'):28} {m.name:52}" for m in chosen if mutated(m)]
+    lines = {m: f"{m.script.removesuffix('.py'):28} {m.name:52}" for m in chosen if mutated(m)}
     if args.list:
-        print(*lines, sep="\n")
+        print(*lines.values(), sep="\n")
         return 0
     for library in LIBRARIES:
         importlib.import_module(library)
-    survivors = 0
+    caught = 0
     with multiprocessing.get_context("fork").Pool(args.jobs, maxtasksperchild=1) as pool:
-        for line, (code, test, seconds) in zip(lines, pool.imap(run_tests, chosen)):
-            verdict = "caught" if test else f"pytest {code}" if code else "SURVIVED"
-            survivors += verdict != "caught"
+        unchanged = {m.tests: m._replace(new=m.old) for m in chosen}
+        for tests, (outcome, test, seconds) in zip(unchanged, pool.imap(run_tests, unchanged.values())):
+            print(f"{outcome:8} without a bug: {tests:66} {seconds:4.0f} s  {test[:120]}", flush=True)
+            if outcome != "passed":  # its mutants are not caught by them
+                lines = {m: line for m, line in lines.items() if m.tests != tests}
+        for line, (outcome, test, seconds) in zip(lines.values(), pool.imap(run_tests, lines)):
+            verdict = {"failed": "caught", "passed": "SURVIVED"}.get(outcome, outcome)
+            caught += verdict == "caught"
             print(f"{verdict:8} {line} {seconds:4.0f} s  {test[:120]}", flush=True)
-    print(f"{len(chosen) - survivors} of {len(chosen)} caught")
-    return 1 if survivors or not chosen else 0
+    print(f"{caught} of {len(chosen)} caught")
+    return 0 if 0 < caught == len(chosen) else 1
 
 
 if __name__ == "__main__":
