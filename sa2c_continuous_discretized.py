@@ -164,7 +164,7 @@ class Envs:
             rows.append((obs, reward, terminated, truncated, final_obs))
         obs, *numbers, final_obs = (np.array(x).reshape(*self.shape, -1) for x in zip(*rows))
         rewards, terminated, truncated = (x[..., 0] for x in numbers)
-        return obs, rewards, terminated.astype(bool), truncated.astype(bool), final_obs
+        return obs, rewards.astype(float), terminated.astype(bool), truncated.astype(bool), final_obs
 
 
 class Normalizer(nn.Module):
@@ -440,10 +440,10 @@ def evaluate(args: Args, agent: Agent, normalizer: Normalizer, step: int | None 
             returns += reward * running
             running &= ~(terminated | truncated)
             steps += 1
-    if running.any():
-        say(f"evaluation: {running.sum()} episodes of {args.env_id} were cut off after {steps:,} steps")
-    for seed, agent_returns in zip(args.seeds, returns):
-        say(f"seed {seed}: {agent_returns.mean():.1f} ({' '.join(f'{r:.1f}' for r in agent_returns)})")
+        if running.any():
+            say(f"evaluation: {running.sum()} episodes of {args.env_id} were cut off after {steps:,} steps")
+        for seed, agent_returns in zip(args.seeds, returns):
+            say(f"seed {seed}: {agent_returns.mean():.1f} ({' '.join(f'{r:.1f}' for r in agent_returns)})")
     return returns
 
 
@@ -607,7 +607,7 @@ def open_run(args: Args) -> Args:
             run_dir.mkdir(parents=True, exist_ok=True)
             if any(run_dir.iterdir()):
                 fail(f"--run-dir {run_dir} is in use: name another, or try --resume {shlex.quote(str(run_dir))}")
-        file = os.open(run_dir / "args.json", os.O_RDWR | (os.O_CREAT if args.resume is None else 0))
+        file = os.open(run_dir / "args.json", os.O_RDWR | (os.O_CREAT if args.resume is None else 0), 0o666)
     except OSError as error:
         fail(f"{run_dir} cannot be opened as a run directory: {error.strerror}")
     try:

@@ -561,7 +561,7 @@ def open_run(args: Args) -> Args:
             run_dir.mkdir(parents=True, exist_ok=True)
             if any(run_dir.iterdir()):
                 fail(f"--run-dir {run_dir} is in use: name another, or try --resume {shlex.quote(str(run_dir))}")
-        file = os.open(run_dir / "args.json", os.O_RDWR | (os.O_CREAT if args.resume is None else 0))
+        file = os.open(run_dir / "args.json", os.O_RDWR | (os.O_CREAT if args.resume is None else 0), 0o666)
     except OSError as error:
         fail(f"{run_dir} cannot be opened as a run directory: {error.strerror}")
     try:
