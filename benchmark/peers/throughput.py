@@ -167,7 +167,7 @@ def language(side: str, paths: dict[str, str], updates: int, threads: int, lengt
         else:
             settings |= {"run_dir": folder, "alpha": 1.0, "beta": 0.0, "top_k": 0, "min_response_length": 0}
             args = script.Args(**settings, max_grad_norm=1e9)
-            script.train(args, script.make_learner(args))
+            script.train(args, script.Learner(args))
     wall, cpu = np.array(marks[-1]) - marks[0]
     total = LANGUAGE["num_trajectories"] * lengths["response_length"] * updates
     return Speed(total / wall, total / cpu, memory=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)
