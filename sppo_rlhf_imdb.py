@@ -37,7 +37,6 @@ from dataclasses import asdict, dataclass, replace
 from datetime import datetime, timedelta
 from importlib import import_module, metadata
 from importlib.util import find_spec
-from numbers import Real
 from pathlib import Path
 from typing import NoReturn
 
@@ -48,7 +47,6 @@ import numpy as np
 import torch
 import transformers
 import tyro
-from datasets.exceptions import DatasetsError
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from torch import Tensor, nn
@@ -204,9 +202,8 @@ def check_padding(flag: str, name: str, model: PreTrainedModel, tolerance: float
 
 
 def check_same(flag: str, name: str, padded: Tensor, alone: Tensor, tolerance: float) -> None:
-    error = (padded - alone).abs().max().item()
-    instead = "give a model that padding leaves as it is (docs/language-models.md)"
-    require(error <= tolerance, f"--{flag} {name}: padding changes its numbers by {error:.2g}; {instead}")
+    error, others = (padded - alone).abs().max().item(), "docs/language-models.md names models for which it does not"
+    require(error <= tolerance, f"--{flag} {name}: padding changes its numbers by {error:.2g}; {others}")
 
 
 class ActorCritic(nn.Module):
@@ -231,20 +228,18 @@ class Classifier:
 
     def __init__(self, args: Args, device: torch.device):
         flag, name, auto_class = "reward-model", args.reward_model, transformers.AutoModelForSequenceClassification
-        self.model = load_network(args, flag, name, auto_class, dtype=torch.float32)  # not that of the file
-        self.tokenizer = load_tokenizer(args, flag, name, self.model)
+        self.model, self.tokenizer = load_network(args, flag, name, auto_class, dtype=torch.float32)  # not the file's
         self.batch_size, self.tokenizer.truncation_side = args.rollout_batch_size, "left"
         self.max_length = min(self.tokenizer.model_max_length, num_positions(self.model))
         self.model.to(device).eval().requires_grad_(False)
         padded, alone = self.logits(["a b", "a b " * 9])[:1], self.logits(["a b"])
         check_same(flag, name, padded, alone, 1e-3 * (1 + alone.abs().max().item()))
-        config, labels = self.model.config, [str(label).lower() for label in self.model.config.id2label.values()]
-        positive = [i for i, label in enumerate(labels) if label in ("positive", "pos")]
-        require(positive, f"--{flag} {name} has no label positive, only {', '.join(labels)}")
-        self.positive, self.independent = positive[0], config.problem_type == "multi_label_classification"
-        usable = self.independent or (len(labels) > 1 and config.problem_type in (None, "single_label_classification"))
-        outputs = f"{len(labels)} output(s) with problem_type {config.problem_type}"
-        require(usable, f"--{flag} {name}: {outputs} are no probabilities")
+        labels, kind = self.model.config.id2label, self.model.config.problem_type
+        positive = [i for i, label in labels.items() if str(label).lower() in ("positive", "pos")]
+        require(positive, f"--{flag} {name} has no label positive, only {', '.join(map(str, labels.values()))}")
+        self.positive, self.independent = positive[0], kind == "multi_label_classification"
+        usable = self.independent or (len(labels) > 1 and kind in (None, "single_label_classification"))
+        require(usable, f"--{flag} {name}: {len(labels)} output(s) with problem_type {kind} are no probabilities")
 
     def __call__(self, prompts: list[str], responses: list[str], rows: list[dict]) -> list[float]:
         logits = self.logits([prompt + response for prompt, response in zip(prompts, responses)])
@@ -266,21 +261,18 @@ class Classifier:
 
 
 def load_function(name: str) -> Callable:
-    """The function module:name: lists of prompts, responses (texts) and rows of the data set -> as many numbers.
+    """The function module:name, of a module in the working directory or installed.
 
-    An evaluation calls it with empty responses as well. The module is in the working directory or installed.
+    Lists of prompts, responses (in an evaluation also empty ones) and rows of the data set -> as many numbers.
     """
     flag, (module, _, function) = f"--reward-function {name}", name.partition(":")
     require(module and function, f"{flag}: give a module and a function in it, module:name")
     sys.path.append(os.getcwd())
-    try:
-        found = getattr(import_module(module), function, None)
-    except ModuleNotFoundError as error:
-        if not f"{module}.".startswith(f"{error.name}."):  # an import in the module that fails
-            raise
-        fail(f"{flag}: there is no module {error.name} in the working directory or installed")
-    require(callable(found), f"{flag}: {module} has no function {function}")
-    return found
+    found = find_spec(module.partition(".")[0]) and find_spec(module)  # which imports the packages above it
+    require(found, f"{flag}: there is no module {module} in the working directory or installed")
+    result = getattr(import_module(module), function, None)
+    require(callable(result), f"{flag}: {module} has no function {function}")
+    return result
 
 
 def symmetric_ppo_loss(logprob, old_logprob, advantages, clip_coef, alpha, beta, Z, mask) -> Tensor:
@@ -390,28 +382,24 @@ class Learner:
         with self.accelerator.main_process_first():  # the others find the data set prepared
             *splits, data_commit = load_rows(args, ["text"])
         self.rows, self.validation = ([row for row in rows if first_half(row["text"])] for rows in splits)
-        sizes = f"{len(self.rows)} training and {len(self.validation)} validation reviews of at least two words"
-        enough = min(len(self.rows), len(self.validation)) >= WORLD_SIZE
-        require(enough, f"--dataset {args.dataset} has {sizes}")
+        sizes = len(self.rows), len(self.validation)
+        require(min(sizes) >= WORLD_SIZE, f"--dataset {args.dataset} has {sizes} reviews of at least two words")
         self.reward_name = args.reward_function or args.reward_model
         self.reward = load_function(self.reward_name) if args.reward_function else Classifier(args, self.device)
         # All load models at once: of what has to be downloaded, huggingface_hub lets one process fetch each file.
         adapter = load_pretrained(args, "policy", args.policy, transformers.utils.find_adapter_config_file)
         require(not adapter, f"--policy {args.policy} is an adapter: give a model that it has been merged into")
-        policy = load_network(args, "policy", args.policy, transformers.AutoModelForCausalLM, dtype=torch.float32)
-        tokenizer = args.tokenizer or TOKENIZERS.get(args.policy, args.policy)
-        flag = "policy" if tokenizer == args.policy else "tokenizer"
-        self.tokenizer = load_tokenizer(args, flag, tokenizer, policy)
+        auto_class = transformers.AutoModelForCausalLM
+        policy, self.tokenizer = load_network(args, "policy", args.policy, auto_class, dtype=torch.float32)
         check_padding("policy", args.policy, policy, tolerance=0.5 if args.tf32 else 1e-3)
-        models = args.policy, tokenizer, *([] if args.reward_function else [args.reward_model])
+        models = args.policy, self.tokenizer.name_or_path, *([] if args.reward_function else [args.reward_model])
         self.hub_commits = {name: hub_commit(args, name) for name in models} | {args.dataset: data_commit}
         length, room = args.prompt_length + args.response_length, num_positions(policy)
         require(length <= room, f"--prompt-length plus --response-length is {length}; the policy has {room} positions")
         self.own_generation_config = policy.generation_config
-        listed = policy.generation_config.eos_token_id  # chat models list others for the end of a turn
-        listed = listed if isinstance(listed, list) else [listed]
-        in_vocabulary = range(policy.get_input_embeddings().num_embeddings)
-        self.ends = [self.tokenizer.eos_token_id, *(i for i in listed if i in in_vocabulary)]  # each ends a response
+        listed = policy.generation_config.eos_token_id  # chat models also end a response with the end of a turn
+        ends = {self.tokenizer.eos_token_id, *(listed if isinstance(listed, list) else [listed])}
+        self.ends = sorted(ends.intersection(range(policy.get_input_embeddings().num_embeddings)))
         policy.generation_config = generation_config(args, self.ends)
         value_model = deepcopy(policy.base_model)
         self.reference = deepcopy(policy).to(self.device).eval().requires_grad_(False)
@@ -430,24 +418,21 @@ class Learner:
         """Rewards, which are finite: what a reward does must not look like too high a learning rate."""
         scores, name = self.reward(prompts, responses, rows), f"the reward {self.reward_name}"
         scores = scores.tolist() if hasattr(scores, "tolist") else scores  # of numpy or torch
-        require(isinstance(scores, (list, tuple)), f"{name} returned no list but {scores!r:.100}", code=1)
-        require(len(scores) == len(rows), f"{name} returned {len(scores)} rewards for {len(rows)} responses", code=1)
+        is_list = isinstance(scores, (list, tuple)) and len(scores) == len(rows)
+        require(is_list, f"{name} returned {scores!r:.100}, which is no list of {len(rows)} numbers", code=1)
         for prompt, response, score in zip(prompts, responses, scores):
-            is_number = isinstance(score, Real) and abs(score) <= torch.finfo(torch.float32).max
-            returned = f"{score!r:.100} for {(prompt + response)[-100:]!r}"
-            require(is_number, f"{name} returned {returned}, which is no finite number of 32 bits", code=1)
+            is_number = isinstance(score, (int, float, np.number)) and abs(score) <= torch.finfo(torch.float32).max
+            text = (prompt + response)[-100:]
+            require(is_number, f"{name} returned {score!r:.100} for {text!r}: no finite number of 32 bits", code=1)
         return [float(score) for score in scores]
-
-    def texts(self, prompts: list[list[int]], responses: list[list[int]]) -> list[str]:
-        return [continuation(self.tokenizer, *both, self.ends) for both in zip(prompts, responses)]
 
     def sum(self, x: Tensor | float) -> Tensor:
         """Sum over all processes."""
         return self.accelerator.reduce(torch.as_tensor(x, device=self.device), "sum")
 
     def state(self) -> dict:
-        weights = {name: p.detach() for name, p in self.trained.items()}
-        return {"model": weights, "optimizer": self.optimizer.state_dict()}
+        model = {name: p.detach() for name, p in self.trained.items()}
+        return {"model": model, "optimizer": self.optimizer.state_dict()}
 
     def load_state(self, state: dict) -> None:
         self.actor_critic.load_state_dict({name: state["model"][name] for name in self.trained}, strict=False)
@@ -463,7 +448,7 @@ def rollout(learner: Learner, rows: list[dict], args: Args) -> tuple[Rollout, di
     responses = generate(learner.actor_critic.policy, prompts, args.rollout_batch_size)
     generation_seconds = time.perf_counter() - start
     texts = [tokenizer.decode(prompt, skip_special_tokens=True) for prompt in prompts]  # what the policy saw
-    continuations = learner.texts(prompts, responses)
+    continuations = [continuation(tokenizer, p, r, learner.ends) for p, r in zip(prompts, responses)]
     scores = torch.tensor(learner.score(texts, continuations, rows), device=device)
 
     # pi_old, V and pi_ref from a fresh forward pass: generation has other log-probabilities (top-k) and other kernels.
@@ -538,11 +523,10 @@ def backward(learner: Learner, trajectories: Rollout, rows: list[int], args: Arg
 
 def train(args: Args, learner: Learner) -> None:
     """Train from the checkpoint in run_dir where there is one, and leave a result.json."""
-    start_time, commit = time.monotonic(), git_commit()
     names = "update rollout_tokens rollout_seconds generation_seconds update_seconds wall_seconds"
     counters = dict.fromkeys(names.split(), 0) | {"num_processes_from": {}} | load_checkpoint(args, learner)
-    start_time -= counters["wall_seconds"]  # of the process or processes before
-    update = counters["update"]
+    counters["commit"], update = git_commit(), counters["update"]
+    start_time = time.monotonic() - counters["wall_seconds"]  # with the time of the processes before
     if [*counters["num_processes_from"].values()][-1:] != [WORLD_SIZE]:
         counters["num_processes_from"][str(update)] = WORLD_SIZE
     kept = min(update, args.num_updates - 1) if update else -1  # the last row comes with the final evaluation
@@ -611,20 +595,22 @@ def train(args: Args, learner: Learner) -> None:
     counters |= {"peak_memory_gib": peak_memory_gib, "wall_seconds": time.monotonic() - start_time}
     if RANK == 0:
         log.write(args.num_updates, counters["metrics"] | metrics)
-        save_results(learner, args, metrics, samples, counters, commit)
+        save_results(learner, args, metrics, samples, counters)
 
 
 def evaluate(learner: Learner, args: Args) -> tuple[dict[str, float], list[dict]]:
     """Scores and perplexity of Table 3 on the validation reviews as {tag: value}, and what was scored."""
+    tokenizer, ends = learner.tokenizer, learner.ends
     seed_everything(args.seed, EVALUATION, RANK)
     index = range(len(learner.validation))[: args.eval_samples or None][RANK::WORLD_SIZE]
     rows = [learner.validation[i] for i in index]
     halves = [first_half(row["text"]) for row in rows]  # the reward sees all of it, the policy its last tokens
     references = [" ".join(row["text"].split())[len(half) :] for row, half in zip(rows, halves)]
-    prompts = encode_prompts(learner.tokenizer, rows, args.prompt_length)
+    prompts = encode_prompts(tokenizer, rows, args.prompt_length)
     responses = generate(learner.actor_critic.policy, prompts, args.rollout_batch_size)
-    texts = {"score": learner.texts(prompts, responses), "score_reference": references, "score_empty": [""] * len(rows)}
-    texts["score_truncated"] = learner.texts(prompts, [response[: len(response) // 2] for response in responses])
+    texts = {"score": [continuation(tokenizer, p, r, ends) for p, r in zip(prompts, responses)]}
+    texts |= {"score_reference": references, "score_empty": [""] * len(rows)}
+    texts["score_truncated"] = [continuation(tokenizer, p, r[: len(r) // 2], ends) for p, r in zip(prompts, responses)]
     scored = {name: learner.score(halves, x, rows) for name, x in texts.items()}
     columns = {"index": index, "prompt": halves, "response": texts["score"], "reference": references} | scored
     samples = [dict(zip(columns, values)) for values in zip(*columns.values())]
@@ -725,19 +711,28 @@ def load_pretrained(args: Args, flag: str, name: str, from_pretrained: Callable,
         options["revision"] = args.revision[name]
     try:
         return from_pretrained(name, **options)
-    except (OSError, ValueError, SafetensorError, DatasetsError, StrictDataclassError) as error:
+    except (OSError, ValueError, SafetensorError, datasets.exceptions.DatasetsError, StrictDataclassError) as error:
         reason = (str(error.__cause__ or error) or repr(error)).splitlines()[0]
         instead = "a hub id that can be reached from here, or a local folder, such as benchmark/rlhf_assets.py makes"
         fail(f"--{flag} {name} cannot be loaded ({reason}): give {instead}")
 
 
-def load_network(args: Args, flag: str, name: str, auto_class: type, **options) -> PreTrainedModel:
-    """A model. Ends where it lacks weights, which transformers would draw at random."""
+def load_network(args: Args, flag: str, name: str, auto_class: type, **options) -> tuple:
+    """A model and its tokenizer. Ends where weights are missing, or the tokenizer is not one for this model."""
     options |= {"output_loading_info": True, "trust_remote_code": False}  # code that comes with a model is never run
     model, info = load_pretrained(args, flag, name, auto_class.from_pretrained, **options)
-    missing = ", ".join(sorted(info["missing_keys"])[:5])
+    missing = ", ".join(sorted(info["missing_keys"])[:5])  # transformers draws them at random
     require(not missing, f"--{flag} {name} has no weights for {missing} of {type(model).__name__}")
-    return model
+    if flag == "policy" and (other := args.tokenizer or TOKENIZERS.get(name)):
+        flag, name = "tokenizer", other
+    tokenizer = load_pretrained(args, flag, name, transformers.AutoTokenizer.from_pretrained, trust_remote_code=False)
+    tokens = tokenizer("text", add_special_tokens=False).input_ids  # transformers may make an empty tokenizer up
+    require(tokens, f"--{flag} {name} has no tokenizer{': give one with --tokenizer' * (flag == 'policy')}")
+    rows = model.get_input_embeddings().num_embeddings
+    require(len(tokenizer) <= rows, f"--{flag} {name}: {len(tokenizer)} tokens, {rows} embeddings: different models")
+    has_end = flag == "reward-model" or tokenizer.eos_token_id is not None
+    require(has_end, f"--{flag} {name}: the tokenizer has no end-of-text token")
+    return model, tokenizer
 
 
 def hub_commit(args: Args, name: str) -> str | None:
@@ -783,25 +778,10 @@ def load_rows(args: Args, columns: Sequence[str]) -> tuple[list[dict], list[dict
         train, validation = train.to_list(), validation.to_list()
     except UnicodeDecodeError as error:
         fail(f"--dataset {name} has text that is not UTF-8: {error}")
-    for rows in (train, validation):
-        missing = ", ".join(column for column in columns if column not in rows[0])
-        require(not missing, f"--dataset {name} has no column {missing}, only {', '.join(rows[0])}")
-        texts = all(isinstance(row[column], str) for row in rows for column in columns)
-        require(texts, f"--dataset {name} has rows in which {' or '.join(columns)} is no text")
+    for row in train + validation:
+        wrong = " and ".join(column for column in columns if not isinstance(row.get(column), str))
+        require(not wrong, f"--dataset {name} has a row whose {wrong} is no text; its columns are {', '.join(row)}")
     return train, validation, commit and commit[1]
-
-
-def load_tokenizer(args: Args, flag: str, name: str, model: PreTrainedModel) -> PreTrainedTokenizerBase:
-    """A model's tokenizer. Ends when it has tokens that the model has no embedding for, or no end-of-text token."""
-    tokenizer = load_pretrained(args, flag, name, transformers.AutoTokenizer.from_pretrained, trust_remote_code=False)
-    tokens = tokenizer("text", add_special_tokens=False).input_ids  # transformers may make an empty tokenizer up
-    require(tokens, f"--{flag} {name} has no tokenizer{': give one with --tokenizer' * (flag == 'policy')}")
-    rows = model.get_input_embeddings().num_embeddings
-    message = f"--{flag} {name}: the tokenizer has {len(tokenizer)} tokens and the model embeddings for {rows}"
-    require(len(tokenizer) <= rows, message + "; they belong to different models")
-    has_end = flag == "reward-model" or tokenizer.eos_token_id is not None
-    require(has_end, f"--{flag} {name}: the tokenizer has no end-of-text token")
-    return tokenizer
 
 
 def collect_signals() -> list[int]:
@@ -885,26 +865,22 @@ def save_policy(learner: Learner, args: Args) -> None:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def save_results(
-    learner: Learner, args: Args, metrics: dict, samples: list[dict], counters: dict, commit: str | None
-) -> None:
+def save_results(learner: Learner, args: Args, metrics: dict, samples: list[dict], counters: dict) -> None:
     """What a finished run leaves besides its policy: eval_samples.jsonl and result.json, and no checkpoint."""
     run_dir = Path(args.run_dir)
     write_atomic(run_dir / "eval_samples.jsonl", "".join(json.dumps(sample) + "\n" for sample in samples).encode())
-    versions = {"python": sys.version.split()[0]} | {
-        d.name: d.version for d in metadata.distributions() if d.name in PACKAGES
-    }
+    versions = {d.name: d.version for d in metadata.distributions() if d.name in PACKAGES}
     scores, before = ({tag.replace("/", "_"): x for tag, x in m.items()} for m in (metrics, counters["before"]))
-    seconds = counters["rollout_seconds"] + counters["update_seconds"]
     result = {"script": SCRIPT, "policy": args.policy, "dataset": args.dataset, "seed": args.seed, "args": asdict(args)}
     result |= {"reward_model": args.reward_function or args.reward_model, "num_updates": counters["update"]} | scores
     result |= {"eval_scores": [round(sample["score"], 6) for sample in samples], "before": before}
     for phase, passes in (("rollout", 1), ("update", args.update_epochs)):
         result[f"{phase}_tokens_per_second"] = passes * counters["rollout_tokens"] / counters[f"{phase}_seconds"]
+    seconds = counters["rollout_seconds"] + counters["update_seconds"]
     result["generation_time_share"] = counters["generation_seconds"] / seconds
     result["device"] = torch.cuda.get_device_name() if learner.device.type == "cuda" else "cpu"
-    result |= {name: counters[name] for name in ("num_processes_from", "peak_memory_gib", "wall_seconds")}
-    result |= {"num_processes": WORLD_SIZE, "versions": versions, "commit": commit}
+    result |= {name: counters[name] for name in ("num_processes_from", "peak_memory_gib", "wall_seconds", "commit")}
+    result |= {"num_processes": WORLD_SIZE, "versions": versions | {"python": sys.version.split()[0]}}
     result["hub_commits"] = {name: commit for name, commit in learner.hub_commits.items() if commit}
     write_atomic(run_dir / "result.json", (json.dumps(result, indent=2) + "\n").encode())
     (run_dir / "checkpoint.pt").unlink()  # it is several times as large as the policy
@@ -969,11 +945,10 @@ def main() -> None:
         if flag in typed and (extra := typed - {flag, *MAY_CHANGE}):
             fail(f"{flag} takes its arguments from the run: drop {', '.join(sorted(extra))}")
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
-    transformers.utils.logging.set_verbosity_error()
+    for library in (transformers.utils, huggingface_hub.utils, datasets):
+        library.logging.set_verbosity(library.logging.CRITICAL)  # errors come as exceptions
     transformers.utils.logging.disable_progress_bar()
-    huggingface_hub.utils.logging.set_verbosity_error()
     datasets.disable_progress_bars()
-    datasets.logging.set_verbosity(datasets.logging.CRITICAL)
     args = find_run(args)
     check_args(args)
     if args.resume is not None and Path(args.run_dir, "result.json").exists():

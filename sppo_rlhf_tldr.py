@@ -39,7 +39,6 @@ from datetime import datetime, timedelta
 from functools import partial
 from importlib import import_module, metadata
 from importlib.util import find_spec
-from numbers import Real
 from pathlib import Path
 from typing import Literal, NoReturn
 
@@ -51,7 +50,6 @@ import peft
 import torch
 import transformers
 import tyro
-from datasets.exceptions import DatasetsError
 from huggingface_hub.errors import StrictDataclassError
 from rouge_score.rouge_scorer import RougeScorer
 from safetensors import SafetensorError
@@ -235,9 +233,8 @@ def check_padding(flag: str, name: str, model: PreTrainedModel, tolerance: float
 
 
 def check_same(flag: str, name: str, padded: Tensor, alone: Tensor, tolerance: float) -> None:
-    error = (padded - alone).abs().max().item()
-    instead = "give a model that padding leaves as it is (docs/language-models.md)"
-    require(error <= tolerance, f"--{flag} {name}: padding changes its numbers by {error:.2g}; {instead}")
+    error, others = (padded - alone).abs().max().item(), "docs/language-models.md names models for which it does not"
+    require(error <= tolerance, f"--{flag} {name}: padding changes its numbers by {error:.2g}; {others}")
 
 
 class ActorCritic(nn.Module):
@@ -273,13 +270,14 @@ class ActorCritic(nn.Module):
         self.active = adapter
         return self.lm
 
-    def load_adapter(self, adapter: str, weights: dict[str, Tensor]) -> bool:
-        """Take over the weights of an adapter; False when they are another's."""
+    def load_adapter(self, adapter: str, weights: dict[str, Tensor], source: str) -> None:
+        """Take over the weights of an adapter. Ends when they are another's."""
         try:
             keys = peft.set_peft_model_state_dict(self.adapters, weights, adapter)
-        except RuntimeError:  # tensors of other shapes
-            return False
-        return not keys.unexpected_keys and not any(f".{adapter}." in key for key in keys.missing_keys)
+            wrong = [*keys.unexpected_keys, *(key for key in keys.missing_keys if f".{adapter}." in key)]
+        except RuntimeError as error:  # tensors of other shapes
+            wrong = [error]
+        require(not wrong, f"{source} does not fit this model: {', '.join(map(str, wrong[:3]))}")
 
     def hidden(self, adapter: str, tokens: Tensor, attention_mask: Tensor) -> Tensor:
         """Last hidden states with an adapter: (batch, length) -> (batch, length, hidden size), float32."""
@@ -308,8 +306,7 @@ class Classifier:
 
     def __init__(self, args: Args, device: torch.device):
         flag, name, auto_class = "reward-model", args.reward_model, transformers.AutoModelForSequenceClassification
-        self.model = load_network(args, flag, name, auto_class, dtype=torch.float32)  # not that of the file
-        self.tokenizer = load_tokenizer(args, flag, name, self.model)
+        self.model, self.tokenizer = load_network(args, flag, name, auto_class, dtype=torch.float32)  # not the file's
         self.batch_size, self.tokenizer.truncation_side = args.rollout_batch_size, "left"
         self.max_length = min(self.tokenizer.model_max_length, num_positions(self.model))
         self.model.to(device).eval().requires_grad_(False)
@@ -343,7 +340,9 @@ class Classifier:
 class AdapterReward:
     """Scalar head of an adapter at the end of <|startoftext|> + text + <|endoftext|>; long texts lose their start."""
 
-    def __init__(self, args: Args, actor_critic: ActorCritic, tokenizer: PreTrainedTokenizerBase):
+    def __init__(self, args: Args, learner: "Learner"):
+        actor_critic, self.tokenizer = learner.actor_critic, learner.tokenizer
+        self.actor_critic, self.batch_size = actor_critic, args.rollout_batch_size
         name, flag = args.reward_model, f"--reward-model {args.reward_model}"
         config = load_pretrained(args, "reward-model", name, peft.PeftConfig.from_pretrained)
         weights = load_pretrained(args, "reward-model", name, peft.load_peft_weights, device="cpu")
@@ -358,10 +357,8 @@ class AdapterReward:
         require(len(heads) == 1, f"{flag} has {len(heads)} scalar heads; it needs one")
         self.head = weights.pop(heads[0]).float()
         self.bias = weights.pop(biases[0]).item() if biases else 0.0
-        fits = actor_critic.load_adapter("reward_adapter", weights)
-        require(fits, f"{flag} is an adapter for another model than --policy {args.policy}")
+        actor_critic.load_adapter("reward_adapter", weights, f"{flag} on --policy {args.policy}")
         actor_critic.switch_to("policy_adapter")
-        self.actor_critic, self.tokenizer, self.batch_size = actor_critic, tokenizer, args.rollout_batch_size
 
     @torch.no_grad()
     def __call__(self, prompts: list[str], responses: list[str], rows: list[dict]) -> list[float]:
@@ -379,21 +376,18 @@ class AdapterReward:
 
 
 def load_function(name: str) -> Callable:
-    """The function module:name: lists of prompts, responses (texts) and rows of the data set -> as many numbers.
+    """The function module:name, of a module in the working directory or installed.
 
-    An evaluation calls it with empty responses as well. The module is in the working directory or installed.
+    Lists of prompts, responses (in an evaluation also empty ones) and rows of the data set -> as many numbers.
     """
     flag, (module, _, function) = f"--reward-function {name}", name.partition(":")
     require(module and function, f"{flag}: give a module and a function in it, module:name")
     sys.path.append(os.getcwd())
-    try:
-        found = getattr(import_module(module), function, None)
-    except ModuleNotFoundError as error:
-        if not f"{module}.".startswith(f"{error.name}."):  # an import in the module that fails
-            raise
-        fail(f"{flag}: there is no module {error.name} in the working directory or installed")
-    require(callable(found), f"{flag}: {module} has no function {function}")
-    return found
+    found = find_spec(module.partition(".")[0]) and find_spec(module)  # which imports the packages above it
+    require(found, f"{flag}: there is no module {module} in the working directory or installed")
+    result = getattr(import_module(module), function, None)
+    require(callable(result), f"{flag}: {module} has no function {function}")
+    return result
 
 
 def symmetric_ppo_loss(logprob, old_logprob, advantages, clip_coef, alpha, beta, Z, mask) -> Tensor:
@@ -487,14 +481,14 @@ def generation_config(args: Args, ends: list[int]) -> transformers.GenerationCon
 Rollout = namedtuple("Rollout", "prompts responses targets mask logprob values advantages returns")
 
 
-def load_base(args: Args, device: torch.device) -> PreTrainedModel:
-    """The frozen base model; quantized, it is on device already."""
+def load_base(args: Args, device: torch.device) -> tuple:
+    """The base model, which quantized is on device already, and its tokenizer."""
     options = {"dtype": torch.float32 if args.base_precision == "float32" else torch.bfloat16}
     if args.base_precision == "4bit":
         nf4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": torch.bfloat16}
         nf4["bnb_4bit_use_double_quant"] = args.double_quant
         options |= {"quantization_config": transformers.BitsAndBytesConfig(**nf4), "device_map": {"": device}}
-    return eval_mode(load_network(args, "policy", args.policy, transformers.AutoModelForCausalLM, **options))
+    return load_network(args, "policy", args.policy, transformers.AutoModelForCausalLM, **options)
 
 
 def eval_mode(model: nn.Module) -> nn.Module:
@@ -519,18 +513,15 @@ class Learner:
         require(seen == WORLD_SIZE, f"Accelerate sees {seen} processes, not the {WORLD_SIZE} that run: use torchrun")
         with self.accelerator.main_process_first():  # the others find the data set prepared
             self.rows, self.validation, data_commit = load_rows(args, ["prompt", "label"])
-        sizes = f"{len(self.rows)} training and {len(self.validation)} validation rows"
-        enough = min(len(self.rows), len(self.validation)) >= WORLD_SIZE
-        require(enough, f"--dataset {args.dataset} has {sizes}")
+        sizes = len(self.rows), len(self.validation)
+        require(min(sizes) >= WORLD_SIZE, f"--dataset {args.dataset} has {sizes} rows")
         self.reward_name = args.reward_function or args.reward_model
         self.reward = load_function(self.reward_name) if args.reward_function else None
         # All load models at once: of what has to be downloaded, huggingface_hub lets one process fetch each file.
         adapter = load_pretrained(args, "policy", args.policy, transformers.utils.find_adapter_config_file)
         require(not adapter, f"--policy {args.policy} is an adapter: give a model that it has been merged into")
-        base = load_base(args, self.device)
-        tokenizer = args.tokenizer or TOKENIZERS.get(args.policy, args.policy)
-        flag = "policy" if tokenizer == args.policy else "tokenizer"
-        self.tokenizer = load_tokenizer(args, flag, tokenizer, base)
+        base, self.tokenizer = load_base(args, self.device)
+        eval_mode(base)
         rounding = args.tf32 or args.base_precision != "float32"
         check_padding("policy", args.policy, base, tolerance=0.5 if rounding else 1e-3)
         can_chat = args.instruction is None or self.tokenizer.chat_template
@@ -543,22 +534,18 @@ class Learner:
         if not self.reward:
             find = transformers.utils.find_adapter_config_file
             adapter = load_pretrained(args, "reward-model", args.reward_model, find)
-            inputs = args, self.actor_critic, self.tokenizer
-            self.reward = AdapterReward(*inputs) if adapter else Classifier(args, self.device)
-        models = args.policy, tokenizer, *([] if args.reward_function else [args.reward_model])
+            self.reward = AdapterReward(args, self) if adapter else Classifier(args, self.device)
+        models = args.policy, self.tokenizer.name_or_path, *([] if args.reward_function else [args.reward_model])
         self.hub_commits = {name: hub_commit(args, name) for name in models} | {args.dataset: data_commit}
         (frame,) = encode_prompts(self.tokenizer, [{"prompt": ""}], 0, args.instruction)
         length, room = args.prompt_length + len(frame) + args.response_length, num_positions(base)
         parts = f"--prompt-length plus --response-length is {length} with the {len(frame)} tokens around a post"
         require(length <= room, f"{parts}; the policy has {room} positions")
-        references = (row["label"].strip() for row in self.validation[: args.eval_samples or None])
-        references = "\n\n".join(filter(None, references))
-        enough = len(self.tokenizer(references, add_special_tokens=False, verbose=False).input_ids) > 1
-        require(enough, f"--dataset {args.dataset}: its references are empty, and perplexity would be that of nothing")
-        listed = base.generation_config.eos_token_id  # chat models list others for the end of a turn
-        listed = listed if isinstance(listed, list) else [listed]
-        in_vocabulary = range(base.get_input_embeddings().num_embeddings)
-        self.ends = [self.tokenizer.eos_token_id, *(i for i in listed if i in in_vocabulary)]  # each ends a response
+        references = any(row["label"].strip() for row in self.validation[: args.eval_samples or None])
+        require(references, f"--dataset {args.dataset}: its references are empty; perplexity would be that of nothing")
+        listed = base.generation_config.eos_token_id  # chat models also end a response with the end of a turn
+        ends = {self.tokenizer.eos_token_id, *(listed if isinstance(listed, list) else [listed])}
+        self.ends = sorted(ends.intersection(range(base.get_input_embeddings().num_embeddings)))
         base.generation_config = generation_config(args, self.ends)
         eval_mode(self.actor_critic.to(self.device))
         self.trained = {name: p for name, p in self.actor_critic.named_parameters() if p.requires_grad}
@@ -572,24 +559,21 @@ class Learner:
         """Rewards, which are finite: what a reward does must not look like too high a learning rate."""
         scores, name = self.reward(prompts, responses, rows), f"the reward {self.reward_name}"
         scores = scores.tolist() if hasattr(scores, "tolist") else scores  # of numpy or torch
-        require(isinstance(scores, (list, tuple)), f"{name} returned no list but {scores!r:.100}", code=1)
-        require(len(scores) == len(rows), f"{name} returned {len(scores)} rewards for {len(rows)} responses", code=1)
+        is_list = isinstance(scores, (list, tuple)) and len(scores) == len(rows)
+        require(is_list, f"{name} returned {scores!r:.100}, which is no list of {len(rows)} numbers", code=1)
         for prompt, response, score in zip(prompts, responses, scores):
-            is_number = isinstance(score, Real) and abs(score) <= torch.finfo(torch.float32).max
-            returned = f"{score!r:.100} for {(prompt + response)[-100:]!r}"
-            require(is_number, f"{name} returned {returned}, which is no finite number of 32 bits", code=1)
+            is_number = isinstance(score, (int, float, np.number)) and abs(score) <= torch.finfo(torch.float32).max
+            text = (prompt + response)[-100:]
+            require(is_number, f"{name} returned {score!r:.100} for {text!r}: no finite number of 32 bits", code=1)
         return [float(score) for score in scores]
-
-    def texts(self, prompts: list[list[int]], responses: list[list[int]]) -> list[str]:
-        return [continuation(self.tokenizer, *both, self.ends) for both in zip(prompts, responses)]
 
     def sum(self, x: Tensor | float) -> Tensor:
         """Sum over all processes."""
         return self.accelerator.reduce(torch.as_tensor(x, device=self.device), "sum")
 
     def state(self) -> dict:
-        weights = {name: p.detach() for name, p in self.trained.items()}
-        return {"model": weights, "optimizer": self.optimizer.state_dict()}
+        model = {name: p.detach() for name, p in self.trained.items()}
+        return {"model": model, "optimizer": self.optimizer.state_dict()}
 
     def load_state(self, state: dict) -> None:
         self.actor_critic.load_state_dict({name: state["model"][name] for name in self.trained}, strict=False)
@@ -605,7 +589,7 @@ def rollout(learner: Learner, rows: list[dict], args: Args) -> tuple[Rollout, di
     start = time.perf_counter()
     responses = generate(policy, prompts, args.rollout_batch_size, greedy=False)
     generation_seconds = time.perf_counter() - start
-    summaries = learner.texts(prompts, responses)
+    summaries = [continuation(tokenizer, p, r, learner.ends) for p, r in zip(prompts, responses)]
     posts = encode_prompts(tokenizer, rows, args.prompt_length)  # what a reward reads has no chat in it
     posts = [tokenizer.decode(post, skip_special_tokens=True) for post in posts]
     scores = torch.tensor(learner.score(posts, summaries, rows), device=device)
@@ -682,11 +666,10 @@ def backward(learner: Learner, trajectories: Rollout, rows: list[int], args: Arg
 
 def train(args: Args, learner: Learner) -> None:
     """Train from the checkpoint in run_dir where there is one, and leave a result.json."""
-    start_time, commit = time.monotonic(), git_commit()
     names = "update rollout_tokens rollout_seconds generation_seconds update_seconds wall_seconds"
     counters = dict.fromkeys(names.split(), 0) | {"num_processes_from": {}} | load_checkpoint(args, learner)
-    start_time -= counters["wall_seconds"]  # of the process or processes before
-    update = counters["update"]
+    counters["commit"], update = git_commit(), counters["update"]
+    start_time = time.monotonic() - counters["wall_seconds"]  # with the time of the processes before
     if [*counters["num_processes_from"].values()][-1:] != [WORLD_SIZE]:
         counters["num_processes_from"][str(update)] = WORLD_SIZE
     kept = min(update, args.num_updates - 1) if update else -1  # the last row comes with the final evaluation
@@ -755,12 +738,12 @@ def train(args: Args, learner: Learner) -> None:
     counters |= {"peak_memory_gib": peak_memory_gib, "wall_seconds": time.monotonic() - start_time}
     if RANK == 0:
         log.write(args.num_updates, counters["metrics"] | metrics)
-        save_results(learner, args, metrics, samples, counters, commit)
+        save_results(learner, args, metrics, samples, counters)
 
 
 def evaluate(learner: Learner, args: Args) -> tuple[dict[str, float], list[dict]]:
     """Scores and perplexity of Table 3, and ROUGE, on the validation posts as {tag: value}, and what was scored."""
-    tokenizer = learner.tokenizer
+    tokenizer, ends = learner.tokenizer, learner.ends
     seed_everything(args.seed, EVALUATION, RANK)
     index = range(len(learner.validation))[: args.eval_samples or None][RANK::WORLD_SIZE]
     rows = [learner.validation[i] for i in index]
@@ -770,8 +753,9 @@ def evaluate(learner: Learner, args: Args) -> tuple[dict[str, float], list[dict]
     posts = encode_prompts(tokenizer, rows, args.prompt_length)  # what a reward reads has no chat in it
     posts = [tokenizer.decode(post, skip_special_tokens=True) for post in posts]
     references = [row["label"].strip() for row in rows]
-    texts = {"score": learner.texts(prompts, responses), "score_reference": references, "score_empty": [""] * len(rows)}
-    texts["score_truncated"] = learner.texts(prompts, [response[: len(response) // 2] for response in responses])
+    texts = {"score": [continuation(tokenizer, p, r, ends) for p, r in zip(prompts, responses)]}
+    texts |= {"score_reference": references, "score_empty": [""] * len(rows)}
+    texts["score_truncated"] = [continuation(tokenizer, p, r[: len(r) // 2], ends) for p, r in zip(prompts, responses)]
     scored = {name: learner.score(posts, x, rows) for name, x in texts.items()}
     rouge = [ROUGE.score(reference, text) for reference, text in zip(references, texts["score"])]
     scored |= {name: [scores[name].fmeasure for scores in rouge] for name in ROUGE.rouge_types}
@@ -798,8 +782,7 @@ def evaluate_saved(args: Args) -> None:
     require(has_adapter, f"{args.run_dir} holds no policy: it is written at the end of training")
     weights = load_pretrained(args, "evaluate", str(path), peft.load_peft_weights, device="cpu")
     learner = Learner(args)
-    fits = learner.actor_critic.load_adapter("policy_adapter", weights)
-    require(fits, f"{path} does not fit the adapters of this {SCRIPT}.py on {args.policy}")
+    learner.actor_critic.load_adapter("policy_adapter", weights, str(path))
     evaluate(learner, args)
 
 
@@ -883,19 +866,28 @@ def load_pretrained(args: Args, flag: str, name: str, from_pretrained: Callable,
         options["revision"] = args.revision[name]
     try:
         return from_pretrained(name, **options)
-    except (OSError, ValueError, SafetensorError, DatasetsError, StrictDataclassError) as error:
+    except (OSError, ValueError, SafetensorError, datasets.exceptions.DatasetsError, StrictDataclassError) as error:
         reason = (str(error.__cause__ or error) or repr(error)).splitlines()[0]
         instead = "a hub id that can be reached from here, or a local folder, such as benchmark/rlhf_assets.py makes"
         fail(f"--{flag} {name} cannot be loaded ({reason}): give {instead}")
 
 
-def load_network(args: Args, flag: str, name: str, auto_class: type, **options) -> PreTrainedModel:
-    """A model. Ends where it lacks weights, which transformers would draw at random."""
+def load_network(args: Args, flag: str, name: str, auto_class: type, **options) -> tuple:
+    """A model and its tokenizer. Ends where weights are missing, or the tokenizer is not one for this model."""
     options |= {"output_loading_info": True, "trust_remote_code": False}  # code that comes with a model is never run
     model, info = load_pretrained(args, flag, name, auto_class.from_pretrained, **options)
-    missing = ", ".join(sorted(info["missing_keys"])[:5])
+    missing = ", ".join(sorted(info["missing_keys"])[:5])  # transformers draws them at random
     require(not missing, f"--{flag} {name} has no weights for {missing} of {type(model).__name__}")
-    return model
+    if flag == "policy" and (other := args.tokenizer or TOKENIZERS.get(name)):
+        flag, name = "tokenizer", other
+    tokenizer = load_pretrained(args, flag, name, transformers.AutoTokenizer.from_pretrained, trust_remote_code=False)
+    tokens = tokenizer("text", add_special_tokens=False).input_ids  # transformers may make an empty tokenizer up
+    require(tokens, f"--{flag} {name} has no tokenizer{': give one with --tokenizer' * (flag == 'policy')}")
+    rows = model.get_input_embeddings().num_embeddings
+    require(len(tokenizer) <= rows, f"--{flag} {name}: {len(tokenizer)} tokens, {rows} embeddings: different models")
+    has_end = flag == "reward-model" or tokenizer.eos_token_id is not None
+    require(has_end, f"--{flag} {name}: the tokenizer has no end-of-text token")
+    return model, tokenizer
 
 
 def hub_commit(args: Args, name: str) -> str | None:
@@ -941,25 +933,10 @@ def load_rows(args: Args, columns: Sequence[str]) -> tuple[list[dict], list[dict
         train, validation = train.to_list(), validation.to_list()
     except UnicodeDecodeError as error:
         fail(f"--dataset {name} has text that is not UTF-8: {error}")
-    for rows in (train, validation):
-        missing = ", ".join(column for column in columns if column not in rows[0])
-        require(not missing, f"--dataset {name} has no column {missing}, only {', '.join(rows[0])}")
-        texts = all(isinstance(row[column], str) for row in rows for column in columns)
-        require(texts, f"--dataset {name} has rows in which {' or '.join(columns)} is no text")
+    for row in train + validation:
+        wrong = " and ".join(column for column in columns if not isinstance(row.get(column), str))
+        require(not wrong, f"--dataset {name} has a row whose {wrong} is no text; its columns are {', '.join(row)}")
     return train, validation, commit and commit[1]
-
-
-def load_tokenizer(args: Args, flag: str, name: str, model: PreTrainedModel) -> PreTrainedTokenizerBase:
-    """A model's tokenizer. Ends when it has tokens that the model has no embedding for, or no end-of-text token."""
-    tokenizer = load_pretrained(args, flag, name, transformers.AutoTokenizer.from_pretrained, trust_remote_code=False)
-    tokens = tokenizer("text", add_special_tokens=False).input_ids  # transformers may make an empty tokenizer up
-    require(tokens, f"--{flag} {name} has no tokenizer{': give one with --tokenizer' * (flag == 'policy')}")
-    rows = model.get_input_embeddings().num_embeddings
-    message = f"--{flag} {name}: the tokenizer has {len(tokenizer)} tokens and the model embeddings for {rows}"
-    require(len(tokenizer) <= rows, message + "; they belong to different models")
-    has_end = flag == "reward-model" or tokenizer.eos_token_id is not None
-    require(has_end, f"--{flag} {name}: the tokenizer has no end-of-text token")
-    return tokenizer
 
 
 def collect_signals() -> list[int]:
@@ -1042,26 +1019,22 @@ def save_policy(learner: Learner, args: Args) -> None:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def save_results(
-    learner: Learner, args: Args, metrics: dict, samples: list[dict], counters: dict, commit: str | None
-) -> None:
+def save_results(learner: Learner, args: Args, metrics: dict, samples: list[dict], counters: dict) -> None:
     """What a finished run leaves besides its policy: eval_samples.jsonl and result.json, and no checkpoint."""
     run_dir = Path(args.run_dir)
     write_atomic(run_dir / "eval_samples.jsonl", "".join(json.dumps(sample) + "\n" for sample in samples).encode())
-    versions = {"python": sys.version.split()[0]} | {
-        d.name: d.version for d in metadata.distributions() if d.name in PACKAGES
-    }
+    versions = {d.name: d.version for d in metadata.distributions() if d.name in PACKAGES}
     scores, before = ({tag.replace("/", "_"): x for tag, x in m.items()} for m in (metrics, counters["before"]))
-    seconds = counters["rollout_seconds"] + counters["update_seconds"]
     result = {"script": SCRIPT, "policy": args.policy, "dataset": args.dataset, "seed": args.seed, "args": asdict(args)}
     result |= {"reward_model": args.reward_function or args.reward_model, "num_updates": counters["update"]} | scores
     result |= {"eval_scores": [round(sample["score"], 6) for sample in samples], "before": before}
     for phase, passes in (("rollout", 1), ("update", args.update_epochs)):
         result[f"{phase}_tokens_per_second"] = passes * counters["rollout_tokens"] / counters[f"{phase}_seconds"]
+    seconds = counters["rollout_seconds"] + counters["update_seconds"]
     result["generation_time_share"] = counters["generation_seconds"] / seconds
     result["device"] = torch.cuda.get_device_name() if learner.device.type == "cuda" else "cpu"
-    result |= {name: counters[name] for name in ("num_processes_from", "peak_memory_gib", "wall_seconds")}
-    result |= {"num_processes": WORLD_SIZE, "versions": versions, "commit": commit}
+    result |= {name: counters[name] for name in ("num_processes_from", "peak_memory_gib", "wall_seconds", "commit")}
+    result |= {"num_processes": WORLD_SIZE, "versions": versions | {"python": sys.version.split()[0]}}
     result["hub_commits"] = {name: commit for name, commit in learner.hub_commits.items() if commit}
     write_atomic(run_dir / "result.json", (json.dumps(result, indent=2) + "\n").encode())
     (run_dir / "checkpoint.pt").unlink()  # it is several times as large as the policy
@@ -1126,11 +1099,10 @@ def main() -> None:
         if flag in typed and (extra := typed - {flag, *MAY_CHANGE}):
             fail(f"{flag} takes its arguments from the run: drop {', '.join(sorted(extra))}")
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
-    transformers.utils.logging.set_verbosity_error()
+    for library in (transformers.utils, huggingface_hub.utils, datasets):
+        library.logging.set_verbosity(library.logging.CRITICAL)  # errors come as exceptions
     transformers.utils.logging.disable_progress_bar()
-    huggingface_hub.utils.logging.set_verbosity_error()
     datasets.disable_progress_bars()
-    datasets.logging.set_verbosity(datasets.logging.CRITICAL)
     args = find_run(args)
     check_args(args)
     if args.resume is not None and Path(args.run_dir, "result.json").exists():

@@ -207,7 +207,7 @@ def test_tf32_is_off_unless_asked_for(script, assets):
 @pytest.mark.parametrize("double_quant", [True, False])
 def test_base_in_4_bits_is_nf4_that_computes_in_bfloat16(monkeypatch, double_quant):
     seen = {}
-    monkeypatch.setattr(TLDR, "load_network", lambda *a, **options: seen.update(options) or torch.nn.Identity())
+    monkeypatch.setattr(TLDR, "load_network", lambda *a, **options: seen.update(options))
     flag = {} if double_quant else {"double_quant": False}
     TLDR.load_base(TLDR.Args(policy="base", **flag), torch.device("cuda", 3))
     config = seen["quantization_config"]
@@ -1227,7 +1227,10 @@ def test_data_set_without_a_validation_split_gives_a_fifth_drawn_by_the_seed(scr
 
 
 BAD_DATASETS = {
-    "missing column": (lambda path: tiny.write_jsonl(path, [{"words": "a"}, {"words": "b"}]), "no column text"),
+    "missing column": (
+        lambda path: tiny.write_jsonl(path, [{"words": "a"}, {"words": "b"}]),
+        "text is no text; its columns are words",
+    ),
     "missing column in validation": (
         lambda path: (
             tiny.write_jsonl(path / "train.jsonl", ROWS),
@@ -1239,7 +1242,7 @@ BAD_DATASETS = {
         lambda path: datasets.DatasetDict(
             {"train": datasets.Dataset.from_list(ROWS), "validation": datasets.Dataset.from_list([{"words": "a"}])}
         ).save_to_disk(path),
-        "no column text",
+        "text is no text; its columns are words",
     ),
     "row without a text": (lambda path: tiny.write_jsonl(path, [*ROWS, {"label": "c"}]), "text is no text"),
     "numbers": (lambda path: tiny.write_jsonl(path, [{"text": 1}, {"text": 2}]), "text is no text"),

@@ -782,7 +782,7 @@ BAD_FLAGS = [
     ({"reward_model": "owner/unknown"}, "--reward-model owner/unknown", "local folder"),
     ({"dataset": "missing"}, "--dataset missing", "local folder"),
     ({"dataset": "owner/unknown"}, "--dataset owner/unknown", "local folder"),
-    ({"dataset": "words.jsonl"}, "--dataset words.jsonl", "no column"),
+    ({"dataset": "words.jsonl"}, "--dataset words.jsonl", "is no text; its columns are words"),
     ({"dataset": "empty.jsonl"}, "--dataset empty.jsonl"),
     ({"policy": "other_tokens"}, "--policy other_tokens", "tokens", "different models"),
     ({"policy": "no_end"}, "--policy no_end", "no end-of-text token"),
@@ -1225,24 +1225,24 @@ def test_reward_function_that_is_not_there_is_refused_in_one_line(script, assets
 @pytest.mark.parametrize(
     "name, words",
     [
-        ("my_rewards:short", "1 rewards for 8 responses"),
-        ("my_rewards:nothing", "no list but None"),
+        ("my_rewards:short", "[1.0], which is no list of 8 numbers"),
+        ("my_rewards:nothing", "None, which is no list"),
         ("my_rewards:words", "'good' for "),
         ("my_rewards:infinite", "nan for "),
-        ("my_rewards:by_row", "no list but {0: 0.5"),
-        ("my_rewards:one_number", "no list but 0.5"),
+        ("my_rewards:by_row", "{0: 0.5, 1: 0.5, "),
+        ("my_rewards:one_number", "0.5, which is no list"),
         ("my_rewards:too_large", "1e+39 for "),
         ("my_rewards:larger", "00000 for "),
-        ("my_rewards:generator", "no list but <generator"),
-        ("my_rewards:unordered", "no list but {"),
-        ("my_rewards:text", "no list but '11111111'"),
+        ("my_rewards:generator", "<generator object "),
+        ("my_rewards:unordered", "{0, 1, 2, 3, 4, 5, 6, 7}, which is no list"),
+        ("my_rewards:text", "'11111111', which is no list"),
     ],
 )
 def test_what_is_no_list_of_rewards_ends_the_run_in_one_line(script, assets, tmp_path, rewards, name, words):
     code, _, err = call(script, tmp_path, with_function(script, assets, name))
     assert code == 1 and err.count("\n") == 1
     assert err.startswith(f"error: the reward {name} returned ") and words in err
-    assert ("no finite number of 32 bits" in err) == (" for " in words and "rewards" not in words)
+    assert ("no finite number of 32 bits" in err) == words.endswith(" for ") != ("no list of 8 numbers" in err)
 
 
 @either
