@@ -29,34 +29,28 @@ import subprocess
 import sys
 import time
 import warnings
-from collections.abc import Callable, Mapping, Sequence, Set
+from collections import namedtuple
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext, suppress
 from copy import deepcopy
 from dataclasses import asdict, dataclass, replace
 from datetime import datetime, timedelta
-from importlib import import_module
-from importlib.metadata import distributions
-from importlib.util import find_spec
-from numbers import Real
+from importlib import import_module, metadata, util
 from pathlib import Path
 from typing import NoReturn
 
+import accelerate
 import datasets
 import huggingface_hub
 import numpy as np
 import torch
 import transformers
 import tyro
-from accelerate import Accelerator
-from accelerate.utils import InitProcessGroupKwargs, gather_object
-from datasets.exceptions import DatasetsError
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.utils.tensorboard import SummaryWriter
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel
-from transformers.tokenization_utils_base import PreTrainedTokenizerBase
-from transformers.utils.peft_utils import find_adapter_config_file
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 SCRIPT = Path(__file__).stem
 VERSION = 3  # of the format of checkpoint.pt
@@ -75,7 +69,7 @@ class Args:
     tokenizer: str | None = None  # hub id or folder; default the policy's own, or what TOKENIZERS has for it
     bfloat16: bool = False  # autocast policy, value model and reference to bfloat16; weights stay float32
     reward_model: str = "lvwerra/distilbert-imdb"  # classifier, its "positive" is the reward: hub id or folder
-    reward_function: str | None = None  # module:name of a function that is the reward instead; see RewardFunction
+    reward_function: str | None = None  # module:name of a function that is the reward instead; see load_function
     dataset: str = "stanfordnlp/imdb"  # column "text": hub id, JSONL file, or folder (*.jsonl per split, save_to_disk)
     revision: dict[str, str] | None = None  # hub ids, each followed by its branch, tag or commit
     num_updates: int = 60  # rollouts, each with update_epochs passes over it
@@ -207,9 +201,8 @@ def check_padding(flag: str, name: str, model: PreTrainedModel, tolerance: float
 
 
 def check_same(flag: str, name: str, padded: Tensor, alone: Tensor, tolerance: float) -> None:
-    error = (padded - alone).abs().max().item()
-    instead = "give a model that padding leaves as it is (docs/language-models.md)"
-    require(error <= tolerance, f"--{flag} {name}: padding changes its numbers by {error:.2g}; {instead}")
+    error, others = (padded - alone).abs().max().item(), "docs/language-models.md names models for which it does not"
+    require(error <= tolerance, f"--{flag} {name}: padding changes its numbers by {error:.2g}; {others}")
 
 
 class ActorCritic(nn.Module):
@@ -230,24 +223,31 @@ class ActorCritic(nn.Module):
 
 
 class Classifier:
-    """A sequence classifier with its tokenizer; of a text that is too long, the end counts."""
+    """Probability of "positive": a softmax, of independent labels a sigmoid. Long texts lose their start."""
 
     def __init__(self, args: Args, device: torch.device):
-        flag, name, auto_class = "reward-model", args.reward_model, AutoModelForSequenceClassification
-        self.model = load_network(args, flag, name, auto_class, dtype=torch.float32)  # not that of the file
-        self.tokenizer = load_pretrained(args, flag, name, AutoTokenizer.from_pretrained, trust_remote_code=False)
-        check_vocabulary(flag, name, self.tokenizer, self.model)
-        self.batch_size = args.rollout_batch_size
+        flag, name, auto_class = "reward-model", args.reward_model, transformers.AutoModelForSequenceClassification
+        self.model, self.tokenizer = load_network(args, flag, name, auto_class, dtype=torch.float32)  # not the file's
+        self.batch_size, self.tokenizer.truncation_side = args.rollout_batch_size, "left"
         self.max_length = min(self.tokenizer.model_max_length, num_positions(self.model))
-        self.tokenizer.truncation_side = "left"
         self.model.to(device).eval().requires_grad_(False)
         padded, alone = self.logits(["a b", "a b " * 9])[:1], self.logits(["a b"])
         check_same(flag, name, padded, alone, 1e-3 * (1 + alone.abs().max().item()))
+        labels, kind = self.model.config.id2label, self.model.config.problem_type
+        positive = [i for i, label in labels.items() if str(label).lower() in ("positive", "pos")]
+        require(positive, f"--{flag} {name} has no label positive, only {', '.join(map(str, labels.values()))}")
+        self.positive, self.independent = positive[0], kind == "multi_label_classification"
+        usable = self.independent or (len(labels) > 1 and kind in (None, "single_label_classification"))
+        require(usable, f"--{flag} {name}: {len(labels)} output(s) with problem_type {kind} are no probabilities")
+
+    def __call__(self, prompts: list[str], responses: list[str], rows: list[dict]) -> list[float]:
+        logits = self.logits([prompt + response for prompt, response in zip(prompts, responses)])
+        return (logits.sigmoid() if self.independent else logits.softmax(-1))[:, self.positive].tolist()
 
     @torch.no_grad()
     def logits(self, texts: list[str]) -> Tensor:
         """(text, label). Where a model reads the last token that is not padding, it is the last one of the text."""
-        tokens = self.tokenizer(texts, truncation=True, max_length=self.max_length).input_ids if texts else []
+        tokens = self.tokenizer(texts, truncation=True, max_length=self.max_length).input_ids
         unusable = {None, *(text[-1] for text in tokens)}
         candidates = self.tokenizer.pad_token_id, *range(self.model.get_input_embeddings().num_embeddings)
         padding = next(i for i in candidates if i not in unusable)
@@ -259,64 +259,25 @@ class Classifier:
         return logits
 
 
-class Reward(Classifier):
-    """Probability of "positive" under a classifier: softmax over its labels; sigmoid where they are independent."""
-
-    def __init__(self, args: Args, device: torch.device):
-        super().__init__(args, device)
-        config, flag = self.model.config, f"--reward-model {args.reward_model}"
-        labels = {str(label).lower(): i for i, label in config.id2label.items()}
-        positive = [i for label, i in labels.items() if label in ("positive", "pos")]
-        require(positive, f"{flag} has no label positive, only {', '.join(labels)}")
-        kind, num_labels = config.problem_type, config.num_labels
-        self.positive, self.independent = positive[0], kind == "multi_label_classification"
-        usable = self.independent or (num_labels > 1 and kind in (None, "single_label_classification"))
-        require(usable, f"{flag}: {num_labels} output(s) with problem_type {kind} are no probabilities")
-
-    def __call__(self, prompts: list[str], responses: list[str], rows: list[dict]) -> list[float]:
-        logits = self.logits([prompt + response for prompt, response in zip(prompts, responses)])
-        return (logits.sigmoid() if self.independent else logits.softmax(-1))[:, self.positive].tolist()
-
-
-class RewardFunction:
-    """The function module:name: lists of prompts, responses (texts) and rows of the data set -> as many numbers.
-
-    An evaluation calls it with empty responses as well. The module is in the working directory or installed.
-    """
-
-    def __init__(self, name: str):
-        self.flag = f"--reward-function {name}"
-        module, _, function = name.partition(":")
-        require(module and function, f"{self.flag}: give a module and a function in it, module:name")
-        sys.path.append(os.getcwd())
-        try:
-            self.function = getattr(import_module(module), function, None)
-        except ModuleNotFoundError as error:
-            if not f"{module}.".startswith(f"{error.name}."):  # an import in the module that fails
-                raise
-            fail(f"{self.flag}: there is no module {error.name} in the working directory or installed")
-        require(callable(self.function), f"{self.flag}: {module} has no function {function}")
-
-    def __call__(self, prompts: list[str], responses: list[str], rows: list[dict]) -> list[float]:
-        scores = self.function(prompts, responses, rows)
-        scores = scores.tolist() if hasattr(scores, "tolist") else scores  # of numpy or torch
-        is_list = hasattr(scores, "__len__") and not isinstance(scores, (Mapping, Set, str))
-        require(is_list, f"{self.flag} returned no list but {scores!r:.100}")
-        require(len(scores) == len(rows), f"{self.flag} returned {len(scores)} rewards for {len(rows)} responses")
-        for score in scores:
-            is_number = isinstance(score, Real) and abs(score) <= torch.finfo(torch.float32).max
-            require(is_number, f"{self.flag} returned {score!r:.100}, which is no finite number of 32 bits")
-        return [float(score) for score in scores]
+def load_function(name: str) -> Callable:
+    """The function module:name, of a module in the working directory or installed.
+    Lists of prompts, responses (in an evaluation also empty ones) and rows of the data set -> as many numbers."""
+    flag, (module, _, function) = f"--reward-function {name}", name.partition(":")
+    require(module and function, f"{flag}: give a module and a function in it, module:name")
+    sys.path.append(os.getcwd())
+    found = util.find_spec(module.partition(".")[0]) and util.find_spec(module)  # which imports the packages above it
+    require(found, f"{flag}: there is no module {module} in the working directory or installed")
+    result = getattr(import_module(module), function, None)
+    require(callable(result), f"{flag}: {module} has no function {function}")
+    return result
 
 
 def symmetric_ppo_loss(logprob, old_logprob, advantages, clip_coef, alpha, beta, Z, mask) -> Tensor:
     """alpha * L_ppo + beta * L_rppo (Eq. 9), averaged over the real tokens: (sequence, token) -> scalar.
-
     logprob and old_logprob are log-probabilities of the sampled tokens under pi and pi_old; mask is True on real
     tokens. The reverse loss is Eq. 8 with the aligned sign for A < 0 (Eq. 33-34): one form,
     L_rppo = -A Z (1 - pi) / pi_old, for both signs, since the other tokens' probabilities sum to 1 - pi. Its constant
-    part -A Z / pi_old is left out of the value: it has no gradient, and with a vocabulary it is large.
-    """
+    part -A Z / pi_old is left out of the value: it has no gradient, and with a vocabulary it is large."""
     ratio = torch.where(mask, logprob - old_logprob, 0.0).exp()  # r_t of Eq. 3
     unclipped = ratio * advantages
     clipped = ratio.clamp(1 - clip_coef, 1 + clip_coef) * advantages
@@ -395,50 +356,45 @@ def generation_config(args: Args, ends: list[int]) -> transformers.GenerationCon
     return transformers.GenerationConfig(do_sample=True, top_k=args.top_k, **options)
 
 
-@dataclass
-class Rollout:
-    """Trajectories of one process. Tensors are (trajectories, response_length), 0 past the last real token."""
-
-    prompts: list[list[int]]
-    responses: list[list[int]]
-    targets: list[list[int]]  # first tokens of the reference, for --target-coef
-    mask: Tensor  # real tokens
-    logprob: Tensor  # of pi_old
-    values: Tensor
-    advantages: Tensor
-    returns: Tensor
+# Trajectories of one process. Targets are for --target-coef; mask, of the real tokens, logprob, of pi_old, and what
+# follows are (trajectories, response_length), 0 past the last real token.
+Rollout = namedtuple("Rollout", "prompts responses targets mask logprob values advantages returns")
 
 
 class Learner:
     """Data and networks of a run on this process: policy, value model, frozen reference and reward model."""
 
-    def __init__(self, args: Args, accelerator: Accelerator):
-        self.accelerator, self.device = accelerator, accelerator.device
-        self.reward = RewardFunction(args.reward_function) if args.reward_function else None
-        with accelerator.main_process_first():  # the others find the data set prepared
-            train, validation, data_commit = load_rows(args, ["text"])
+    def __init__(self, args: Args):
+        torch.set_num_threads(args.num_threads or torch.get_num_threads())
+        torch.backends.cuda.matmul.allow_tf32 = args.tf32
+        for name in [name for name in os.environ if name.startswith("ACCELERATE_")]:
+            del os.environ[name]  # of accelerate launch, such as a mixed precision: the flags alone say what is done
+        patient = accelerate.InitProcessGroupKwargs(timeout=timedelta(hours=12))  # while one process downloads
+        on_cpu = args.cpu or not torch.cuda.is_available()
+        self.accelerator = accelerate.Accelerator(cpu=on_cpu, kwargs_handlers=[patient])
+        self.device, seen = self.accelerator.device, self.accelerator.num_processes
+        require(seen == WORLD_SIZE, f"Accelerate sees {seen} processes, not the {WORLD_SIZE} that run: use torchrun")
+        with self.accelerator.main_process_first():  # the others find the data set prepared
+            *splits, data_commit = load_rows(args, ["text"])
+        self.rows, self.validation = ([row for row in rows if first_half(row["text"])] for rows in splits)
+        sizes = len(self.rows), len(self.validation)
+        require(min(sizes) >= WORLD_SIZE, f"--dataset {args.dataset} has {sizes} reviews of at least two words")
+        self.reward_name = args.reward_function or args.reward_model
+        self.reward = load_function(self.reward_name) if args.reward_function else Classifier(args, self.device)
         # All load models at once: of what has to be downloaded, huggingface_hub lets one process fetch each file.
-        adapter = load_pretrained(args, "policy", args.policy, find_adapter_config_file)
+        adapter = load_pretrained(args, "policy", args.policy, transformers.utils.find_adapter_config_file)
         require(not adapter, f"--policy {args.policy} is an adapter: give a model that it has been merged into")
-        tokenizer = args.tokenizer or TOKENIZERS.get(args.policy, args.policy)
-        flag = "policy" if tokenizer == args.policy else "tokenizer"
-        self.tokenizer = load_pretrained(args, flag, tokenizer, AutoTokenizer.from_pretrained, trust_remote_code=False)
-        policy = load_network(args, "policy", args.policy, AutoModelForCausalLM, dtype=torch.float32)
-        check_vocabulary("policy", args.policy, self.tokenizer, policy)
+        auto_class = transformers.AutoModelForCausalLM
+        policy, self.tokenizer = load_network(args, "policy", args.policy, auto_class, dtype=torch.float32)
         check_padding("policy", args.policy, policy, tolerance=0.5 if args.tf32 else 1e-3)
-        self.reward = self.reward or Reward(args, self.device)
-        models = (args.policy, tokenizer, *(() if args.reward_function else (args.reward_model,)))
+        models = args.policy, self.tokenizer.name_or_path, *([] if args.reward_function else [args.reward_model])
         self.hub_commits = {name: hub_commit(args, name) for name in models} | {args.dataset: data_commit}
         length, room = args.prompt_length + args.response_length, num_positions(policy)
         require(length <= room, f"--prompt-length plus --response-length is {length}; the policy has {room} positions")
-        self.rows, self.validation = ([row for row in rows if first_half(row["text"])] for rows in (train, validation))
-        for split, rows in (("training", self.rows), ("validation", self.validation)):
-            enough = len(rows) >= accelerator.num_processes
-            require(enough, f"--dataset {args.dataset} has {len(rows)} {split} reviews of at least two words")
-        self.own_generation_config, rows = policy.generation_config, policy.get_input_embeddings().num_embeddings
-        listed = self.own_generation_config.eos_token_id  # chat models list others for the end of a turn
-        listed = [i for i in (listed if isinstance(listed, list) else [listed]) if i is not None and i < rows]
-        self.ends = list(dict.fromkeys([self.tokenizer.eos_token_id, *listed]))  # every token that ends a response
+        self.own_generation_config = policy.generation_config
+        listed = policy.generation_config.eos_token_id  # chat models also end a response with the end of a turn
+        ends = {self.tokenizer.eos_token_id, *(listed if isinstance(listed, list) else [listed])}
+        self.ends = sorted(ends.intersection(range(policy.get_input_embeddings().num_embeddings)))
         policy.generation_config = generation_config(args, self.ends)
         value_model = deepcopy(policy.base_model)
         self.reference = deepcopy(policy).to(self.device).eval().requires_grad_(False)
@@ -451,34 +407,30 @@ class Learner:
         others = [p for p in self.trained.values() if p.ndim <= 1]  # biases and norms
         groups = [{"params": matrices, "weight_decay": args.weight_decay}, {"params": others, "weight_decay": 0.0}]
         optimizer = torch.optim.AdamW(groups, args.learning_rate, eps=1e-5, fused=True)
-        self.model, self.optimizer = accelerator.prepare(self.actor_critic, optimizer)
+        self.model, self.optimizer = self.accelerator.prepare(self.actor_critic, optimizer)
 
     def score(self, prompts: list[str], responses: list[str], rows: list[dict]) -> list[float]:
-        """Rewards, which are finite: what a reward model does must not look like too high a learning rate."""
-        scores = self.reward(prompts, responses, rows)
+        """Rewards, which are finite: what a reward does must not look like too high a learning rate."""
+        scores, name = self.reward(prompts, responses, rows), f"the reward {self.reward_name}"
+        scores = scores.tolist() if hasattr(scores, "tolist") else scores  # of numpy or torch
+        is_list = isinstance(scores, (list, tuple)) and len(scores) == len(rows)
+        require(is_list, f"{name} returned {scores!r:.100}, which is no list of {len(rows)} numbers", code=1)
         for prompt, response, score in zip(prompts, responses, scores):
-            require(np.isfinite(score), f"the reward model gives {score} for {(prompt + response)[-100:]!r}", code=1)
-        return scores
-
-    def texts(self, prompts: list[list[int]], responses: list[list[int]]) -> list[str]:
-        return [continuation(self.tokenizer, *both, self.ends) for both in zip(prompts, responses)]
+            is_number = isinstance(score, (int, float, np.number)) and abs(score) <= torch.finfo(torch.float32).max
+            text = (prompt + response)[-100:]
+            require(is_number, f"{name} returned {score!r:.100} for {text!r}: no finite number of 32 bits", code=1)
+        return [float(score) for score in scores]
 
     def sum(self, x: Tensor | float) -> Tensor:
         """Sum over all processes."""
         return self.accelerator.reduce(torch.as_tensor(x, device=self.device), "sum")
 
-    def shard(self, rows: Sequence) -> Sequence:
-        """This process's share of rows that all processes hold."""
-        return rows[self.accelerator.process_index :: self.accelerator.num_processes]
-
     def state(self) -> dict:
-        weights = {name: p.detach() for name, p in self.trained.items()}
-        return {"model": weights, "optimizer": self.optimizer.state_dict()}
+        model = {name: p.detach() for name, p in self.trained.items()}
+        return {"model": model, "optimizer": self.optimizer.state_dict()}
 
-    @torch.no_grad()
     def load_state(self, state: dict) -> None:
-        for name, p in self.trained.items():
-            p.copy_(state["model"][name])
+        self.actor_critic.load_state_dict({name: state["model"][name] for name in self.trained}, strict=False)
         self.optimizer.load_state_dict(state["optimizer"])
 
 
@@ -491,7 +443,7 @@ def rollout(learner: Learner, rows: list[dict], args: Args) -> tuple[Rollout, di
     responses = generate(learner.actor_critic.policy, prompts, args.rollout_batch_size)
     generation_seconds = time.perf_counter() - start
     texts = [tokenizer.decode(prompt, skip_special_tokens=True) for prompt in prompts]  # what the policy saw
-    continuations = learner.texts(prompts, responses)
+    continuations = [continuation(tokenizer, p, r, learner.ends) for p, r in zip(prompts, responses)]
     scores = torch.tensor(learner.score(texts, continuations, rows), device=device)
 
     # pi_old, V and pi_ref from a fresh forward pass: generation has other log-probabilities (top-k) and other kernels.
@@ -545,7 +497,7 @@ def backward(learner: Learner, trajectories: Rollout, rows: list[int], args: Arg
             share = mask.sum() / num_tokens  # every mean is over the real tokens of the whole minibatch
             target_loss = -torch.where(target_mask, target_logprob, 0.0).sum() / num_target_tokens
             loss = share * (policy_loss + args.vf_coef * value_loss) + args.target_coef * target_loss
-            learner.accelerator.backward(loss * learner.accelerator.num_processes)  # which averages the gradients
+            learner.accelerator.backward(loss * WORLD_SIZE)  # which averages the gradients
 
         with torch.no_grad():
             logratio = torch.where(mask, logprob - old_logprob, 0.0)
@@ -566,40 +518,37 @@ def backward(learner: Learner, trajectories: Rollout, rows: list[int], args: Arg
 
 def train(args: Args, learner: Learner) -> None:
     """Train from the checkpoint in run_dir where there is one, and leave a result.json."""
-    start_time, commit = time.monotonic(), git_commit()
-    accelerator, main_process = learner.accelerator, learner.accelerator.is_main_process
     names = "update rollout_tokens rollout_seconds generation_seconds update_seconds wall_seconds"
     counters = dict.fromkeys(names.split(), 0) | {"num_processes_from": {}} | load_checkpoint(args, learner)
-    start_time -= counters["wall_seconds"]  # of the process or processes before
-    update = counters["update"]
-    if [*counters["num_processes_from"].values()][-1:] != [accelerator.num_processes]:
-        counters["num_processes_from"][str(update)] = accelerator.num_processes
+    counters["commit"], update = git_commit(), counters["update"]
+    start_time = time.monotonic() - counters["wall_seconds"]  # with the time of the processes before
+    if [*counters["num_processes_from"].values()][-1:] != [WORLD_SIZE]:
+        counters["num_processes_from"][str(update)] = WORLD_SIZE
     kept = min(update, args.num_updates - 1) if update else -1  # the last row comes with the final evaluation
-    log = RunLog(args.run_dir, kept) if main_process else None
+    log = RunLog(args.run_dir, kept) if RANK == 0 else None
     stop_signals = collect_signals()
     if update == 0:
         counters["before"], _ = evaluate(learner, args)
-        if main_process:
+        if RANK == 0:
             log.write(0, counters["before"])
-            say(f"before training: {summary(counters['before'])}")
 
     while update < args.num_updates:
         # Rollout
-        seed_everything(args.seed, TRAINING, update, accelerator.process_index)
+        seed_everything(args.seed, TRAINING, update, RANK)
         rollout_start = time.perf_counter()
-        indices = learner.shard(prompt_indices(len(learner.rows), update, args.num_trajectories, args.seed))
+        indices = prompt_indices(len(learner.rows), update, args.num_trajectories, args.seed)[RANK::WORLD_SIZE]
         trajectories, metrics, samples = rollout(learner, [learner.rows[i] for i in indices], args)
 
         # Update
         update_start = time.perf_counter()
         update += 1
-        stats, rows_per_minibatch = [], args.minibatch_size // accelerator.num_processes
+        stats, rows_per_minibatch = [], args.minibatch_size // WORLD_SIZE
         for _ in range(args.update_epochs):
             order = torch.randperm(len(indices)).tolist()
             for start in range(0, len(order), rows_per_minibatch):
                 learner.optimizer.zero_grad()
                 losses = backward(learner, trajectories, order[start : start + rows_per_minibatch], args)
-                grad_norm = accelerator.clip_grad_norm_(learner.model.parameters(), args.max_grad_norm).item()
+                grad_norm = learner.accelerator.clip_grad_norm_(learner.model.parameters(), args.max_grad_norm).item()
                 failed = f"seed {args.seed} of {args.dataset} failed in update {update}: the loss is not finite. "
                 require(np.isfinite(grad_norm), failed + "Try a lower --learning-rate or a lower --beta", code=1)
                 learner.optimizer.step()
@@ -618,7 +567,7 @@ def train(args: Args, learner: Learner) -> None:
             metrics |= evaluate(learner, args)[0]
         counters["metrics"] = metrics
         stopped = learner.sum(len(stop_signals)) > 0  # in any process
-        if main_process:
+        if RANK == 0:
             log.writer.add_text("samples", "\n\n".join(samples), update)
             if update < args.num_updates:  # the last row has the final evaluation as well
                 log.write(update, metrics)
@@ -628,50 +577,54 @@ def train(args: Args, learner: Learner) -> None:
             progress = f"score {metrics['objective/scores']:.4f}  KL {metrics['objective/kl']:.3f}"
             say(f"update {update} of {args.num_updates}  {progress}  {timedelta(seconds=int(seconds))} left")
         if stopped:
-            accelerator.wait_for_everyone()  # a process that ends makes torchrun stop the one that writes
+            learner.accelerator.wait_for_everyone()  # a process that ends makes torchrun stop the one that writes
             raise KeyboardInterrupt
 
     for number in (signal.SIGINT, signal.SIGTERM):  # from here on a stop loses nothing
         signal.signal(number, signal.default_int_handler)
-    if main_process:  # before the evaluation, in which a reward may fail
+    if RANK == 0:  # before the evaluation, in which a reward may fail
         save_policy(learner, args)
         say("trained and saved; evaluating")
     metrics, samples = evaluate(learner, args)
     peak_memory_gib = learner.sum(peak_memory(learner.device)).item()
     counters |= {"peak_memory_gib": peak_memory_gib, "wall_seconds": time.monotonic() - start_time}
-    if main_process:
+    if RANK == 0:
         log.write(args.num_updates, counters["metrics"] | metrics)
-        save_results(learner, args, metrics, samples, counters, commit)
+        save_results(learner, args, metrics, samples, counters)
 
 
 def evaluate(learner: Learner, args: Args) -> tuple[dict[str, float], list[dict]]:
     """Scores and perplexity of Table 3 on the validation reviews as {tag: value}, and what was scored."""
-    seed_everything(args.seed, EVALUATION, learner.accelerator.process_index)
-    index = learner.shard(range(len(learner.validation))[: args.eval_samples or None])
+    tokenizer, ends = learner.tokenizer, learner.ends
+    seed_everything(args.seed, EVALUATION, RANK)
+    index = range(len(learner.validation))[: args.eval_samples or None][RANK::WORLD_SIZE]
     rows = [learner.validation[i] for i in index]
     halves = [first_half(row["text"]) for row in rows]  # the reward sees all of it, the policy its last tokens
     references = [" ".join(row["text"].split())[len(half) :] for row, half in zip(rows, halves)]
-    prompts = encode_prompts(learner.tokenizer, rows, args.prompt_length)
+    prompts = encode_prompts(tokenizer, rows, args.prompt_length)
     responses = generate(learner.actor_critic.policy, prompts, args.rollout_batch_size)
-    texts = {"score": learner.texts(prompts, responses), "score_reference": references, "score_empty": [""] * len(rows)}
-    texts["score_truncated"] = learner.texts(prompts, [response[: len(response) // 2] for response in responses])
+    texts = {"score": [continuation(tokenizer, p, r, ends) for p, r in zip(prompts, responses)]}
+    texts |= {"score_reference": references, "score_empty": [""] * len(rows)}
+    texts["score_truncated"] = [continuation(tokenizer, p, r[: len(r) // 2], ends) for p, r in zip(prompts, responses)]
     scored = {name: learner.score(halves, x, rows) for name, x in texts.items()}
     columns = {"index": index, "prompt": halves, "response": texts["score"], "reference": references} | scored
     samples = [dict(zip(columns, values)) for values in zip(*columns.values())]
-    samples = sorted(gather_object(samples), key=lambda sample: sample["index"])
+    samples = sorted(accelerate.utils.gather_object(samples), key=lambda sample: sample["index"])
     metrics = {f"eval/{name}": float(np.mean([sample[name] for sample in samples])) for name in scored}
     for name in ("empty", "truncated"):  # how often these score above the policy's own (compare Figure 1, Table 15)
         metrics[f"eval/{name}_wins"] = float(np.mean([s[f"score_{name}"] > s["score"] for s in samples]))
     texts = [row["text"] for row in learner.validation]
     metrics["eval/perplexity"] = perplexity(learner, learner.actor_critic.policy, texts)
+    if RANK == 0:
+        say(f"evaluation: score {metrics['eval/score']:.4f}, perplexity {metrics['eval/perplexity']:.2f}")
     return metrics, samples
 
 
-def evaluate_saved(args: Args) -> dict[str, float]:
-    """Metrics of a finished run's policy, on the prompts of its final evaluation. Ends when there is none."""
+def evaluate_saved(args: Args) -> None:
+    """--evaluate: the final evaluation of a finished run's policy again."""
     path = Path(args.run_dir, "policy")
     require(path.exists(), f"{args.run_dir} holds no policy: it is written at the end of training")
-    return evaluate(make_learner(replace(args, policy=str(path), tokenizer=None)), args)[0]
+    evaluate(Learner(replace(args, policy=str(path), tokenizer=None)), args)
 
 
 @torch.no_grad()
@@ -682,17 +635,12 @@ def perplexity(learner: Learner, policy: PreTrainedModel, texts: list[str]) -> f
     room = min(num_positions(policy), 2048)  # no more than GPT-J has
     stride = min(512, room // 2)
     loss = torch.zeros((), dtype=torch.float64, device=learner.device)
-    for start in learner.shard(range(0, tokens.shape[1], stride)):
+    for start in range(0, tokens.shape[1], stride)[RANK::WORLD_SIZE]:
         window = tokens[:, max(0, start + stride - room) : start + stride]
         num_predicted = min(stride, tokens.shape[1] - start) - (start == 0)  # nothing predicts the first token
         if num_predicted:
             loss -= response_logprobs(policy, window, torch.ones_like(window), num_predicted).sum()
     return (learner.sum(loss) / (tokens.shape[1] - 1)).exp().item()
-
-
-def summary(metrics: dict) -> str:
-    """An evaluation in one line."""
-    return f"score {metrics['eval/score']:.4f}, perplexity {metrics['eval/perplexity']:.2f}"
 
 
 def peak_memory(device: torch.device) -> float:
@@ -746,7 +694,7 @@ def check_args(args: Args) -> None:
         used = name in (args.policy, tokenizer, args.reward_model, args.dataset) and not Path(name).exists()
         require(used, f"--revision {name} is no hub id among --policy, --tokenizer, --reward-model and --dataset")
     for wanted, flag, package in ((args.track, "--track", "wandb"),):
-        origin = getattr(find_spec(package), "origin", None)  # an empty folder passes for a package, but has none
+        origin = getattr(util.find_spec(package), "origin", None)  # an empty folder passes for a package, but has none
         if wanted and origin is None:
             fail(f"{flag} needs {package}: pip install {package}")
 
@@ -757,19 +705,28 @@ def load_pretrained(args: Args, flag: str, name: str, from_pretrained: Callable,
         options["revision"] = args.revision[name]
     try:
         return from_pretrained(name, **options)
-    except (OSError, ValueError, SafetensorError, DatasetsError, StrictDataclassError) as error:
+    except (OSError, ValueError, SafetensorError, datasets.exceptions.DatasetsError, StrictDataclassError) as error:
         reason = (str(error.__cause__ or error) or repr(error)).splitlines()[0]
         instead = "a hub id that can be reached from here, or a local folder, such as benchmark/rlhf_assets.py makes"
         fail(f"--{flag} {name} cannot be loaded ({reason}): give {instead}")
 
 
-def load_network(args: Args, flag: str, name: str, auto_class: type, **options) -> PreTrainedModel:
-    """A model. Ends where it lacks weights, which transformers would draw at random."""
+def load_network(args: Args, flag: str, name: str, auto_class: type, **options) -> tuple:
+    """A model and its tokenizer. Ends where weights are missing, or the tokenizer is not one for this model."""
     options |= {"output_loading_info": True, "trust_remote_code": False}  # code that comes with a model is never run
     model, info = load_pretrained(args, flag, name, auto_class.from_pretrained, **options)
-    missing = ", ".join(sorted(info["missing_keys"])[:5])
+    missing = ", ".join(sorted(info["missing_keys"])[:5])  # transformers draws them at random
     require(not missing, f"--{flag} {name} has no weights for {missing} of {type(model).__name__}")
-    return model
+    if flag == "policy" and (other := args.tokenizer or TOKENIZERS.get(name)):
+        flag, name = "tokenizer", other
+    tokenizer = load_pretrained(args, flag, name, transformers.AutoTokenizer.from_pretrained, trust_remote_code=False)
+    tokens = tokenizer("text", add_special_tokens=False).input_ids  # transformers may make an empty tokenizer up
+    require(tokens, f"--{flag} {name} has no tokenizer{': give one with --tokenizer' * (flag == 'policy')}")
+    rows = model.get_input_embeddings().num_embeddings
+    require(len(tokenizer) <= rows, f"--{flag} {name}: {len(tokenizer)} tokens, {rows} embeddings: different models")
+    has_end = flag == "reward-model" or tokenizer.eos_token_id is not None
+    require(has_end, f"--{flag} {name}: the tokenizer has no end-of-text token")
+    return model, tokenizer
 
 
 def hub_commit(args: Args, name: str) -> str | None:
@@ -782,16 +739,15 @@ def hub_commit(args: Args, name: str) -> str | None:
 
 def read_file(file: str) -> datasets.DatasetDict:
     """The data set in a CSV, Parquet or JSON file: a row a line, one list, or an object with lists of rows in it."""
-    path = Path(file)
-    if path.suffix == ".json":
-        with suppress(json.JSONDecodeError):  # a row a line
-            content = json.loads(path.read_text(encoding="utf-8"))
-            lists = content if isinstance(content, dict) else {}
-            lists = {key: x for key, x in lists.items() if isinstance(x, list) and x and isinstance(x[0], dict)}
-            if lists:
-                names = ["train"] if len(lists) == 1 else lists  # under whatever key
-                return datasets.DatasetDict(zip(names, map(datasets.Dataset.from_list, lists.values())))
-    kind = {".csv": "csv", ".parquet": "parquet"}.get(path.suffix, "json")
+    path, lists = Path(file), {}
+    with suppress(json.JSONDecodeError):  # a row a line
+        content = json.loads(path.read_text(encoding="utf-8")) if path.suffix == ".json" else None
+        if isinstance(content, dict):
+            lists = {key: x for key, x in content.items() if isinstance(x, list) and x and isinstance(x[0], dict)}
+    if lists:
+        names = ["train"] if len(lists) == 1 else lists  # under whatever key
+        return datasets.DatasetDict(zip(names, map(datasets.Dataset.from_list, lists.values())))
+    kind = path.suffix[1:] if path.suffix in (".csv", ".parquet") else "json"
     return datasets.load_dataset(kind, data_files=file)
 
 
@@ -808,45 +764,18 @@ def load_rows(args: Args, columns: Sequence[str]) -> tuple[list[dict], list[dict
     commit = re.search(r"/([0-9a-f]{40})/", str(train.cache_files))  # names a folder of the cache
     if validation is None:
         others = ", ".join(split for split in data if split != "train")
-        if others and int(os.environ.get("RANK", 0)) == 0:
-            print(f"--dataset {name} has no split validation: a fifth of train is; {others} is not used")
+        if others and RANK == 0:
+            say(f"--dataset {name} has no split validation: a fifth of train is; {others} is not used")
         require(len(train) > 1, f"--dataset {name} has {len(train)} rows: too few for training and validation")
         train, validation = train.train_test_split(test_size=0.2, seed=args.seed).values()
     try:
         train, validation = train.to_list(), validation.to_list()
     except UnicodeDecodeError as error:
         fail(f"--dataset {name} has text that is not UTF-8: {error}")
-    for rows in (train, validation):
-        missing = ", ".join(column for column in columns if column not in rows[0])
-        require(not missing, f"--dataset {name} has no column {missing}, only {', '.join(rows[0])}")
-        texts = all(isinstance(row[column], str) for row in rows for column in columns)
-        require(texts, f"--dataset {name} has rows in which {' or '.join(columns)} is no text")
+    for row in train + validation:
+        wrong = " and ".join(column for column in columns if not isinstance(row.get(column), str))
+        require(not wrong, f"--dataset {name} has a row whose {wrong} is no text; its columns are {', '.join(row)}")
     return train, validation, commit and commit[1]
-
-
-def check_vocabulary(flag: str, name: str, tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> None:
-    """End when the tokenizer has tokens that the model has no embedding for, or no end-of-text token."""
-    tokens = tokenizer("text", add_special_tokens=False).input_ids  # transformers may make an empty tokenizer up
-    require(tokens, f"--{flag} {name} has no tokenizer{': give one with --tokenizer' * (flag == 'policy')}")
-    rows = model.get_input_embeddings().num_embeddings
-    message = f"--{flag} {name}: the tokenizer has {len(tokenizer)} tokens and the model embeddings for {rows}"
-    require(len(tokenizer) <= rows, message + "; they belong to different models")
-    has_end = flag != "policy" or tokenizer.eos_token_id is not None
-    require(has_end, f"--{flag} {name}: the tokenizer has no end-of-text token")
-
-
-def make_learner(args: Args) -> Learner:
-    """Data and networks on this process. Ends when Accelerate does not see the others."""
-    if args.num_threads:
-        torch.set_num_threads(args.num_threads)
-    torch.backends.cuda.matmul.allow_tf32 = args.tf32
-    for name in [name for name in os.environ if name.startswith("ACCELERATE_")]:
-        del os.environ[name]  # of accelerate launch, such as a mixed precision: the flags alone say what is done
-    patient = InitProcessGroupKwargs(timeout=timedelta(hours=12))  # while one process downloads models and data
-    accelerator = Accelerator(cpu=args.cpu or not torch.cuda.is_available(), kwargs_handlers=[patient])
-    started, seen = int(os.environ.get("WORLD_SIZE", 1)), accelerator.num_processes
-    require(started == seen, f"started as one of {started} processes, but Accelerate sees {seen}: use torchrun")
-    return Learner(args, accelerator)
 
 
 def collect_signals() -> list[int]:
@@ -917,41 +846,35 @@ def load_checkpoint(args: Args, learner: Learner) -> dict:
 def save_policy(learner: Learner, args: Args) -> None:
     """The policy as a folder that from_pretrained() loads: weights (safetensors), configuration, tokenizer."""
     folder, temporary = Path(args.run_dir, "policy"), Path(args.run_dir, "policy.tmp")
-    for old in (folder, temporary):
-        shutil.rmtree(old, ignore_errors=True)  # of an attempt that was killed
     try:
         learner.actor_critic.policy.save_pretrained(temporary)
         learner.own_generation_config.to_json_file(temporary / "generation_config.json")  # not the run's
         learner.tokenizer.save_pretrained(temporary)
+        shutil.rmtree(folder, ignore_errors=True)  # of a process whose evaluation did not end
         os.replace(temporary, folder)
-    except SafetensorError as error:  # what it has for a full disk
-        raise OSError(errno.ENOSPC, f"{folder} cannot be written: {error}") from None
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def save_results(
-    learner: Learner, args: Args, metrics: dict, samples: list[dict], counters: dict, commit: str | None
-) -> None:
+def save_results(learner: Learner, args: Args, metrics: dict, samples: list[dict], counters: dict) -> None:
     """What a finished run leaves besides its policy: eval_samples.jsonl and result.json, and no checkpoint."""
     run_dir = Path(args.run_dir)
     write_atomic(run_dir / "eval_samples.jsonl", "".join(json.dumps(sample) + "\n" for sample in samples).encode())
-    versions = {"python": sys.version.split()[0]} | {d.name: d.version for d in distributions() if d.name in PACKAGES}
+    versions = {d.name: d.version for d in metadata.distributions() if d.name in PACKAGES}
     scores, before = ({tag.replace("/", "_"): x for tag, x in m.items()} for m in (metrics, counters["before"]))
-    seconds = counters["rollout_seconds"] + counters["update_seconds"]
     result = {"script": SCRIPT, "policy": args.policy, "dataset": args.dataset, "seed": args.seed, "args": asdict(args)}
     result |= {"reward_model": args.reward_function or args.reward_model, "num_updates": counters["update"]} | scores
     result |= {"eval_scores": [round(sample["score"], 6) for sample in samples], "before": before}
     for phase, passes in (("rollout", 1), ("update", args.update_epochs)):
         result[f"{phase}_tokens_per_second"] = passes * counters["rollout_tokens"] / counters[f"{phase}_seconds"]
+    seconds = counters["rollout_seconds"] + counters["update_seconds"]
     result["generation_time_share"] = counters["generation_seconds"] / seconds
     result["device"] = torch.cuda.get_device_name() if learner.device.type == "cuda" else "cpu"
-    result |= {name: counters[name] for name in ("num_processes_from", "peak_memory_gib", "wall_seconds")}
-    result |= {"num_processes": learner.accelerator.num_processes, "versions": versions, "commit": commit}
+    result |= {name: counters[name] for name in ("num_processes_from", "peak_memory_gib", "wall_seconds", "commit")}
+    result |= {"num_processes": WORLD_SIZE, "versions": versions | {"python": sys.version.split()[0]}}
     result["hub_commits"] = {name: commit for name, commit in learner.hub_commits.items() if commit}
     write_atomic(run_dir / "result.json", (json.dumps(result, indent=2) + "\n").encode())
     (run_dir / "checkpoint.pt").unlink()  # it is several times as large as the policy
-    say(f"seed {args.seed}: {counters['update']} updates, {summary(metrics)}")
     say(f"everything is in {run_dir}")
 
 
@@ -969,19 +892,20 @@ def saved_args(path: Path, script: str | None, saved: dict) -> Args:
     return Args(**{name: value for name, value in saved.items() if name in vars(Args())})
 
 
-def find_run(args: Args, typed: set[str]) -> Args:
+def find_run(args: Args) -> Args:
     """The arguments of the run in --resume or --evaluate, with what may change; else args and a free place."""
-    name = f"{Path(args.dataset).name}__{SCRIPT}__{args.seed}__{datetime.now():%Y%m%d-%H%M%S-%f}"
-    run_dir = Path(args.resume or args.evaluate or args.run_dir or f"runs/{name}")
-    if args.resume is None and args.evaluate is None:  # before models are loaded, which may take minutes
+    run = args.resume if args.evaluate is None else args.evaluate
+    if run is None:  # before models are loaded, which may take minutes
+        name = f"{Path(args.dataset).name}__{SCRIPT}__{args.seed}__{datetime.now():%Y%m%d-%H%M%S-%f}"
+        run_dir = Path(args.run_dir or f"runs/{name}")
         unused = not run_dir.exists() or (run_dir.is_dir() and not any(run_dir.iterdir()))
         require(unused, f"--run-dir {run_dir} is in use: name another, or see whether --resume {run_dir} continues it")
         return replace(args, run_dir=str(run_dir))
-    require((run_dir / "args.json").exists(), f"{run_dir}: there is no run, no args.json")
-    content = json.loads((run_dir / "args.json").read_text())
-    changed = {flag[2:].replace("-", "_") for flag in typed & {"--resume", "--evaluate", *MAY_CHANGE}}
-    saved = saved_args(run_dir, content["script"], content["args"])
-    return replace(saved, run_dir=str(run_dir), **{name: getattr(args, name) for name in changed})
+    path = Path(run, "args.json")
+    require(run and path.exists(), f"{run or 'an empty name'}: there is no run, no args.json")
+    content = json.loads(path.read_text())
+    saved = saved_args(path.parent, content["script"], content["args"])
+    return tyro.cli(Args, default=replace(saved, run_dir=str(path.parent)))
 
 
 def open_run(args: Args) -> None:
@@ -989,7 +913,7 @@ def open_run(args: Args) -> None:
     path = Path(args.run_dir, "args.json")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        file = os.open(path, os.O_RDWR | (os.O_CREAT | os.O_EXCL if args.resume is None else 0))
+        file = os.open(path, os.O_RDWR | (os.O_CREAT | os.O_EXCL if args.resume is None else 0), 0o666)
     except OSError as error:
         fail(f"{path} cannot be made: {error.strerror}", code=1 if error.errno in DISK_FULL else 2)
     try:
@@ -999,43 +923,41 @@ def open_run(args: Args) -> None:
             fail(f"{args.run_dir} is being trained by another process")
     if args.resume is None:
         os.write(file, json.dumps({"script": SCRIPT, "args": asdict(args)}, indent=2).encode())
+    resume = [*sys.orig_argv[: len(sys.orig_argv) - len(sys.argv) + 1], "--resume", args.run_dir]
+    say(f"run directory {args.run_dir}; should it stop, go on with: {shlex.join(resume)}")
 
 
 def main() -> None:
-    sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115 (standard output was closed)
+    std = sys.stdin, sys.stdout, sys.stderr  # the number of a closed one must not go to a file of the run
+    sys.stdin, sys.stdout, sys.stderr = (file or open(os.devnull, "w") for file in std)  # noqa: SIM115
     args = tyro.cli(Args, description=__doc__)
     typed = {flag.partition("=")[0].replace("_", "-") for flag in sys.argv[1:] if flag.startswith("--")}
     for flag in ("--resume", "--evaluate"):
         if flag in typed and (extra := typed - {flag, *MAY_CHANGE}):
             fail(f"{flag} takes its arguments from the run: drop {', '.join(sorted(extra))}")
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
-    transformers.utils.logging.set_verbosity_error()
+    for library in (transformers.utils, huggingface_hub.utils, datasets):
+        library.logging.set_verbosity(library.logging.CRITICAL)  # errors come as exceptions
     transformers.utils.logging.disable_progress_bar()
-    huggingface_hub.utils.logging.set_verbosity_error()
     datasets.disable_progress_bars()
-    datasets.logging.set_verbosity(datasets.logging.CRITICAL)
-    args = find_run(args, typed)
+    args = find_run(args)
     check_args(args)
+    if args.resume is not None and Path(args.run_dir, "result.json").exists():
+        return say(f"{args.run_dir} has finished; --evaluate evaluates its policy again") if RANK == 0 else None
     try:
         if args.evaluate is not None:
-            metrics = evaluate_saved(args)
-            return say(summary(metrics)) if RANK == 0 else None
-        if Path(args.run_dir, "result.json").exists():
-            return say(f"{args.run_dir} has finished; --evaluate evaluates its policy again") if RANK == 0 else None
+            return evaluate_saved(args)
         if RANK == 0 and args.resume is not None:
             open_run(args)
-        learner = make_learner(args)
-        if RANK == 0:
-            if args.resume is None:  # when everything is loaded and fits
-                open_run(args)
-            resume = [*sys.orig_argv[: len(sys.orig_argv) - len(sys.argv) + 1], "--resume", args.run_dir]
-            say(f"run directory {args.run_dir}; should it stop, go on with: {shlex.join(resume)}")
+        learner = Learner(args)
+        if RANK == 0 and args.resume is None:  # when everything is loaded and fits
+            open_run(args)
         if RANK == 0 and args.track:
             import_module("wandb").init(dir=args.run_dir, config=asdict(args), sync_tensorboard=True, resume="auto")
         train(replace(args, resume=None), learner)
     except KeyboardInterrupt:
         fail("stopped", code=130)
-    except (OSError, torch.OutOfMemoryError) as error:
+    except (OSError, SafetensorError, torch.OutOfMemoryError) as error:
         if getattr(error, "errno", errno.ENOSPC) not in DISK_FULL:
             raise  # neither the disk nor the memory is full
         on_gpu = isinstance(error, torch.OutOfMemoryError)

@@ -31,39 +31,32 @@ import subprocess
 import sys
 import time
 import warnings
-from collections.abc import Callable, Mapping, Sequence, Set
+from collections import namedtuple
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import asdict, dataclass, replace
 from datetime import datetime, timedelta
 from functools import partial
-from importlib import import_module
-from importlib.metadata import distributions
-from importlib.util import find_spec
-from numbers import Real
+from importlib import import_module, metadata, util
 from pathlib import Path
 from typing import Literal, NoReturn
 
+import accelerate
 import datasets
 import huggingface_hub
 import numpy as np
+import peft
 import torch
 import transformers
 import tyro
-from accelerate import Accelerator
-from accelerate.utils import InitProcessGroupKwargs, gather_object
-from datasets.exceptions import DatasetsError
 from huggingface_hub.errors import StrictDataclassError
-from peft import LoraConfig, PeftConfig, get_peft_model, set_peft_model_state_dict
-from peft.utils import load_peft_weights
 from rouge_score.rouge_scorer import RougeScorer
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from torch.utils.tensorboard import SummaryWriter
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.tokenization_utils_base import PreTrainedTokenizerBase
-from transformers.utils.peft_utils import find_adapter_config_file
 
 SCRIPT = Path(__file__).stem
 VERSION = 3  # of the format of checkpoint.pt
@@ -88,10 +81,10 @@ class Args:
     gradient_checkpointing: bool = False  # keep no activations within layers but compute them again: less memory
     lora_rank: int = 8  # rank r of the adapters
     lora_alpha: int = 64  # alpha of the adapters, whose output is multiplied by alpha / rank
-    lora_targets: tuple[str, ...] = ("q_proj", "v_proj")  # names of the linear layers that get adapters
+    lora_targets: Sequence[str] = ("q_proj", "v_proj")  # names of the linear layers that get adapters
     reward_model: str = "jdchang/tldr_rm_adapter"  # adapter with a scalar head, or classifier with one label
     reward_end: str = ""  # what a classifier reads after a summary, such as <|endoftext|>
-    reward_function: str | None = None  # module:name of a function that is the reward instead; see RewardFunction
+    reward_function: str | None = None  # module:name of a function that is the reward instead; see load_function
     dataset: str = "CarperAI/openai_summarize_tldr"  # columns "prompt", "label": hub id, JSONL file or folder of splits
     revision: dict[str, str] | None = None  # hub ids, each followed by its branch, tag or commit
     num_updates: int = 100  # rollouts, each with update_epochs passes over it
@@ -133,9 +126,6 @@ class Args:
     tf32: bool = False  # on CUDA, multiply float32 matrices in TF32: faster, with 10 bits of mantissa
     cpu: bool = False  # stay on the CPU where there is a GPU
     num_threads: int = 0  # CPU threads of torch; 0: as torch chooses
-
-    def __post_init__(self):
-        self.lora_targets = tuple(self.lora_targets)  # JSON has made a list of it
 
 
 def begin_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:
@@ -242,9 +232,8 @@ def check_padding(flag: str, name: str, model: PreTrainedModel, tolerance: float
 
 
 def check_same(flag: str, name: str, padded: Tensor, alone: Tensor, tolerance: float) -> None:
-    error = (padded - alone).abs().max().item()
-    instead = "give a model that padding leaves as it is (docs/language-models.md)"
-    require(error <= tolerance, f"--{flag} {name}: padding changes its numbers by {error:.2g}; {instead}")
+    error, others = (padded - alone).abs().max().item(), "docs/language-models.md names models for which it does not"
+    require(error <= tolerance, f"--{flag} {name}: padding changes its numbers by {error:.2g}; {others}")
 
 
 class ActorCritic(nn.Module):
@@ -252,9 +241,9 @@ class ActorCritic(nn.Module):
 
     def __init__(self, base: PreTrainedModel, args: Args):
         super().__init__()
-        lora = LoraConfig(r=args.lora_rank, lora_alpha=args.lora_alpha, target_modules=list(args.lora_targets))
+        lora = peft.LoraConfig(r=args.lora_rank, lora_alpha=args.lora_alpha, target_modules=list(args.lora_targets))
         self.lm = base  # the adapters are put into it; peft finds them by names that no module of it may have
-        self.adapters = get_peft_model(base, lora, adapter_name="policy_adapter")
+        self.adapters = peft.get_peft_model(base, lora, adapter_name="policy_adapter")
         self.adapters.add_adapter("value_adapter", lora)
         self.value_head = nn.Linear(hidden_size(base), 1)
         self.switch_to("policy_adapter")
@@ -280,13 +269,14 @@ class ActorCritic(nn.Module):
         self.active = adapter
         return self.lm
 
-    def load_adapter(self, adapter: str, weights: dict[str, Tensor]) -> bool:
-        """Take over the weights of an adapter; False when they are another's."""
+    def load_adapter(self, adapter: str, weights: dict[str, Tensor], source: str) -> None:
+        """Take over the weights of an adapter. Ends when they are another's."""
         try:
-            keys = set_peft_model_state_dict(self.adapters, weights, adapter)
-        except RuntimeError:  # tensors of other shapes
-            return False
-        return not keys.unexpected_keys and not any(f".{adapter}." in key for key in keys.missing_keys)
+            keys = peft.set_peft_model_state_dict(self.adapters, weights, adapter)
+            wrong = [*keys.unexpected_keys, *(key for key in keys.missing_keys if f".{adapter}." in key)]
+        except RuntimeError as error:  # tensors of other shapes
+            wrong = [error]
+        require(not wrong, f"{source} does not fit this model: {', '.join(map(str, wrong[:3]))}")
 
     def hidden(self, adapter: str, tokens: Tensor, attention_mask: Tensor) -> Tensor:
         """Last hidden states with an adapter: (batch, length) -> (batch, length, hidden size), float32."""
@@ -311,24 +301,30 @@ def reward_text(prompt: str, summary: str) -> str:
 
 
 class Classifier:
-    """A sequence classifier with its tokenizer; of a text that is too long, the end counts."""
+    """Logit of a classifier with one label on prompt + summary + --reward-end. Long texts lose their start."""
 
     def __init__(self, args: Args, device: torch.device):
-        flag, name, auto_class = "reward-model", args.reward_model, AutoModelForSequenceClassification
-        self.model = load_network(args, flag, name, auto_class, dtype=torch.float32)  # not that of the file
-        self.tokenizer = load_pretrained(args, flag, name, AutoTokenizer.from_pretrained, trust_remote_code=False)
-        check_vocabulary(flag, name, self.tokenizer, self.model)
-        self.batch_size = args.rollout_batch_size
+        flag, name, auto_class = "reward-model", args.reward_model, transformers.AutoModelForSequenceClassification
+        self.model, self.tokenizer = load_network(args, flag, name, auto_class, dtype=torch.float32)  # not the file's
+        self.batch_size, self.tokenizer.truncation_side = args.rollout_batch_size, "left"
         self.max_length = min(self.tokenizer.model_max_length, num_positions(self.model))
-        self.tokenizer.truncation_side = "left"
         self.model.to(device).eval().requires_grad_(False)
         padded, alone = self.logits(["a b", "a b " * 9])[:1], self.logits(["a b"])
         check_same(flag, name, padded, alone, 1e-3 * (1 + alone.abs().max().item()))
+        labels = self.model.config.num_labels
+        require(labels == 1, f"--{flag} {name} has {labels} labels; a reward is one number")
+        self.end, end = args.reward_end, self.tokenizer.eos_token_id
+        if self.tokenizer(self.end).input_ids[-2:] == [end, end]:  # the tokenizer adds one itself
+            self.end = self.end.removesuffix(self.tokenizer.eos_token)
+
+    def __call__(self, prompts: list[str], responses: list[str], rows: list[dict]) -> list[float]:
+        texts = [reward_text(prompt, response) + self.end for prompt, response in zip(prompts, responses)]
+        return self.logits(texts).squeeze(-1).tolist()
 
     @torch.no_grad()
     def logits(self, texts: list[str]) -> Tensor:
         """(text, label). Where a model reads the last token that is not padding, it is the last one of the text."""
-        tokens = self.tokenizer(texts, truncation=True, max_length=self.max_length).input_ids if texts else []
+        tokens = self.tokenizer(texts, truncation=True, max_length=self.max_length).input_ids
         unusable = {None, *(text[-1] for text in tokens)}
         candidates = self.tokenizer.pad_token_id, *range(self.model.get_input_embeddings().num_embeddings)
         padding = next(i for i in candidates if i not in unusable)
@@ -340,102 +336,63 @@ class Classifier:
         return logits
 
 
-class ClassifierReward(Classifier):
-    """Logit of a classifier with one label on prompt + summary + --reward-end."""
-
-    def __init__(self, args: Args, device: torch.device):
-        super().__init__(args, device)
-        labels = self.model.config.num_labels
-        require(labels == 1, f"--reward-model {args.reward_model} has {labels} labels; a reward is one number")
-        self.end, end = args.reward_end, self.tokenizer.eos_token_id
-        if self.tokenizer(self.end).input_ids[-2:] == [end, end]:  # the tokenizer adds one itself
-            self.end = self.end.removesuffix(self.tokenizer.eos_token)
-
-    def __call__(self, prompts: list[str], responses: list[str], rows: list[dict]) -> list[float]:
-        texts = [reward_text(prompt, response) + self.end for prompt, response in zip(prompts, responses)]
-        return self.logits(texts).squeeze(-1).tolist()
-
-
 class AdapterReward:
     """Scalar head of an adapter at the end of <|startoftext|> + text + <|endoftext|>; long texts lose their start."""
 
-    def __init__(self, args: Args, actor_critic: ActorCritic, tokenizer: PreTrainedTokenizerBase):
-        reward_model, flag = args.reward_model, f"--reward-model {args.reward_model}"
-        config = load_pretrained(args, "reward-model", reward_model, PeftConfig.from_pretrained)
-        weights = load_pretrained(args, "reward-model", reward_model, load_peft_weights, device="cpu")
+    def __init__(self, args: Args, learner: "Learner"):
+        actor_critic, self.tokenizer = learner.actor_critic, learner.tokenizer
+        self.actor_critic, self.batch_size = actor_critic, args.rollout_batch_size
+        name, flag = args.reward_model, f"--reward-model {args.reward_model}"
+        config = load_pretrained(args, "reward-model", name, peft.PeftConfig.from_pretrained)
+        weights = load_pretrained(args, "reward-model", name, peft.load_peft_weights, device="cpu")
         weights = {key: x for key, x in weights.items() if ".original_module." not in key}  # the head before training
         config.modules_to_save, config.inference_mode = None, True  # the head is not a module of the base model
         try:
             actor_critic.adapters.add_adapter("reward_adapter", config)
         except ValueError as error:
             fail(f"{flag} does not fit --policy {args.policy}: {error}")
-        head = {name: x for name, x in weights.items() if "lora_" not in name}
-        size = hidden_size(actor_critic.lm)
-        heads = [name for name, x in head.items() if x.shape == (1, size)]
+        shapes, size = {key: x.shape for key, x in weights.items() if "lora_" not in key}, hidden_size(actor_critic.lm)
+        heads, biases = ([key for key in shapes if shapes[key] == shape] for shape in ((1, size), (1,)))
         require(len(heads) == 1, f"{flag} has {len(heads)} scalar heads; it needs one")
         self.head = weights.pop(heads[0]).float()
-        biases = [name for name, x in head.items() if x.shape == (1,)]
         self.bias = weights.pop(biases[0]).item() if biases else 0.0
-        fits = actor_critic.load_adapter("reward_adapter", weights)
-        require(fits, f"{flag} is an adapter for another model than --policy {args.policy}")
+        actor_critic.load_adapter("reward_adapter", weights, f"{flag} on --policy {args.policy}")
         actor_critic.switch_to("policy_adapter")
-        self.actor_critic, self.tokenizer, self.batch_size = actor_critic, tokenizer, args.rollout_batch_size
-        self.room = num_positions(actor_critic.lm)
 
     @torch.no_grad()
     def __call__(self, prompts: list[str], responses: list[str], rows: list[dict]) -> list[float]:
-        device, end = self.actor_critic.lm.device, self.tokenizer.eos_token_id
+        lm, room = self.actor_critic.lm, num_positions(self.actor_critic.lm)
+        begin, end = begin_tokens(self.tokenizer), self.tokenizer.eos_token_id
         texts = [f"<|startoftext|>{reward_text(prompt, response)}" for prompt, response in zip(prompts, responses)]
-        texts = self.tokenizer(texts, add_special_tokens=False, verbose=False).input_ids if texts else []
-        begin = begin_tokens(self.tokenizer)
-        texts = [[*begin, *text, end][-self.room :] for text in texts]  # the beginning goes, the summary stays
+        texts = self.tokenizer(texts, add_special_tokens=False, verbose=False).input_ids
+        texts = [[*begin, *text, end][-room:] for text in texts]  # the beginning goes, the summary stays
         scores = torch.zeros(len(texts))
         for batch in batches([len(text) for text in texts], self.batch_size):
-            tokens, mask, _ = pad([texts[i] for i in batch], [[]] * len(batch), device)
+            tokens, mask, _ = pad([texts[i] for i in batch], [[]] * len(batch), lm.device)
             last = self.actor_critic.hidden("reward_adapter", tokens, mask)[:, -1]
-            scores[batch] = (last @ self.head.to(device).T + self.bias).squeeze(-1).cpu()
+            scores[batch] = (last @ self.head.to(lm.device).T + self.bias).squeeze(-1).cpu()
         return scores.tolist()
 
 
-class RewardFunction:
-    """The function module:name: lists of prompts, responses (texts) and rows of the data set -> as many numbers.
-
-    An evaluation calls it with empty responses as well. The module is in the working directory or installed.
-    """
-
-    def __init__(self, name: str):
-        self.flag = f"--reward-function {name}"
-        module, _, function = name.partition(":")
-        require(module and function, f"{self.flag}: give a module and a function in it, module:name")
-        sys.path.append(os.getcwd())
-        try:
-            self.function = getattr(import_module(module), function, None)
-        except ModuleNotFoundError as error:
-            if not f"{module}.".startswith(f"{error.name}."):  # an import in the module that fails
-                raise
-            fail(f"{self.flag}: there is no module {error.name} in the working directory or installed")
-        require(callable(self.function), f"{self.flag}: {module} has no function {function}")
-
-    def __call__(self, prompts: list[str], responses: list[str], rows: list[dict]) -> list[float]:
-        scores = self.function(prompts, responses, rows)
-        scores = scores.tolist() if hasattr(scores, "tolist") else scores  # of numpy or torch
-        is_list = hasattr(scores, "__len__") and not isinstance(scores, (Mapping, Set, str))
-        require(is_list, f"{self.flag} returned no list but {scores!r:.100}")
-        require(len(scores) == len(rows), f"{self.flag} returned {len(scores)} rewards for {len(rows)} responses")
-        for score in scores:
-            is_number = isinstance(score, Real) and abs(score) <= torch.finfo(torch.float32).max
-            require(is_number, f"{self.flag} returned {score!r:.100}, which is no finite number of 32 bits")
-        return [float(score) for score in scores]
+def load_function(name: str) -> Callable:
+    """The function module:name, of a module in the working directory or installed.
+    Lists of prompts, responses (in an evaluation also empty ones) and rows of the data set -> as many numbers."""
+    flag, (module, _, function) = f"--reward-function {name}", name.partition(":")
+    require(module and function, f"{flag}: give a module and a function in it, module:name")
+    sys.path.append(os.getcwd())
+    found = util.find_spec(module.partition(".")[0]) and util.find_spec(module)  # which imports the packages above it
+    require(found, f"{flag}: there is no module {module} in the working directory or installed")
+    result = getattr(import_module(module), function, None)
+    require(callable(result), f"{flag}: {module} has no function {function}")
+    return result
 
 
 def symmetric_ppo_loss(logprob, old_logprob, advantages, clip_coef, alpha, beta, Z, mask) -> Tensor:
     """alpha * L_ppo + beta * L_rppo (Eq. 9), averaged over the real tokens: (sequence, token) -> scalar.
-
     logprob and old_logprob are log-probabilities of the sampled tokens under pi and pi_old; mask is True on real
     tokens. The reverse loss is Eq. 8 with the aligned sign for A < 0 (Eq. 33-34): one form,
     L_rppo = -A Z (1 - pi) / pi_old, for both signs, since the other tokens' probabilities sum to 1 - pi. Its constant
-    part -A Z / pi_old is left out of the value: it has no gradient, and with a vocabulary it is large.
-    """
+    part -A Z / pi_old is left out of the value: it has no gradient, and with a vocabulary it is large."""
     ratio = torch.where(mask, logprob - old_logprob, 0.0).exp()  # r_t of Eq. 3
     unclipped = ratio * advantages
     clipped = ratio.clamp(1 - clip_coef, 1 + clip_coef) * advantages
@@ -514,28 +471,19 @@ def generation_config(args: Args, ends: list[int]) -> transformers.GenerationCon
     return transformers.GenerationConfig(do_sample=True, top_k=args.top_k, **options)
 
 
-@dataclass
-class Rollout:
-    """Trajectories of one process. Tensors are (trajectories, response_length), 0 past the last real token."""
-
-    prompts: list[list[int]]
-    responses: list[list[int]]
-    targets: list[list[int]]  # first tokens of the reference, for --target-coef
-    mask: Tensor  # real tokens
-    logprob: Tensor  # of pi_old
-    values: Tensor
-    advantages: Tensor
-    returns: Tensor
+# Trajectories of one process. Targets are for --target-coef; mask, of the real tokens, logprob, of pi_old, and what
+# follows are (trajectories, response_length), 0 past the last real token.
+Rollout = namedtuple("Rollout", "prompts responses targets mask logprob values advantages returns")
 
 
-def load_base(args: Args, device: torch.device) -> PreTrainedModel:
-    """The frozen base model; quantized, it is on device already."""
+def load_base(args: Args, device: torch.device) -> tuple:
+    """The base model, which quantized is on device already, and its tokenizer."""
     options = {"dtype": torch.float32 if args.base_precision == "float32" else torch.bfloat16}
     if args.base_precision == "4bit":
         nf4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": torch.bfloat16}
         nf4["bnb_4bit_use_double_quant"] = args.double_quant
         options |= {"quantization_config": transformers.BitsAndBytesConfig(**nf4), "device_map": {"": device}}
-    return eval_mode(load_network(args, "policy", args.policy, AutoModelForCausalLM, **options))
+    return load_network(args, "policy", args.policy, transformers.AutoModelForCausalLM, **options)
 
 
 def eval_mode(model: nn.Module) -> nn.Module:
@@ -548,19 +496,27 @@ def eval_mode(model: nn.Module) -> nn.Module:
 class Learner:
     """Data and networks of a run on this process: the base model with its adapters, and the reward."""
 
-    def __init__(self, args: Args, accelerator: Accelerator):
-        self.accelerator, self.device = accelerator, accelerator.device
-        self.reward = RewardFunction(args.reward_function) if args.reward_function else None
-        with accelerator.main_process_first():  # the others find the data set prepared
+    def __init__(self, args: Args):
+        torch.set_num_threads(args.num_threads or torch.get_num_threads())
+        torch.backends.cuda.matmul.allow_tf32 = args.tf32
+        for name in [name for name in os.environ if name.startswith("ACCELERATE_")]:
+            del os.environ[name]  # of accelerate launch, such as a mixed precision: the flags alone say what is done
+        patient = accelerate.InitProcessGroupKwargs(timeout=timedelta(hours=12))  # while one process downloads
+        on_cpu = args.cpu or not torch.cuda.is_available()
+        self.accelerator = accelerate.Accelerator(cpu=on_cpu, kwargs_handlers=[patient])
+        self.device, seen = self.accelerator.device, self.accelerator.num_processes
+        require(seen == WORLD_SIZE, f"Accelerate sees {seen} processes, not the {WORLD_SIZE} that run: use torchrun")
+        with self.accelerator.main_process_first():  # the others find the data set prepared
             self.rows, self.validation, data_commit = load_rows(args, ["prompt", "label"])
+        sizes = len(self.rows), len(self.validation)
+        require(min(sizes) >= WORLD_SIZE, f"--dataset {args.dataset} has {sizes} rows")
+        self.reward_name = args.reward_function or args.reward_model
+        self.reward = load_function(self.reward_name) if args.reward_function else None
         # All load models at once: of what has to be downloaded, huggingface_hub lets one process fetch each file.
-        adapter = load_pretrained(args, "policy", args.policy, find_adapter_config_file)
+        adapter = load_pretrained(args, "policy", args.policy, transformers.utils.find_adapter_config_file)
         require(not adapter, f"--policy {args.policy} is an adapter: give a model that it has been merged into")
-        tokenizer = args.tokenizer or TOKENIZERS.get(args.policy, args.policy)
-        flag = "policy" if tokenizer == args.policy else "tokenizer"
-        self.tokenizer = load_pretrained(args, flag, tokenizer, AutoTokenizer.from_pretrained, trust_remote_code=False)
-        base = load_base(args, self.device)
-        check_vocabulary("policy", args.policy, self.tokenizer, base)
+        base, self.tokenizer = load_base(args, self.device)
+        eval_mode(base)
         rounding = args.tf32 or args.base_precision != "float32"
         check_padding("policy", args.policy, base, tolerance=0.5 if rounding else 1e-3)
         can_chat = args.instruction is None or self.tokenizer.chat_template
@@ -571,26 +527,20 @@ class Learner:
         except ValueError as error:  # peft names the layers it did not find
             fail(f"--lora-targets {' '.join(args.lora_targets)}: {error}")
         if not self.reward:
-            adapter = load_pretrained(args, "reward-model", args.reward_model, find_adapter_config_file)
-            adapter_inputs = args, self.actor_critic, self.tokenizer
-            self.reward = AdapterReward(*adapter_inputs) if adapter else ClassifierReward(args, self.device)
-        models = (args.policy, tokenizer, *(() if args.reward_function else (args.reward_model,)))
+            find = transformers.utils.find_adapter_config_file
+            adapter = load_pretrained(args, "reward-model", args.reward_model, find)
+            self.reward = AdapterReward(args, self) if adapter else Classifier(args, self.device)
+        models = args.policy, self.tokenizer.name_or_path, *([] if args.reward_function else [args.reward_model])
         self.hub_commits = {name: hub_commit(args, name) for name in models} | {args.dataset: data_commit}
         (frame,) = encode_prompts(self.tokenizer, [{"prompt": ""}], 0, args.instruction)
         length, room = args.prompt_length + len(frame) + args.response_length, num_positions(base)
         parts = f"--prompt-length plus --response-length is {length} with the {len(frame)} tokens around a post"
         require(length <= room, f"{parts}; the policy has {room} positions")
-        for split, rows in (("training", self.rows), ("validation", self.validation)):
-            enough = len(rows) >= accelerator.num_processes
-            require(enough, f"--dataset {args.dataset} has {len(rows)} {split} rows")
-        references = (row["label"].strip() for row in self.validation[: args.eval_samples or None])
-        references = "\n\n".join(filter(None, references))
-        enough = len(self.tokenizer(references, add_special_tokens=False, verbose=False).input_ids) > 1
-        require(enough, f"--dataset {args.dataset}: its references are empty, and perplexity would be that of nothing")
-        self.own_generation_config, rows = base.generation_config, base.get_input_embeddings().num_embeddings
-        listed = self.own_generation_config.eos_token_id  # chat models list others for the end of a turn
-        listed = [i for i in (listed if isinstance(listed, list) else [listed]) if i is not None and i < rows]
-        self.ends = list(dict.fromkeys([self.tokenizer.eos_token_id, *listed]))  # every token that ends a response
+        references = any(row["label"].strip() for row in self.validation[: args.eval_samples or None])
+        require(references, f"--dataset {args.dataset}: its references are empty; perplexity would be that of nothing")
+        listed = base.generation_config.eos_token_id  # chat models also end a response with the end of a turn
+        ends = {self.tokenizer.eos_token_id, *(listed if isinstance(listed, list) else [listed])}
+        self.ends = sorted(ends.intersection(range(base.get_input_embeddings().num_embeddings)))
         base.generation_config = generation_config(args, self.ends)
         eval_mode(self.actor_critic.to(self.device))
         self.trained = {name: p for name, p in self.actor_critic.named_parameters() if p.requires_grad}
@@ -598,34 +548,30 @@ class Learner:
         others = [p for p in self.trained.values() if p.ndim <= 1]  # biases and norms
         groups = [{"params": matrices, "weight_decay": args.weight_decay}, {"params": others, "weight_decay": 0.0}]
         optimizer = torch.optim.AdamW(groups, args.learning_rate, eps=1e-5, fused=True)
-        self.model, self.optimizer = accelerator.prepare(self.actor_critic, optimizer)
+        self.model, self.optimizer = self.accelerator.prepare(self.actor_critic, optimizer)
 
     def score(self, prompts: list[str], responses: list[str], rows: list[dict]) -> list[float]:
-        """Rewards, which are finite: what a reward model does must not look like too high a learning rate."""
-        scores = self.reward(prompts, responses, rows)
+        """Rewards, which are finite: what a reward does must not look like too high a learning rate."""
+        scores, name = self.reward(prompts, responses, rows), f"the reward {self.reward_name}"
+        scores = scores.tolist() if hasattr(scores, "tolist") else scores  # of numpy or torch
+        is_list = isinstance(scores, (list, tuple)) and len(scores) == len(rows)
+        require(is_list, f"{name} returned {scores!r:.100}, which is no list of {len(rows)} numbers", code=1)
         for prompt, response, score in zip(prompts, responses, scores):
-            require(np.isfinite(score), f"the reward model gives {score} for {(prompt + response)[-100:]!r}", code=1)
-        return scores
-
-    def texts(self, prompts: list[list[int]], responses: list[list[int]]) -> list[str]:
-        return [continuation(self.tokenizer, *both, self.ends) for both in zip(prompts, responses)]
+            is_number = isinstance(score, (int, float, np.number)) and abs(score) <= torch.finfo(torch.float32).max
+            text = (prompt + response)[-100:]
+            require(is_number, f"{name} returned {score!r:.100} for {text!r}: no finite number of 32 bits", code=1)
+        return [float(score) for score in scores]
 
     def sum(self, x: Tensor | float) -> Tensor:
         """Sum over all processes."""
         return self.accelerator.reduce(torch.as_tensor(x, device=self.device), "sum")
 
-    def shard(self, rows: Sequence) -> Sequence:
-        """This process's share of rows that all processes hold."""
-        return rows[self.accelerator.process_index :: self.accelerator.num_processes]
-
     def state(self) -> dict:
-        weights = {name: p.detach() for name, p in self.trained.items()}
-        return {"model": weights, "optimizer": self.optimizer.state_dict()}
+        model = {name: p.detach() for name, p in self.trained.items()}
+        return {"model": model, "optimizer": self.optimizer.state_dict()}
 
-    @torch.no_grad()
     def load_state(self, state: dict) -> None:
-        for name, p in self.trained.items():
-            p.copy_(state["model"][name])
+        self.actor_critic.load_state_dict({name: state["model"][name] for name in self.trained}, strict=False)
         self.optimizer.load_state_dict(state["optimizer"])
 
 
@@ -638,7 +584,7 @@ def rollout(learner: Learner, rows: list[dict], args: Args) -> tuple[Rollout, di
     start = time.perf_counter()
     responses = generate(policy, prompts, args.rollout_batch_size, greedy=False)
     generation_seconds = time.perf_counter() - start
-    summaries = learner.texts(prompts, responses)
+    summaries = [continuation(tokenizer, p, r, learner.ends) for p, r in zip(prompts, responses)]
     posts = encode_prompts(tokenizer, rows, args.prompt_length)  # what a reward reads has no chat in it
     posts = [tokenizer.decode(post, skip_special_tokens=True) for post in posts]
     scores = torch.tensor(learner.score(posts, summaries, rows), device=device)
@@ -694,7 +640,7 @@ def backward(learner: Learner, trajectories: Rollout, rows: list[int], args: Arg
             share = mask.sum() / num_tokens  # every mean is over the real tokens of the whole minibatch
             target_loss = -torch.where(target_mask, target_logprob, 0.0).sum() / num_target_tokens
             loss = share * (policy_loss + args.vf_coef * value_loss) + args.target_coef * target_loss
-            learner.accelerator.backward(loss * learner.accelerator.num_processes)  # which averages the gradients
+            learner.accelerator.backward(loss * WORLD_SIZE)  # which averages the gradients
 
         with torch.no_grad():
             logratio = torch.where(mask, logprob - old_logprob, 0.0)
@@ -715,40 +661,37 @@ def backward(learner: Learner, trajectories: Rollout, rows: list[int], args: Arg
 
 def train(args: Args, learner: Learner) -> None:
     """Train from the checkpoint in run_dir where there is one, and leave a result.json."""
-    start_time, commit = time.monotonic(), git_commit()
-    accelerator, main_process = learner.accelerator, learner.accelerator.is_main_process
     names = "update rollout_tokens rollout_seconds generation_seconds update_seconds wall_seconds"
     counters = dict.fromkeys(names.split(), 0) | {"num_processes_from": {}} | load_checkpoint(args, learner)
-    start_time -= counters["wall_seconds"]  # of the process or processes before
-    update = counters["update"]
-    if [*counters["num_processes_from"].values()][-1:] != [accelerator.num_processes]:
-        counters["num_processes_from"][str(update)] = accelerator.num_processes
+    counters["commit"], update = git_commit(), counters["update"]
+    start_time = time.monotonic() - counters["wall_seconds"]  # with the time of the processes before
+    if [*counters["num_processes_from"].values()][-1:] != [WORLD_SIZE]:
+        counters["num_processes_from"][str(update)] = WORLD_SIZE
     kept = min(update, args.num_updates - 1) if update else -1  # the last row comes with the final evaluation
-    log = RunLog(args.run_dir, kept) if main_process else None
+    log = RunLog(args.run_dir, kept) if RANK == 0 else None
     stop_signals = collect_signals()
     if update == 0:
         counters["before"], _ = evaluate(learner, args)
-        if main_process:
+        if RANK == 0:
             log.write(0, counters["before"])
-            say(f"before training: {summary(counters['before'])}")
 
     while update < args.num_updates:
         # Rollout
-        seed_everything(args.seed, TRAINING, update, accelerator.process_index)
+        seed_everything(args.seed, TRAINING, update, RANK)
         rollout_start = time.perf_counter()
-        indices = learner.shard(prompt_indices(len(learner.rows), update, args.num_trajectories, args.seed))
+        indices = prompt_indices(len(learner.rows), update, args.num_trajectories, args.seed)[RANK::WORLD_SIZE]
         trajectories, metrics, samples = rollout(learner, [learner.rows[i] for i in indices], args)
 
         # Update
         update_start = time.perf_counter()
         update += 1
-        stats, rows_per_minibatch = [], args.minibatch_size // accelerator.num_processes
+        stats, rows_per_minibatch = [], args.minibatch_size // WORLD_SIZE
         for _ in range(args.update_epochs):
             order = torch.randperm(len(indices)).tolist()
             for start in range(0, len(order), rows_per_minibatch):
                 learner.optimizer.zero_grad()
                 losses = backward(learner, trajectories, order[start : start + rows_per_minibatch], args)
-                grad_norm = accelerator.clip_grad_norm_(learner.model.parameters(), args.max_grad_norm).item()
+                grad_norm = learner.accelerator.clip_grad_norm_(learner.model.parameters(), args.max_grad_norm).item()
                 failed = f"seed {args.seed} of {args.dataset} failed in update {update}: the loss is not finite. "
                 require(np.isfinite(grad_norm), failed + "Try a lower --learning-rate or a lower --beta", code=1)
                 learner.optimizer.step()
@@ -767,7 +710,7 @@ def train(args: Args, learner: Learner) -> None:
             metrics |= evaluate(learner, args)[0]
         counters["metrics"] = metrics
         stopped = learner.sum(len(stop_signals)) > 0  # in any process
-        if main_process:
+        if RANK == 0:
             log.writer.add_text("samples", "\n\n".join(samples), update)
             if update < args.num_updates:  # the last row has the final evaluation as well
                 log.write(update, metrics)
@@ -777,27 +720,27 @@ def train(args: Args, learner: Learner) -> None:
             progress = f"score {metrics['objective/scores']:.4f}  KL {metrics['objective/kl']:.3f}"
             say(f"update {update} of {args.num_updates}  {progress}  {timedelta(seconds=int(seconds))} left")
         if stopped:
-            accelerator.wait_for_everyone()  # a process that ends makes torchrun stop the one that writes
+            learner.accelerator.wait_for_everyone()  # a process that ends makes torchrun stop the one that writes
             raise KeyboardInterrupt
 
     for number in (signal.SIGINT, signal.SIGTERM):  # from here on a stop loses nothing
         signal.signal(number, signal.default_int_handler)
-    if main_process:  # before the evaluation, in which a reward may fail
+    if RANK == 0:  # before the evaluation, in which a reward may fail
         save_policy(learner, args)
         say("trained and saved; evaluating")
     metrics, samples = evaluate(learner, args)
     peak_memory_gib = learner.sum(peak_memory(learner.device)).item()
     counters |= {"peak_memory_gib": peak_memory_gib, "wall_seconds": time.monotonic() - start_time}
-    if main_process:
+    if RANK == 0:
         log.write(args.num_updates, counters["metrics"] | metrics)
-        save_results(learner, args, metrics, samples, counters, commit)
+        save_results(learner, args, metrics, samples, counters)
 
 
 def evaluate(learner: Learner, args: Args) -> tuple[dict[str, float], list[dict]]:
     """Scores and perplexity of Table 3, and ROUGE, on the validation posts as {tag: value}, and what was scored."""
-    tokenizer = learner.tokenizer
-    seed_everything(args.seed, EVALUATION, learner.accelerator.process_index)
-    index = learner.shard(range(len(learner.validation))[: args.eval_samples or None])
+    tokenizer, ends = learner.tokenizer, learner.ends
+    seed_everything(args.seed, EVALUATION, RANK)
+    index = range(len(learner.validation))[: args.eval_samples or None][RANK::WORLD_SIZE]
     rows = [learner.validation[i] for i in index]
     prompts = encode_prompts(tokenizer, rows, args.prompt_length, args.instruction)
     policy = learner.actor_critic.switch_to("policy_adapter")
@@ -805,33 +748,37 @@ def evaluate(learner: Learner, args: Args) -> tuple[dict[str, float], list[dict]
     posts = encode_prompts(tokenizer, rows, args.prompt_length)  # what a reward reads has no chat in it
     posts = [tokenizer.decode(post, skip_special_tokens=True) for post in posts]
     references = [row["label"].strip() for row in rows]
-    texts = {"score": learner.texts(prompts, responses), "score_reference": references, "score_empty": [""] * len(rows)}
-    texts["score_truncated"] = learner.texts(prompts, [response[: len(response) // 2] for response in responses])
+    texts = {"score": [continuation(tokenizer, p, r, ends) for p, r in zip(prompts, responses)]}
+    texts |= {"score_reference": references, "score_empty": [""] * len(rows)}
+    texts["score_truncated"] = [continuation(tokenizer, p, r[: len(r) // 2], ends) for p, r in zip(prompts, responses)]
     scored = {name: learner.score(posts, x, rows) for name, x in texts.items()}
     rouge = [ROUGE.score(reference, text) for reference, text in zip(references, texts["score"])]
     scored |= {name: [scores[name].fmeasure for scores in rouge] for name in ROUGE.rouge_types}
     columns = {"index": index, "prompt": posts, "response": [text.strip() for text in texts["score"]]}
     columns |= {"reference": references} | scored
     samples = [dict(zip(columns, values)) for values in zip(*columns.values())]
-    samples = sorted(gather_object(samples), key=lambda sample: sample["index"])
+    samples = sorted(accelerate.utils.gather_object(samples), key=lambda sample: sample["index"])
     metrics = {f"eval/{name}": float(np.mean([sample[name] for sample in samples])) for name in scored}
     for name in ("empty", "truncated"):  # how often these score above the policy's own (compare Figure 1, Table 15)
         metrics[f"eval/{name}_wins"] = float(np.mean([s[f"score_{name}"] > s["score"] for s in samples]))
     texts = [sample["reference"] for sample in samples]
     metrics["eval/perplexity"] = perplexity(learner, learner.actor_critic.switch_to("policy_adapter"), texts)
+    rouge = " / ".join(f"{100 * metrics[f'eval/{name}']:.1f}" for name in ROUGE.rouge_types)
+    scores = f"score {metrics['eval/score']:.4f}, perplexity {metrics['eval/perplexity']:.2f}"
+    if RANK == 0:
+        say(f"evaluation: {scores}, ROUGE-1/2/L {rouge}")
     return metrics, samples
 
 
-def evaluate_saved(args: Args) -> dict[str, float]:
-    """Metrics of a finished run's policy, on the posts of its final evaluation. Ends when there is none."""
+def evaluate_saved(args: Args) -> None:
+    """--evaluate: the final evaluation of a finished run's policy again."""
     path = Path(args.run_dir, "policy")
     has_adapter = (path / "adapter_model.safetensors").exists()
     require(has_adapter, f"{args.run_dir} holds no policy: it is written at the end of training")
-    weights = load_pretrained(args, "evaluate", str(path), load_peft_weights, device="cpu")
-    learner = make_learner(args)
-    fits = learner.actor_critic.load_adapter("policy_adapter", weights)
-    require(fits, f"{path} does not fit the adapters of this {SCRIPT}.py on {args.policy}")
-    return evaluate(learner, args)[0]
+    weights = load_pretrained(args, "evaluate", str(path), peft.load_peft_weights, device="cpu")
+    learner = Learner(args)
+    learner.actor_critic.load_adapter("policy_adapter", weights, str(path))
+    evaluate(learner, args)
 
 
 @torch.no_grad()
@@ -842,18 +789,12 @@ def perplexity(learner: Learner, policy: PreTrainedModel, texts: list[str]) -> f
     room = min(num_positions(policy), 2048)  # no more than GPT-J has
     stride = min(512, room // 2)
     loss = torch.zeros((), dtype=torch.float64, device=learner.device)
-    for start in learner.shard(range(0, tokens.shape[1], stride)):
+    for start in range(0, tokens.shape[1], stride)[RANK::WORLD_SIZE]:
         window = tokens[:, max(0, start + stride - room) : start + stride]
         num_predicted = min(stride, tokens.shape[1] - start) - (start == 0)  # nothing predicts the first token
         if num_predicted:
             loss -= response_logprobs(policy, window, torch.ones_like(window), num_predicted).sum()
     return (learner.sum(loss) / (tokens.shape[1] - 1)).exp().item()
-
-
-def summary(metrics: dict) -> str:
-    """An evaluation in one line."""
-    rouge = " / ".join(f"{100 * metrics[f'eval/{name}']:.1f}" for name in ("rouge1", "rouge2", "rougeL"))
-    return f"score {metrics['eval/score']:.4f}, perplexity {metrics['eval/perplexity']:.2f}, ROUGE-1/2/L {rouge}"
 
 
 def peak_memory(device: torch.device) -> float:
@@ -908,7 +849,7 @@ def check_args(args: Args) -> None:
         require(used, f"--revision {name} is no hub id among --policy, --tokenizer, --reward-model and --dataset")
     four_bit = args.base_precision == "4bit", "--base-precision 4bit", "bitsandbytes"
     for wanted, flag, package in ((args.track, "--track", "wandb"), four_bit):
-        origin = getattr(find_spec(package), "origin", None)  # an empty folder passes for a package, but has none
+        origin = getattr(util.find_spec(package), "origin", None)  # an empty folder passes for a package, but has none
         if wanted and origin is None:
             fail(f"{flag} needs {package}: pip install {package}")
 
@@ -919,19 +860,28 @@ def load_pretrained(args: Args, flag: str, name: str, from_pretrained: Callable,
         options["revision"] = args.revision[name]
     try:
         return from_pretrained(name, **options)
-    except (OSError, ValueError, SafetensorError, DatasetsError, StrictDataclassError) as error:
+    except (OSError, ValueError, SafetensorError, datasets.exceptions.DatasetsError, StrictDataclassError) as error:
         reason = (str(error.__cause__ or error) or repr(error)).splitlines()[0]
         instead = "a hub id that can be reached from here, or a local folder, such as benchmark/rlhf_assets.py makes"
         fail(f"--{flag} {name} cannot be loaded ({reason}): give {instead}")
 
 
-def load_network(args: Args, flag: str, name: str, auto_class: type, **options) -> PreTrainedModel:
-    """A model. Ends where it lacks weights, which transformers would draw at random."""
+def load_network(args: Args, flag: str, name: str, auto_class: type, **options) -> tuple:
+    """A model and its tokenizer. Ends where weights are missing, or the tokenizer is not one for this model."""
     options |= {"output_loading_info": True, "trust_remote_code": False}  # code that comes with a model is never run
     model, info = load_pretrained(args, flag, name, auto_class.from_pretrained, **options)
-    missing = ", ".join(sorted(info["missing_keys"])[:5])
+    missing = ", ".join(sorted(info["missing_keys"])[:5])  # transformers draws them at random
     require(not missing, f"--{flag} {name} has no weights for {missing} of {type(model).__name__}")
-    return model
+    if flag == "policy" and (other := args.tokenizer or TOKENIZERS.get(name)):
+        flag, name = "tokenizer", other
+    tokenizer = load_pretrained(args, flag, name, transformers.AutoTokenizer.from_pretrained, trust_remote_code=False)
+    tokens = tokenizer("text", add_special_tokens=False).input_ids  # transformers may make an empty tokenizer up
+    require(tokens, f"--{flag} {name} has no tokenizer{': give one with --tokenizer' * (flag == 'policy')}")
+    rows = model.get_input_embeddings().num_embeddings
+    require(len(tokenizer) <= rows, f"--{flag} {name}: {len(tokenizer)} tokens, {rows} embeddings: different models")
+    has_end = flag == "reward-model" or tokenizer.eos_token_id is not None
+    require(has_end, f"--{flag} {name}: the tokenizer has no end-of-text token")
+    return model, tokenizer
 
 
 def hub_commit(args: Args, name: str) -> str | None:
@@ -944,16 +894,15 @@ def hub_commit(args: Args, name: str) -> str | None:
 
 def read_file(file: str) -> datasets.DatasetDict:
     """The data set in a CSV, Parquet or JSON file: a row a line, one list, or an object with lists of rows in it."""
-    path = Path(file)
-    if path.suffix == ".json":
-        with suppress(json.JSONDecodeError):  # a row a line
-            content = json.loads(path.read_text(encoding="utf-8"))
-            lists = content if isinstance(content, dict) else {}
-            lists = {key: x for key, x in lists.items() if isinstance(x, list) and x and isinstance(x[0], dict)}
-            if lists:
-                names = ["train"] if len(lists) == 1 else lists  # under whatever key
-                return datasets.DatasetDict(zip(names, map(datasets.Dataset.from_list, lists.values())))
-    kind = {".csv": "csv", ".parquet": "parquet"}.get(path.suffix, "json")
+    path, lists = Path(file), {}
+    with suppress(json.JSONDecodeError):  # a row a line
+        content = json.loads(path.read_text(encoding="utf-8")) if path.suffix == ".json" else None
+        if isinstance(content, dict):
+            lists = {key: x for key, x in content.items() if isinstance(x, list) and x and isinstance(x[0], dict)}
+    if lists:
+        names = ["train"] if len(lists) == 1 else lists  # under whatever key
+        return datasets.DatasetDict(zip(names, map(datasets.Dataset.from_list, lists.values())))
+    kind = path.suffix[1:] if path.suffix in (".csv", ".parquet") else "json"
     return datasets.load_dataset(kind, data_files=file)
 
 
@@ -970,45 +919,18 @@ def load_rows(args: Args, columns: Sequence[str]) -> tuple[list[dict], list[dict
     commit = re.search(r"/([0-9a-f]{40})/", str(train.cache_files))  # names a folder of the cache
     if validation is None:
         others = ", ".join(split for split in data if split != "train")
-        if others and int(os.environ.get("RANK", 0)) == 0:
-            print(f"--dataset {name} has no split validation: a fifth of train is; {others} is not used")
+        if others and RANK == 0:
+            say(f"--dataset {name} has no split validation: a fifth of train is; {others} is not used")
         require(len(train) > 1, f"--dataset {name} has {len(train)} rows: too few for training and validation")
         train, validation = train.train_test_split(test_size=0.2, seed=args.seed).values()
     try:
         train, validation = train.to_list(), validation.to_list()
     except UnicodeDecodeError as error:
         fail(f"--dataset {name} has text that is not UTF-8: {error}")
-    for rows in (train, validation):
-        missing = ", ".join(column for column in columns if column not in rows[0])
-        require(not missing, f"--dataset {name} has no column {missing}, only {', '.join(rows[0])}")
-        texts = all(isinstance(row[column], str) for row in rows for column in columns)
-        require(texts, f"--dataset {name} has rows in which {' or '.join(columns)} is no text")
+    for row in train + validation:
+        wrong = " and ".join(column for column in columns if not isinstance(row.get(column), str))
+        require(not wrong, f"--dataset {name} has a row whose {wrong} is no text; its columns are {', '.join(row)}")
     return train, validation, commit and commit[1]
-
-
-def check_vocabulary(flag: str, name: str, tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> None:
-    """End when the tokenizer has tokens that the model has no embedding for, or no end-of-text token."""
-    tokens = tokenizer("text", add_special_tokens=False).input_ids  # transformers may make an empty tokenizer up
-    require(tokens, f"--{flag} {name} has no tokenizer{': give one with --tokenizer' * (flag == 'policy')}")
-    rows = model.get_input_embeddings().num_embeddings
-    message = f"--{flag} {name}: the tokenizer has {len(tokenizer)} tokens and the model embeddings for {rows}"
-    require(len(tokenizer) <= rows, message + "; they belong to different models")
-    has_end = flag != "policy" or tokenizer.eos_token_id is not None
-    require(has_end, f"--{flag} {name}: the tokenizer has no end-of-text token")
-
-
-def make_learner(args: Args) -> Learner:
-    """Data and networks on this process. Ends when Accelerate does not see the others."""
-    if args.num_threads:
-        torch.set_num_threads(args.num_threads)
-    torch.backends.cuda.matmul.allow_tf32 = args.tf32
-    for name in [name for name in os.environ if name.startswith("ACCELERATE_")]:
-        del os.environ[name]  # of accelerate launch, such as a mixed precision: the flags alone say what is done
-    patient = InitProcessGroupKwargs(timeout=timedelta(hours=12))  # while one process downloads models and data
-    accelerator = Accelerator(cpu=args.cpu or not torch.cuda.is_available(), kwargs_handlers=[patient])
-    started, seen = int(os.environ.get("WORLD_SIZE", 1)), accelerator.num_processes
-    require(started == seen, f"started as one of {started} processes, but Accelerate sees {seen}: use torchrun")
-    return Learner(args, accelerator)
 
 
 def collect_signals() -> list[int]:
@@ -1079,40 +1001,34 @@ def load_checkpoint(args: Args, learner: Learner) -> dict:
 def save_policy(learner: Learner, args: Args) -> None:
     """The policy's adapter as a folder that peft loads (safetensors, configuration), with the tokenizer."""
     folder, temporary = Path(args.run_dir, "policy"), Path(args.run_dir, "policy.tmp")
-    for old in (folder, temporary):
-        shutil.rmtree(old, ignore_errors=True)  # of an attempt that was killed
     try:
         learner.actor_critic.adapters.save_pretrained(temporary, selected_adapters=["policy_adapter"])
         learner.tokenizer.save_pretrained(temporary / "policy_adapter")
+        shutil.rmtree(folder, ignore_errors=True)  # of a process whose evaluation did not end
         os.replace(temporary / "policy_adapter", folder)
-    except SafetensorError as error:  # what it has for a full disk
-        raise OSError(errno.ENOSPC, f"{folder} cannot be written: {error}") from None
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def save_results(
-    learner: Learner, args: Args, metrics: dict, samples: list[dict], counters: dict, commit: str | None
-) -> None:
+def save_results(learner: Learner, args: Args, metrics: dict, samples: list[dict], counters: dict) -> None:
     """What a finished run leaves besides its policy: eval_samples.jsonl and result.json, and no checkpoint."""
     run_dir = Path(args.run_dir)
     write_atomic(run_dir / "eval_samples.jsonl", "".join(json.dumps(sample) + "\n" for sample in samples).encode())
-    versions = {"python": sys.version.split()[0]} | {d.name: d.version for d in distributions() if d.name in PACKAGES}
+    versions = {d.name: d.version for d in metadata.distributions() if d.name in PACKAGES}
     scores, before = ({tag.replace("/", "_"): x for tag, x in m.items()} for m in (metrics, counters["before"]))
-    seconds = counters["rollout_seconds"] + counters["update_seconds"]
     result = {"script": SCRIPT, "policy": args.policy, "dataset": args.dataset, "seed": args.seed, "args": asdict(args)}
     result |= {"reward_model": args.reward_function or args.reward_model, "num_updates": counters["update"]} | scores
     result |= {"eval_scores": [round(sample["score"], 6) for sample in samples], "before": before}
     for phase, passes in (("rollout", 1), ("update", args.update_epochs)):
         result[f"{phase}_tokens_per_second"] = passes * counters["rollout_tokens"] / counters[f"{phase}_seconds"]
+    seconds = counters["rollout_seconds"] + counters["update_seconds"]
     result["generation_time_share"] = counters["generation_seconds"] / seconds
     result["device"] = torch.cuda.get_device_name() if learner.device.type == "cuda" else "cpu"
-    result |= {name: counters[name] for name in ("num_processes_from", "peak_memory_gib", "wall_seconds")}
-    result |= {"num_processes": learner.accelerator.num_processes, "versions": versions, "commit": commit}
+    result |= {name: counters[name] for name in ("num_processes_from", "peak_memory_gib", "wall_seconds", "commit")}
+    result |= {"num_processes": WORLD_SIZE, "versions": versions | {"python": sys.version.split()[0]}}
     result["hub_commits"] = {name: commit for name, commit in learner.hub_commits.items() if commit}
     write_atomic(run_dir / "result.json", (json.dumps(result, indent=2) + "\n").encode())
     (run_dir / "checkpoint.pt").unlink()  # it is several times as large as the policy
-    say(f"seed {args.seed}: {counters['update']} updates, {summary(metrics)}")
     say(f"everything is in {run_dir}")
 
 
@@ -1130,19 +1046,20 @@ def saved_args(path: Path, script: str | None, saved: dict) -> Args:
     return Args(**{name: value for name, value in saved.items() if name in vars(Args())})
 
 
-def find_run(args: Args, typed: set[str]) -> Args:
+def find_run(args: Args) -> Args:
     """The arguments of the run in --resume or --evaluate, with what may change; else args and a free place."""
-    name = f"{Path(args.dataset).name}__{SCRIPT}__{args.seed}__{datetime.now():%Y%m%d-%H%M%S-%f}"
-    run_dir = Path(args.resume or args.evaluate or args.run_dir or f"runs/{name}")
-    if args.resume is None and args.evaluate is None:  # before models are loaded, which may take minutes
+    run = args.resume if args.evaluate is None else args.evaluate
+    if run is None:  # before models are loaded, which may take minutes
+        name = f"{Path(args.dataset).name}__{SCRIPT}__{args.seed}__{datetime.now():%Y%m%d-%H%M%S-%f}"
+        run_dir = Path(args.run_dir or f"runs/{name}")
         unused = not run_dir.exists() or (run_dir.is_dir() and not any(run_dir.iterdir()))
         require(unused, f"--run-dir {run_dir} is in use: name another, or see whether --resume {run_dir} continues it")
         return replace(args, run_dir=str(run_dir))
-    require((run_dir / "args.json").exists(), f"{run_dir}: there is no run, no args.json")
-    content = json.loads((run_dir / "args.json").read_text())
-    changed = {flag[2:].replace("-", "_") for flag in typed & {"--resume", "--evaluate", *MAY_CHANGE}}
-    saved = saved_args(run_dir, content["script"], content["args"])
-    return replace(saved, run_dir=str(run_dir), **{name: getattr(args, name) for name in changed})
+    path = Path(run, "args.json")
+    require(run and path.exists(), f"{run or 'an empty name'}: there is no run, no args.json")
+    content = json.loads(path.read_text())
+    saved = saved_args(path.parent, content["script"], content["args"])
+    return tyro.cli(Args, default=replace(saved, run_dir=str(path.parent)))
 
 
 def open_run(args: Args) -> None:
@@ -1150,7 +1067,7 @@ def open_run(args: Args) -> None:
     path = Path(args.run_dir, "args.json")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        file = os.open(path, os.O_RDWR | (os.O_CREAT | os.O_EXCL if args.resume is None else 0))
+        file = os.open(path, os.O_RDWR | (os.O_CREAT | os.O_EXCL if args.resume is None else 0), 0o666)
     except OSError as error:
         fail(f"{path} cannot be made: {error.strerror}", code=1 if error.errno in DISK_FULL else 2)
     try:
@@ -1160,43 +1077,41 @@ def open_run(args: Args) -> None:
             fail(f"{args.run_dir} is being trained by another process")
     if args.resume is None:
         os.write(file, json.dumps({"script": SCRIPT, "args": asdict(args)}, indent=2).encode())
+    resume = [*sys.orig_argv[: len(sys.orig_argv) - len(sys.argv) + 1], "--resume", args.run_dir]
+    say(f"run directory {args.run_dir}; should it stop, go on with: {shlex.join(resume)}")
 
 
 def main() -> None:
-    sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115 (standard output was closed)
+    std = sys.stdin, sys.stdout, sys.stderr  # the number of a closed one must not go to a file of the run
+    sys.stdin, sys.stdout, sys.stderr = (file or open(os.devnull, "w") for file in std)  # noqa: SIM115
     args = tyro.cli(Args, description=__doc__)
     typed = {flag.partition("=")[0].replace("_", "-") for flag in sys.argv[1:] if flag.startswith("--")}
     for flag in ("--resume", "--evaluate"):
         if flag in typed and (extra := typed - {flag, *MAY_CHANGE}):
             fail(f"{flag} takes its arguments from the run: drop {', '.join(sorted(extra))}")
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
-    transformers.utils.logging.set_verbosity_error()
+    for library in (transformers.utils, huggingface_hub.utils, datasets):
+        library.logging.set_verbosity(library.logging.CRITICAL)  # errors come as exceptions
     transformers.utils.logging.disable_progress_bar()
-    huggingface_hub.utils.logging.set_verbosity_error()
     datasets.disable_progress_bars()
-    datasets.logging.set_verbosity(datasets.logging.CRITICAL)
-    args = find_run(args, typed)
+    args = find_run(args)
     check_args(args)
+    if args.resume is not None and Path(args.run_dir, "result.json").exists():
+        return say(f"{args.run_dir} has finished; --evaluate evaluates its policy again") if RANK == 0 else None
     try:
         if args.evaluate is not None:
-            metrics = evaluate_saved(args)
-            return say(summary(metrics)) if RANK == 0 else None
-        if Path(args.run_dir, "result.json").exists():
-            return say(f"{args.run_dir} has finished; --evaluate evaluates its policy again") if RANK == 0 else None
+            return evaluate_saved(args)
         if RANK == 0 and args.resume is not None:
             open_run(args)
-        learner = make_learner(args)
-        if RANK == 0:
-            if args.resume is None:  # when everything is loaded and fits
-                open_run(args)
-            resume = [*sys.orig_argv[: len(sys.orig_argv) - len(sys.argv) + 1], "--resume", args.run_dir]
-            say(f"run directory {args.run_dir}; should it stop, go on with: {shlex.join(resume)}")
+        learner = Learner(args)
+        if RANK == 0 and args.resume is None:  # when everything is loaded and fits
+            open_run(args)
         if RANK == 0 and args.track:
             import_module("wandb").init(dir=args.run_dir, config=asdict(args), sync_tensorboard=True, resume="auto")
         train(replace(args, resume=None), learner)
     except KeyboardInterrupt:
         fail("stopped", code=130)
-    except (OSError, torch.OutOfMemoryError) as error:
+    except (OSError, SafetensorError, torch.OutOfMemoryError) as error:
         if getattr(error, "errno", errno.ENOSPC) not in DISK_FULL:
             raise  # neither the disk nor the memory is full
         on_gpu = isinstance(error, torch.OutOfMemoryError)

@@ -388,8 +388,8 @@ Atari: no fire in the evaluation | sppo_atari | atari -k first_game_alone
 
 # Language models
 rewards: cut at the wrong place | sppo_rlhf_tldr | rlhf -k adapter_reward
-- [[*begin, *text, end][-self.room :]
-+ [[*begin, *text, end][: self.room]
+- [[*begin, *text, end][-room:]
++ [[*begin, *text, end][:room]
 
 rewards: prompt left out | sppo_rlhf_imdb | rlhf -k probability
 - [prompt + response for prompt, response in zip(prompts, responses)]

@@ -94,8 +94,8 @@ def tensors_of(*tree) -> list[torch.Tensor]:
 def pretended_gpu(script):
     """Within it a script finds a GPU."""
     with ExitStack() as stack:
-        if hasattr(script, "Accelerator"):
-            stack.enter_context(patch.object(script.Accelerator, "device", GPU))
+        if hasattr(script, "accelerate"):
+            stack.enter_context(patch.object(script.accelerate.Accelerator, "device", GPU))
             for name in CHECKS:
                 stack.enter_context(patch.object(script, name, check(getattr(script, name))))
         else:
@@ -170,7 +170,7 @@ def main() -> None:
     name, folder, *flags = sys.argv[1:]
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
     script = importlib.import_module(name)
-    language = hasattr(script, "Accelerator")
+    language = hasattr(script, "accelerate")
     if name.endswith("atari"):
         make_eventful(script)
     script.EVAL_EPISODES, script.LOG_EVERY, script.SAVE_EVERY = 1, 1, 0  # of control: a checkpoint of every rollout

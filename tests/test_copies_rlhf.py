@@ -84,7 +84,7 @@ def test_a_copy_with_all_changes_trains_logs_resumes_and_is_evaluated(original, 
     assert float(rows[0][header.index("val/advantage")]) != 0
     capsys.readouterr()
     assert call(changed, monkeypatch, "--evaluate", "run") == 0
-    assert capsys.readouterr().out.startswith(f"score {result['eval_score']:.4f}, ")
+    assert capsys.readouterr().out.startswith(f"evaluation: score {result['eval_score']:.4f}, ")
 
 
 def test_changed_loss_is_the_one_that_is_trained_with(original, assets, monkeypatch, tmp_path):

@@ -1,6 +1,6 @@
 """What two scripts call the same they write the same, so that a fix goes into all of them; what may differ is listed.
 
-Names are those of functions, classes, constants and groups of imports, and of the members of Args and Learner.
+Names are those of functions, classes, constants, groups of imports, and members of Args, Classifier and Learner.
 """
 
 import ast
@@ -24,8 +24,9 @@ docstring Import ImportFrom PACKAGES TRAINING symmetric_ppo_loss gae backward tr
 RunLog save_checkpoint load_checkpoint save_results open_run main
 """
 TASK = """
-docstring ImportFrom PACKAGES OOM_HINT TOKENIZERS ActorCritic generate Learner.docstring Learner.__init__
-encode_prompts rollout evaluate evaluate_saved summary save_policy RULES check_args
+docstring Import ImportFrom PACKAGES OOM_HINT TOKENIZERS ActorCritic Classifier.docstring Classifier.__init__
+Classifier.__call__ generate Learner.docstring Learner.__init__ encode_prompts rollout evaluate evaluate_saved
+save_policy RULES check_args
 Args.policy Args.reward_model Args.dataset Args.num_updates Args.beta Args.kl_coef Args.target_coef Args.prompt_length
 Args.response_length Args.min_response_length Args.top_k Args.num_trajectories Args.update_epochs Args.minibatch_size
 Args.micro_batch_size Args.rollout_batch_size Args.weight_decay Args.gamma Args.vf_coef Args.max_grad_norm
@@ -34,13 +35,13 @@ Args.eval_samples
 
 
 def parts(path):
-    """{name: source with the comments above it} of a script's statements in order; Args and Learner by member."""
+    """{name: source with the comments above it} of a script's statements in order; some classes by member."""
     source = path.read_text()
     lines, result = source.splitlines(), {}
 
     def split(body, start, prefix, name):
         for node in body:
-            if isinstance(node, ast.ClassDef) and node.name in ("Args", "Learner"):
+            if isinstance(node, ast.ClassDef) and node.name in ("Args", "Classifier", "Learner"):
                 first = node.body[0].lineno - 1
                 result[f"class {node.name}"] = "\n".join(lines[start:first]).strip()
                 split(node.body, first, f"{node.name}.", f"{node.name}.docstring")

@@ -29,7 +29,7 @@ def trainer(assets, tmp_path_factory):
     run_dir = tmp_path_factory.mktemp("trl")
     args = trl_baseline.Args(str(run_dir), **small(assets))
     script = trl_baseline.script
-    learner = script.make_learner(trl_baseline.settings(args))
+    learner = script.Learner(trl_baseline.settings(args))
     log = trl_baseline.Log(script.RunLog(str(run_dir), -1), args.num_updates)
     return trl_baseline.make_trainer(args, run_dir, learner, log), learner, args
 

@@ -4,7 +4,7 @@ import os
 import signal
 import sys
 import time
-from dataclasses import fields, replace
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 from unittest.mock import patch
@@ -18,27 +18,25 @@ SCRIPTS = [param.values[0] for param in conftest.import_scripts("sppo_rlhf_*.py"
 CHANGES = ({}, {"target_coef": 0.5}, {"norm_adv": False})
 
 
-def shard(script, rollout, accelerator):
+def shard(script, rollout):
     """The trajectories of this process; all 8 where there is only one."""
-    rows = range(accelerator.process_index, 8, accelerator.num_processes)
-    share = {}
-    for field in fields(rollout):
-        x = getattr(rollout, field.name)
-        share[field.name] = x[list(rows)] if torch.is_tensor(x) else [x[i] for i in rows]
+    rows, share = range(script.RANK, 8, script.WORLD_SIZE), {}
+    for name, x in rollout._asdict().items():
+        share[name] = x[list(rows)] if torch.is_tensor(x) else [x[i] for i in rows]
     return script.Rollout(**share)
 
 
-def gradients(script, assets, accelerator, changes):
+def gradients(script, assets, changes):
     """Losses, and gradients after each of two minibatches that are added up: the first half of the rows, then all."""
     args = script.Args(**tiny.flags(script.SCRIPT, assets) | changes)
-    learner = script.Learner(args, accelerator)
+    learner = script.Learner(args)
     trained = {name: p for name, p in learner.actor_critic.named_parameters() if p.requires_grad}
     tiny.randomize(trained.items(), 0.1)
-    rollout = shard(script, tiny.fixed_rollout(script, learner, args), accelerator)
+    rollout = shard(script, tiny.fixed_rollout(script, learner, args))
     result = []
     for num_rows in (4, 8):
         learner.optimizer.zero_grad()
-        rows = list(range(num_rows // accelerator.num_processes))
+        rows = list(range(num_rows // script.WORLD_SIZE))
         losses = script.backward(learner, rollout, rows, replace(args, micro_batch_size=3))
         result.append((losses, {name: p.grad.clone() for name, p in trained.items()}, rollout.mask[rows].sum().item()))
     return result
@@ -89,7 +87,7 @@ def slow_start(script, assets):
     args = script.Args(**tiny.flags(script.SCRIPT, assets))
     short = timedelta(seconds=3)
     with patch.object(script, "load_rows", slow), patch.object(distributed_c10d, "default_pg_timeout", short):
-        return script.make_learner(args).accelerator
+        return script.Learner(args).accelerator
 
 
 def main():
@@ -97,7 +95,7 @@ def main():
     accelerator = slow_start(SCRIPTS[0], assets)
     assert accelerator.num_processes == 2
     results = {
-        (script.SCRIPT, i): gradients(script, assets, accelerator, changes)
+        (script.SCRIPT, i): gradients(script, assets, changes)
         for script in SCRIPTS
         for i, changes in enumerate(CHANGES)
     }

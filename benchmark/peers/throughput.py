@@ -170,7 +170,7 @@ def language(side: str, paths: dict[str, str], updates: int, threads: int, lengt
         else:
             settings |= {"run_dir": folder, "alpha": 1.0, "beta": 0.0, "top_k": 0, "min_response_length": 0}
             args = script.Args(**settings, max_grad_norm=1e9)
-            learner, counter = script.make_learner(args), FlopCounterMode(display=False)
+            learner, counter = script.Learner(args), FlopCounterMode(display=False)
             with counter if side == "arithmetic" else contextlib.nullcontext():
                 script.train(args, learner)
     if side == "arithmetic":

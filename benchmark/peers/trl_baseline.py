@@ -185,7 +185,7 @@ def make_trainer(args: Args, run_dir: Path, learner: script.Learner, log: Log) -
 def train(args: Args, run_dir: Path) -> dict:
     """Train, evaluate as our script does, and return the result."""
     start, commit = time.monotonic(), script.git_commit()
-    learner = script.make_learner(settings(args))
+    learner = script.Learner(settings(args))
     before, _ = script.evaluate(learner, settings(args))
     log = Log(script.RunLog(str(run_dir), -1), args.num_updates)
     log.log.write(0, before)
@@ -219,7 +219,7 @@ def main() -> int:
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     datasets.disable_progress_bars()
-    script.check_args(script.find_run(settings(args), set()))
+    script.check_args(script.find_run(settings(args)))
     run_dir.mkdir(parents=True, exist_ok=True)
     write_json(run_dir / "args.json", {"script": SCRIPT, "args": asdict(args)})
     try:
