@@ -433,12 +433,11 @@ def evaluate(args: Args, agent: Agent, step: int | None = None) -> np.ndarray:
 # Nothing below knows the algorithm.
 
 RULES = """
---num-envs >= 1, --num-steps >= 1, --num-minibatches >= 1, --update-epochs >= 1, --num-threads >= 1
---eval-every >= 0, 0 <= --seed < 2**63, 0 <= --gamma <= 1, 0 <= --gae-lambda <= 1
-0 < --alpha < inf, 0 <= --beta < inf, -inf < --Z < 0, 0 <= --reward-flip-prob <= 1, 0 < --learning-rate < inf
-0 < --clip-coef < inf, 0 <= --ent-coef < inf, 0 <= --vf-coef < inf, 0 < --max-grad-norm < inf
---total-timesteps >= --num-envs * --num-steps, --num-envs * --num-steps % --num-minibatches == 0
---num-envs * --num-steps > --num-minibatches or not --norm-adv
+--num-envs >= 1, --num-steps >= 1, --num-minibatches >= 1, --update-epochs >= 1, --num-threads >= 1, --eval-every >= 0
+0 <= --seed < 2**63, 0 <= --gamma <= 1, 0 <= --gae-lambda <= 1, 0 < --alpha < inf, 0 <= --beta < inf, -inf < --Z < 0
+0 <= --reward-flip-prob <= 1, 0 < --learning-rate < inf, 0 < --clip-coef < inf, 0 <= --ent-coef < inf
+0 <= --vf-coef < inf, 0 < --max-grad-norm < inf, --total-timesteps >= --num-envs * --num-steps
+--num-envs * --num-steps % --num-minibatches == 0, --num-envs * --num-steps > --num-minibatches or not --norm-adv
 """  # of arguments, in the flags' spelling: the one that does not hold is the error message
 
 

@@ -160,15 +160,16 @@ class Envs:
         values = self.bins[actions, np.arange(self.action_dim)].reshape(-1, *self.action_space.shape)
         rows = []  # one per environment, which may write into the same array again
         for env, value in zip(self.envs, values):
-            obs, *row, _ = env.step(value)  # numbers, or arrays and lists of one
-            reward, terminated, truncated = [x if isinstance(x, (float, bool)) else np.asarray(x).item() for x in row]
-            obs = final_obs = np.array(obs)
-            if terminated or truncated:
-                obs = np.array(env.reset()[0])
+            final_obs, reward, terminated, truncated, _ = env.step(value)
+            if not (isinstance(reward, float) and type(terminated) is type(truncated) is bool):  # arrays, lists
+                reward, terminated, truncated = (np.asarray(x).item() for x in (reward, terminated, truncated))
+            final_obs = np.array(final_obs)
+            obs = np.array(env.reset()[0]) if terminated or truncated else final_obs
             rows.append((obs, reward, terminated, truncated, final_obs))
-        obs, *numbers, final_obs = (np.array(x).reshape(*self.shape, -1) for x in zip(*rows))
-        rewards, terminated, truncated = (x[..., 0] for x in numbers)
-        return obs, rewards.astype(float), terminated.astype(bool), truncated.astype(bool), final_obs
+        obs, rewards, terminated, truncated, final_obs = map(np.array, zip(*rows))
+        rewards, terminated, truncated = (x.reshape(self.shape) for x in (rewards, terminated, truncated))
+        shape = (*self.shape, self.obs_dim)
+        return obs.reshape(shape), rewards, terminated.astype(bool), truncated.astype(bool), final_obs.reshape(shape)
 
 
 class Normalizer(nn.Module):
@@ -187,7 +188,7 @@ class Normalizer(nn.Module):
         """Take x: (num_agents, batch, ...) into the statistics, by Chan et al.'s formula as in Stable-Baselines3."""
         mean, var, count = (self.statistics[f"{name}_{key}"] for key in ("mean", "var", "count"))
         n = x.shape[1]
-        batch_mean = x.sum(1, keepdims=True) / n
+        batch_mean = x.sum(1, keepdims=True) / n if n > 1 else x
         batch_var = np.square(x - batch_mean).sum(1, keepdims=True) / n if n > 1 else 0.0
         delta = batch_mean - mean
         count += n
@@ -366,11 +367,11 @@ def train(args: Args, envs: Envs) -> None:
 
         # Rollout. argmax(logits + Gumbel noise) is a sample of the policy; the noise is drawn once per rollout.
         shape = (T, E, envs.action_dim, args.num_bins)
-        gumbel = -torch.stack([torch.empty(shape).exponential_(generator=g) for g in generators]).log().to(args.device)
+        gumbel = -torch.stack([torch.empty(shape).exponential_(generator=g) for g in generators]).log().numpy()
         noise = args.reward_noise_std * torch.stack([torch.randn(T, E, generator=g) for g in generators]).numpy()
         bootstrap = np.zeros((N, T, E), np.float32)
         for t in range(T):
-            actions = (agent.logits(tensor(obs)) + gumbel[:, t]).argmax(-1).cpu().numpy()
+            actions = (agent.logits(tensor(obs)).cpu().numpy() + gumbel[:, t]).argmax(-1)
             obs_buf[:, t], action_buf[:, t] = obs, actions
             raw_obs, reward_buf[:, t], terminated, truncated, final_obs = envs.step(actions)
             normalizer.count("obs", raw_obs)
@@ -472,11 +473,10 @@ def evaluate(args: Args, agent: Agent, normalizer: Normalizer, step: int | None 
 
 RULES = """
 --num-seeds >= 1, --num-envs >= 1, --num-steps >= 1, --num-minibatches >= 1, --update-epochs >= 1, --num-threads >= 1
---num-bins >= 2, --eval-every >= 0, 0 <= --seed < 2**63, 0 <= --gamma <= 1, 0 <= --gae-lambda <= 1
-0 < --alpha < inf, 0 <= --beta < inf, -inf < --Z < 0, 0 <= --reward-noise-std < inf, 0 < --learning-rate < inf
-0 < --clip-coef < inf, 0 <= --ent-coef < inf, 0 <= --vf-coef < inf, 0 < --max-grad-norm < inf
---total-timesteps >= --num-envs * --num-steps, --num-envs * --num-steps % --num-minibatches == 0
---num-envs * --num-steps > --num-minibatches or not --norm-adv
+--num-bins >= 2, --eval-every >= 0, 0 <= --seed < 2**63, 0 <= --gamma <= 1, 0 <= --gae-lambda <= 1, 0 < --alpha < inf
+0 <= --beta < inf, -inf < --Z < 0, 0 <= --reward-noise-std < inf, 0 < --learning-rate < inf, 0 < --clip-coef < inf
+0 <= --ent-coef < inf, 0 <= --vf-coef < inf, 0 < --max-grad-norm < inf, --total-timesteps >= --num-envs * --num-steps
+--num-envs * --num-steps % --num-minibatches == 0, --num-envs * --num-steps > --num-minibatches or not --norm-adv
 """  # of arguments, in the flags' spelling: the one that does not hold is the error message
 
 

@@ -654,12 +654,11 @@ def peak_memory(device: torch.device) -> float:
 
 RULES = """
 --num-updates >= 1, --prompt-length >= 1, --response-length >= 1, --num-trajectories >= 1, --update-epochs >= 1
---minibatch-size >= 1, --micro-batch-size >= 1, --rollout-batch-size >= 1, --checkpoint-every >= 1
---top-k >= 0, --eval-every >= 0, --eval-samples >= 0, --num-threads >= 0, 0 <= --seed < 2**63
-0 < --alpha < inf, 0 <= --beta < inf, -inf < --Z < 0, 0 <= --kl-coef < inf, 0 <= --target-coef < inf
-0 < --clip-coef < inf, 0 < --clip-coef-value < inf, 0 <= --vf-coef < inf, 0 < --max-grad-norm < inf
-0 < --learning-rate < inf, 0 <= --weight-decay < inf, 0 <= --gamma <= 1, 0 <= --gae-lambda <= 1
-0 <= --min-response-length <= --response-length, --num-trajectories % --minibatch-size == 0
+--minibatch-size >= 1, --micro-batch-size >= 1, --rollout-batch-size >= 1, --checkpoint-every >= 1, --top-k >= 0
+--eval-every >= 0, --eval-samples >= 0, --num-threads >= 0, 0 <= --seed < 2**63, 0 < --alpha < inf, 0 <= --beta < inf
+-inf < --Z < 0, 0 <= --kl-coef < inf, 0 <= --target-coef < inf, 0 < --clip-coef < inf, 0 < --clip-coef-value < inf
+0 <= --vf-coef < inf, 0 < --max-grad-norm < inf, 0 < --learning-rate < inf, 0 <= --weight-decay < inf, 0 <= --gamma <= 1
+0 <= --gae-lambda <= 1, 0 <= --min-response-length <= --response-length, --num-trajectories % --minibatch-size == 0
 --minibatch-size % WORLD_SIZE == 0, --eval-samples == 0 or --eval-samples >= WORLD_SIZE
 """  # of arguments, in the flags' spelling: the one that does not hold is the error message
 

@@ -189,8 +189,8 @@ bootstrap: of the observation after the reset | sa2c_continuous_discretized | re
 + agent.value(tensor(normalizer.obs(raw_obs)))
 
 bootstrap: final observations overwritten | sppo_continuous_discretized | references
-- obs = final_obs = np.array(obs)
-+ obs = final_obs = np.asarray(obs)
+- final_obs = np.array(final_obs)
++ final_obs = np.asarray(final_obs)
 
 GAE: lambda missing | sppo_continuous_discretized | references
 - decay = gamma * gae_lambda * ~dones
@@ -255,8 +255,8 @@ sampling: exponential noise | sppo_continuous_discretized | references
 + exponential_(generator=g) for g in generators])
 
 sampling: none | sa2c_continuous_discretized | references
-- (agent.logits(tensor(obs)) + gumbel[:, t]).argmax(-1)
-+ agent.logits(tensor(obs)).argmax(-1)
+- (agent.logits(tensor(obs)).cpu().numpy() + gumbel[:, t]).argmax(-1)
++ agent.logits(tensor(obs)).cpu().numpy().argmax(-1)
 
 sampling: exponential noise | sa2c_atari | atari -k frequencies
 - T, E, envs.num_actions).exponential_(generator=generator).log()
@@ -275,9 +275,9 @@ devices: rollout on the CPU | sppo_continuous_discretized | devices -k sppo_cont
 - tensor = partial(torch.as_tensor, device=args.device)
 + tensor = torch.as_tensor
 
-devices: noise on the CPU | sa2c_continuous_discretized | devices -k sa2c_continuous
-- generators]).log().to(args.device)
-+ generators]).log()
+devices: logits left where they are | sa2c_continuous_discretized | devices -k sa2c_continuous
+- agent.logits(tensor(obs)).cpu().numpy()
++ agent.logits(tensor(obs)).numpy()
 
 devices: networks on the CPU | sppo_atari | devices -k sppo_atari
 - agent = Agent(envs.num_actions, generator).to(args.device)
@@ -438,12 +438,12 @@ models: of another script | sppo_continuous_discretized | copies -k another_copy
 
 # What strangers bring
 regular numbers: as they come | sppo_continuous_discretized | strangers -k any_form
-- [x if isinstance(x, (float, bool)) else np.asarray(x).item() for x in row]
-+ row
+- (np.asarray(x).item() for x in (reward, terminated, truncated))
++ (reward, terminated, truncated)
 
 regular numbers: not copied | sa2c_continuous_discretized | strangers -k any_form
-- obs = final_obs = np.array(obs)
-+ final_obs = obs
+- final_obs = np.array(final_obs)
++ 
 
 lost model: saved after the final evaluation | sppo_continuous_discretized | strangers -k survives
 -         if finished:  # before the evaluation, where an environment may fail
