@@ -920,7 +920,7 @@ def test_processes_that_accelerate_does_not_see_are_refused(script, assets, tmp_
 
 
 def test_the_package_for_4_bits_is_named_where_it_is_missing(assets, tmp_path, monkeypatch):
-    monkeypatch.setattr(TLDR, "find_spec", lambda name: None)
+    monkeypatch.setattr(TLDR.util, "find_spec", lambda name: None)
     code, _, err = call(TLDR, tmp_path, tiny.flags(TLDR.SCRIPT, assets) | {"base_precision": "4bit"})
     assert_refused(code, err, "--base-precision 4bit needs bitsandbytes: pip install bitsandbytes")
 
