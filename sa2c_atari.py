@@ -310,7 +310,6 @@ def train(args: Args, envs: Envs) -> None:
     episode_return, episode_length = np.zeros(E), np.zeros(E)
     episodes, stats = [], []  # since the last log
     tensor = partial(torch.as_tensor, device=args.device)
-
     obs = envs.reset(env_seeds(args.seed, E, TRAINING, global_step))  # a resumed run has other episodes
     while global_step < total_timesteps:
         iteration_start = time.perf_counter()

@@ -105,7 +105,7 @@ class Args:
 def make_env(env_id: str, video_dir: Path | None = None) -> gym.Env:
     """One environment with flat observations; with video_dir, its first episode is recorded there."""
     warnings.filterwarnings("ignore", message=".*is out of date")  # the paper's MuJoCo ids are v4
-    # MuJoCo's own handler also writes MUJOCO_LOG.TXT into the working directory.
+    # MuJoCo's own handler writes MUJOCO_LOG.TXT into the working directory; the v4 files set a total mass, and say so.
     mujoco.set_mju_user_warning(lambda text: "settotalmass" in text or say(f"MuJoCo: {text}", sys.stderr))
     module, colon, _ = env_id.rpartition(":")
     if colon and not all(name.isidentifier() for name in module.split(".")):
@@ -161,7 +161,7 @@ class Envs:
         rows = []  # one per environment, which may write into the same array again
         for env, value in zip(self.envs, values):
             final_obs, reward, terminated, truncated, _ = env.step(value)
-            if not (isinstance(reward, float) and type(terminated) is type(truncated) is bool):  # arrays, lists
+            if not (isinstance(reward, float) and type(terminated) is type(truncated) is bool):  # but arrays
                 reward, terminated, truncated = (np.asarray(x).item() for x in (reward, terminated, truncated))
             final_obs = np.array(final_obs)
             obs = np.array(env.reset()[0]) if terminated or truncated else final_obs
@@ -358,7 +358,6 @@ def train(args: Args, envs: Envs) -> None:
     episode_return, episode_length = np.zeros((N, E)), np.zeros((N, E))
     episodes, stats = [[] for _ in args.seeds], []  # since the last log
     tensor = partial(torch.as_tensor, device=args.device)
-
     raw_obs = envs.reset(args.seeds, TRAINING, global_step)  # a resumed run has other episodes
     normalizer.count("obs", raw_obs)
     obs = normalizer.obs(raw_obs)
@@ -472,11 +471,12 @@ def evaluate(args: Args, agent: Agent, normalizer: Normalizer, step: int | None 
 # Nothing below knows the algorithm.
 
 RULES = """
---num-seeds >= 1, --num-envs >= 1, --num-steps >= 1, --num-minibatches >= 1, --update-epochs >= 1, --num-threads >= 1
---num-bins >= 2, --eval-every >= 0, 0 <= --seed < 2**63, 0 <= --gamma <= 1, 0 <= --gae-lambda <= 1, 0 < --alpha < inf
-0 <= --beta < inf, -inf < --Z < 0, 0 <= --reward-noise-std < inf, 0 < --learning-rate < inf, 0 < --clip-coef < inf
-0 <= --ent-coef < inf, 0 <= --vf-coef < inf, 0 < --max-grad-norm < inf, --total-timesteps >= --num-envs * --num-steps
---num-envs * --num-steps % --num-minibatches == 0, --num-envs * --num-steps > --num-minibatches or not --norm-adv
+--num-seeds >= 1, --num-envs >= 1, --num-steps >= 1, --num-threads >= 1, --num-bins >= 2, --eval-every >= 0
+0 <= --seed < 2**63, 0 <= --gamma <= 1, 0 <= --gae-lambda <= 1, --total-timesteps >= --num-envs * --num-steps
+0 < --alpha < inf, 0 <= --beta < inf, -inf < --Z < 0, 0 <= --reward-noise-std < inf, 0 < --learning-rate < inf
+0 <= --ent-coef < inf, 0 <= --vf-coef < inf, 0 < --max-grad-norm < inf
+--num-minibatches >= 1, --update-epochs >= 1, 0 < --clip-coef < inf, --num-envs * --num-steps % --num-minibatches == 0
+--num-envs * --num-steps > --num-minibatches or not --norm-adv
 """  # of arguments, in the flags' spelling: the one that does not hold is the error message
 
 

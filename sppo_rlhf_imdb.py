@@ -902,8 +902,8 @@ def find_run(args: Args) -> Args:
         return replace(args, run_dir=str(run_dir))
     path = Path(run, "args.json")
     require(run and path.exists(), f"{run or 'an empty name'}: there is no run, no args.json")
-    content = json.loads(path.read_text())
-    saved = saved_args(path.parent, content["script"], content["args"])
+    content = json.loads(path.read_text() or "{}")  # a kill in the first moment leaves it empty
+    saved = saved_args(path.parent, content.get("script"), content.get("args"))
     return tyro.cli(Args, default=replace(saved, run_dir=str(path.parent)))
 
 

@@ -6,7 +6,7 @@ seconds), at 0.99 with two processes, and with EnvPool at 1.2 to 1.7 per CPU sec
     python benchmark/questions/other_envs.py --ways threads processes --workers 2
     PYTHONPATH=FOLDER python benchmark/questions/other_envs.py --ways envpool    # FOLDER: see envpool_check.py
 
-Each way takes the place of make_envs in sppo_continuous_discretized.py, compiled, in turn with the script as it is
+Each way takes the place of Envs in sppo_continuous_discretized.py, compiled, in turn with the script as it is
 (throughput.py). Threads and processes first show on 2,000 random steps that they return what the script's environments
 return, bit for bit; EnvPool's environments are others (envpool_check.py).
 """
