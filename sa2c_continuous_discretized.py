@@ -601,7 +601,7 @@ def saved_args(path: Path, script: str | None, saved: dict) -> Args:
 def open_run(args: Args) -> Args:
     """Arguments of the run to resume, or to begin in a new directory. No other process can write there."""
     name = f"{args.env_id.replace('/', '-')}__{SCRIPT}__{args.seed}__{datetime.now():%Y%m%d-%H%M%S-%f}"
-    run_dir = Path(args.resume or args.run_dir or f"runs/{name}")
+    run_dir = Path(args.run_dir or f"runs/{name}" if args.resume is None else args.resume)
     try:
         if args.resume is None:
             run_dir.mkdir(parents=True, exist_ok=True)

@@ -1053,7 +1053,7 @@ def find_run(args: Args) -> Args:
         name = f"{Path(args.dataset).name}__{SCRIPT}__{args.seed}__{datetime.now():%Y%m%d-%H%M%S-%f}"
         run_dir = Path(args.run_dir or f"runs/{name}")
         unused = not run_dir.exists() or (run_dir.is_dir() and not any(run_dir.iterdir()))
-        require(unused, f"--run-dir {run_dir} is in use: name another, or see whether --resume {run_dir} continues it")
+        require(unused, f"--run-dir {run_dir} is in use: name another, or try --resume {shlex.quote(str(run_dir))}")
         return replace(args, run_dir=str(run_dir))
     path = Path(run, "args.json")
     require(run and path.exists(), f"{run or 'an empty name'}: there is no run, no args.json")

@@ -56,7 +56,10 @@ NETWORK = {
 }
 LAYER_NORM = ("nn.Tanh(), second, nn.Tanh()", "nn.Tanh(), second, nn.LayerNorm(64), nn.Tanh()")
 TARGET_KL = [
-    ("    gamma: float = 0.99", "    target_kl: float = 0.02  # of an agent, above which its epochs end\n    gamma: float = 0.99"),
+    (
+        "    gamma: float = 0.99",
+        "    target_kl: float = 0.02  # of an agent, above which its epochs end\n    gamma: float = 0.99",
+    ),
     (
         "        for _ in range(args.update_epochs):\n",
         "        stopped = torch.zeros(N, dtype=torch.bool, device=args.device)\n"

@@ -936,7 +936,7 @@ FLAGS = [
     ("--evaluate run", "run holds no policy: it is written at the end of training"),
     ("--evaluate missing", "missing: there is no run, no args.json"),
     ("--evaluate=", "an empty name: there is no run, no args.json"),
-    ("--run-dir run", "--run-dir run is in use: name another, or see whether --resume run continues it"),
+    ("--run-dir run", "--run-dir run is in use: name another, or try --resume run"),
     ("--run-dir run/args.json", "--run-dir run/args.json is in use"),
 ]
 
