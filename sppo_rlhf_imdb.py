@@ -344,11 +344,6 @@ def prompt_indices(num_prompts: int, update: int, num_trajectories: int, seed: i
     return order[start % num_prompts :][:num_trajectories]
 
 
-def seed_everything(*entropy: int) -> None:
-    """Seed torch from several numbers, such as seed, update and process."""
-    torch.manual_seed(int(np.random.SeedSequence(entropy).generate_state(1)[0]))
-
-
 def generation_config(args: Args, ends: list[int]) -> transformers.GenerationConfig:
     """Sampling as the arguments have it, and nothing of what the model's own folder says, but for the end tokens."""
     options = {"max_new_tokens": args.response_length, "min_new_tokens": args.min_response_length}
@@ -424,14 +419,6 @@ class Learner:
     def sum(self, x: Tensor | float) -> Tensor:
         """Sum over all processes."""
         return self.accelerator.reduce(torch.as_tensor(x, device=self.device), "sum")
-
-    def state(self) -> dict:
-        model = {name: p.detach() for name, p in self.trained.items()}
-        return {"model": model, "optimizer": self.optimizer.state_dict()}
-
-    def load_state(self, state: dict) -> None:
-        self.actor_critic.load_state_dict({name: state["model"][name] for name in self.trained}, strict=False)
-        self.optimizer.load_state_dict(state["optimizer"])
 
 
 @torch.no_grad()
@@ -534,7 +521,7 @@ def train(args: Args, learner: Learner) -> None:
 
     while update < args.num_updates:
         # Rollout
-        seed_everything(args.seed, TRAINING, update, RANK)
+        torch.manual_seed(np.random.SeedSequence((args.seed, TRAINING, update, RANK)).generate_state(1)[0].item())
         rollout_start = time.perf_counter()
         indices = prompt_indices(len(learner.rows), update, args.num_trajectories, args.seed)[RANK::WORLD_SIZE]
         trajectories, metrics, samples = rollout(learner, [learner.rows[i] for i in indices], args)
@@ -586,8 +573,9 @@ def train(args: Args, learner: Learner) -> None:
         save_policy(learner, args)
         say("trained and saved; evaluating")
     metrics, samples = evaluate(learner, args)
-    peak_memory_gib = learner.sum(peak_memory(learner.device)).item()
-    counters |= {"peak_memory_gib": peak_memory_gib, "wall_seconds": time.monotonic() - start_time}
+    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    memory = torch.cuda.max_memory_allocated() if learner.device.type == "cuda" else memory
+    counters |= {"peak_memory_gib": learner.sum(memory / 2**30).item(), "wall_seconds": time.monotonic() - start_time}
     if RANK == 0:
         log.write(args.num_updates, counters["metrics"] | metrics)
         save_results(learner, args, metrics, samples, counters)
@@ -596,7 +584,7 @@ def train(args: Args, learner: Learner) -> None:
 def evaluate(learner: Learner, args: Args) -> tuple[dict[str, float], list[dict]]:
     """Scores and perplexity of Table 3 on the validation reviews as {tag: value}, and what was scored."""
     tokenizer, ends = learner.tokenizer, learner.ends
-    seed_everything(args.seed, EVALUATION, RANK)
+    torch.manual_seed(np.random.SeedSequence((args.seed, EVALUATION, RANK)).generate_state(1)[0].item())
     index = range(len(learner.validation))[: args.eval_samples or None][RANK::WORLD_SIZE]
     rows = [learner.validation[i] for i in index]
     halves = [first_half(row["text"]) for row in rows]  # the reward sees all of it, the policy its last tokens
@@ -615,8 +603,7 @@ def evaluate(learner: Learner, args: Args) -> tuple[dict[str, float], list[dict]
         metrics[f"eval/{name}_wins"] = float(np.mean([s[f"score_{name}"] > s["score"] for s in samples]))
     texts = [row["text"] for row in learner.validation]
     metrics["eval/perplexity"] = perplexity(learner, learner.actor_critic.policy, texts)
-    if RANK == 0:
-        say(f"evaluation: score {metrics['eval/score']:.4f}, perplexity {metrics['eval/perplexity']:.2f}")
+    say(f"evaluation: score {metrics['eval/score']:.4f}, perplexity {metrics['eval/perplexity']:.2f}")
     return metrics, samples
 
 
@@ -643,13 +630,6 @@ def perplexity(learner: Learner, policy: PreTrainedModel, texts: list[str]) -> f
     return (learner.sum(loss) / (tokens.shape[1] - 1)).exp().item()
 
 
-def peak_memory(device: torch.device) -> float:
-    """Peak memory of this process in GiB: of the GPU where there is one, else of the whole process."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated() / 2**30
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)
-
-
 # Nothing below knows the algorithm.
 
 RULES = """
@@ -665,8 +645,7 @@ RULES = """
 
 def fail(message: object, code: int = 2) -> NoReturn:
     """End in one line: code 2 for a wrong argument, 1 for what a run can meet. A bug keeps Python's traceback."""
-    if RANK == 0:
-        say(f"error: {' '.join(str(message).split())}", sys.stderr)
+    say(f"error: {' '.join(str(message).split())}", sys.stderr)
     raise SystemExit(code)
 
 
@@ -676,9 +655,9 @@ def require(condition: object, message: object, code: int = 2) -> None:
 
 
 def say(text: str, file=None) -> None:
-    """Print. A reader that has gone, as behind | head, does not stop a run."""
+    """Print, in the first process. A reader that has gone, as behind | head, does not stop a run."""
     try:
-        print(text, file=file, flush=True)
+        print(text, file=file, flush=True) if RANK == 0 else None
     except OSError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), (file or sys.stdout).fileno())
 
@@ -763,7 +742,7 @@ def load_rows(args: Args, columns: Sequence[str]) -> tuple[list[dict], list[dict
     commit = re.search(r"/([0-9a-f]{40})/", str(train.cache_files))  # names a folder of the cache
     if validation is None:
         others = ", ".join(split for split in data if split != "train")
-        if others and RANK == 0:
+        if others:
             say(f"--dataset {name} has no split validation: a fifth of train is; {others} is not used")
         require(len(train) > 1, f"--dataset {name} has {len(train)} rows: too few for training and validation")
         train, validation = train.train_test_split(test_size=0.2, seed=args.seed).values()
@@ -784,8 +763,7 @@ def collect_signals() -> list[int]:
     def handler(number: int, _) -> None:
         received.append(number)
         signal.signal(number, signal.SIG_DFL)
-        if RANK == 0:
-            say("stopping when this update has ended and is saved; once more stops at once", sys.stderr)
+        say("stopping when this update has ended and is saved; once more stops at once", sys.stderr)
 
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, handler)
@@ -825,8 +803,9 @@ class RunLog:
 
 
 def save_checkpoint(args: Args, learner: Learner, counters: dict) -> None:
-    buffer = io.BytesIO()
-    torch.save({"version": VERSION, "learner": learner.state(), "counters": counters}, buffer)
+    model, buffer = {name: p.detach() for name, p in learner.trained.items()}, io.BytesIO()
+    state = {"model": model, "optimizer": learner.optimizer.state_dict()}
+    torch.save({"version": VERSION, "learner": state, "counters": counters}, buffer)
     write_atomic(Path(args.run_dir, "checkpoint.pt"), buffer.getbuffer())
 
 
@@ -838,7 +817,9 @@ def load_checkpoint(args: Args, learner: Learner) -> dict:
     state = torch.load(path, map_location="cpu", weights_only=True)
     if state.get("version") != VERSION:
         fail(f"{path} was written by version {state.get('version', 1)} of {SCRIPT}.py: continue it with that one")
-    learner.load_state(state["learner"])
+    model, optimizer = state["learner"]["model"], state["learner"]["optimizer"]
+    learner.actor_critic.load_state_dict({name: model[name] for name in learner.trained}, strict=False)
+    learner.optimizer.load_state_dict(optimizer)
     return state["counters"]
 
 
@@ -884,13 +865,6 @@ def git_commit() -> str | None:
     return "".join(done.stdout.split()) or None
 
 
-def saved_args(path: Path, script: str | None, saved: dict) -> Args:
-    """Arguments of the run or model in path: new ones have their defaults, those that are no more are ignored."""
-    if script != SCRIPT:
-        fail(f"{path} is of {script or 'something else'}, not of {SCRIPT}")
-    return Args(**{name: value for name, value in saved.items() if name in vars(Args())})
-
-
 def find_run(args: Args) -> Args:
     """The arguments of the run in --resume or --evaluate, with what may change; else args and a free place."""
     run = args.resume if args.evaluate is None else args.evaluate
@@ -903,8 +877,10 @@ def find_run(args: Args) -> Args:
     path = Path(run, "args.json")
     require(run and path.exists(), f"{run or 'an empty name'}: there is no run, no args.json")
     content = json.loads(path.read_text() or "{}")  # a kill in the first moment leaves it empty
-    saved = saved_args(path.parent, content.get("script"), content.get("args"))
-    return tyro.cli(Args, default=replace(saved, run_dir=str(path.parent)))
+    script = content.get("script") or "something else"
+    require(script == SCRIPT, f"{run} is of {script}, not of {SCRIPT}")
+    saved = {name: x for name, x in content["args"].items() if name in vars(args)}  # those that are no more are ignored
+    return tyro.cli(Args, default=Args(**saved | {"run_dir": str(path.parent)}))
 
 
 def open_run(args: Args) -> None:
@@ -942,7 +918,7 @@ def main() -> None:
     args = find_run(args)
     check_args(args)
     if args.resume is not None and Path(args.run_dir, "result.json").exists():
-        return say(f"{args.run_dir} has finished; --evaluate evaluates its policy again") if RANK == 0 else None
+        return say(f"{args.run_dir} has finished; --evaluate evaluates its policy again")
     try:
         if args.evaluate is not None:
             return evaluate_saved(args)
@@ -961,7 +937,7 @@ def main() -> None:
             raise  # neither the disk nor the memory is full
         on_gpu = isinstance(error, torch.OutOfMemoryError)
         hint = f"the GPU is out of memory: {OOM_HINT}" if on_gpu else f"{args.run_dir}: {error}"
-        say(f"error: {f'process {RANK}: ' * (RANK > 0)}{hint}", sys.stderr)
+        print(f"error: {f'process {RANK}: ' * (RANK > 0)}{hint}", file=sys.stderr)  # of any process
         sys.exit(1)
 
 

@@ -253,14 +253,13 @@ class ActorCritic(nn.Module):
 
     def checkpoint_layer(self, forward: Callable, *inputs, **options):
         """A layer's forward pass, which the backward pass repeats with the adapter that it had."""
-        adapter = self.active
+        options |= {"use_reentrant": False, "preserve_rng_state": False}
+        return checkpoint(self.forward_as, self.active, forward, *inputs, **options)
 
-        def forward_with_adapter(*inputs, **options):
-            if self.active != adapter:
-                self.switch_to(adapter)
-            return forward(*inputs, **options)
-
-        return checkpoint(forward_with_adapter, *inputs, use_reentrant=False, preserve_rng_state=False, **options)
+    def forward_as(self, adapter: str, forward: Callable, *inputs, **options):
+        if self.active != adapter:
+            self.switch_to(adapter)
+        return forward(*inputs, **options)
 
     def switch_to(self, adapter: str) -> PreTrainedModel:
         """The base model, which computes with that adapter until the next switch."""
@@ -295,11 +294,6 @@ class ActorCritic(nn.Module):
         return logprob, self.value_head(hidden[:, -num_actions - 1 : -1]).squeeze(-1)
 
 
-def reward_text(prompt: str, summary: str) -> str:
-    """What a reward model reads."""
-    return f"{prompt} {summary.strip()}"
-
-
 class Classifier:
     """Logit of a classifier with one label on prompt + summary + --reward-end. Long texts lose their start."""
 
@@ -311,14 +305,13 @@ class Classifier:
         self.model.to(device).eval().requires_grad_(False)
         padded, alone = self.logits(["a b", "a b " * 9])[:1], self.logits(["a b"])
         check_same(flag, name, padded, alone, 1e-3 * (1 + alone.abs().max().item()))
-        labels = self.model.config.num_labels
-        require(labels == 1, f"--{flag} {name} has {labels} labels; a reward is one number")
+        require(self.model.config.num_labels == 1, f"--{flag} {name} has several labels; a reward is one number")
         self.end, end = args.reward_end, self.tokenizer.eos_token_id
         if self.tokenizer(self.end).input_ids[-2:] == [end, end]:  # the tokenizer adds one itself
             self.end = self.end.removesuffix(self.tokenizer.eos_token)
 
     def __call__(self, prompts: list[str], responses: list[str], rows: list[dict]) -> list[float]:
-        texts = [reward_text(prompt, response) + self.end for prompt, response in zip(prompts, responses)]
+        texts = [f"{prompt} {response.strip()}{self.end}" for prompt, response in zip(prompts, responses)]
         return self.logits(texts).squeeze(-1).tolist()
 
     @torch.no_grad()
@@ -363,7 +356,7 @@ class AdapterReward:
     def __call__(self, prompts: list[str], responses: list[str], rows: list[dict]) -> list[float]:
         lm, room = self.actor_critic.lm, num_positions(self.actor_critic.lm)
         begin, end = begin_tokens(self.tokenizer), self.tokenizer.eos_token_id
-        texts = [f"<|startoftext|>{reward_text(prompt, response)}" for prompt, response in zip(prompts, responses)]
+        texts = [f"<|startoftext|>{prompt} {response.strip()}" for prompt, response in zip(prompts, responses)]
         texts = self.tokenizer(texts, add_special_tokens=False, verbose=False).input_ids
         texts = [[*begin, *text, end][-room:] for text in texts]  # the beginning goes, the summary stays
         scores = torch.zeros(len(texts))
@@ -457,11 +450,6 @@ def prompt_indices(num_prompts: int, update: int, num_trajectories: int, seed: i
     epochs = range(start // num_prompts, (start + num_trajectories - 1) // num_prompts + 1)
     order = np.concatenate([np.random.default_rng([seed, epoch]).permutation(num_prompts) for epoch in epochs])
     return order[start % num_prompts :][:num_trajectories]
-
-
-def seed_everything(*entropy: int) -> None:
-    """Seed torch from several numbers, such as seed, update and process."""
-    torch.manual_seed(int(np.random.SeedSequence(entropy).generate_state(1)[0]))
 
 
 def generation_config(args: Args, ends: list[int]) -> transformers.GenerationConfig:
@@ -566,22 +554,13 @@ class Learner:
         """Sum over all processes."""
         return self.accelerator.reduce(torch.as_tensor(x, device=self.device), "sum")
 
-    def state(self) -> dict:
-        model = {name: p.detach() for name, p in self.trained.items()}
-        return {"model": model, "optimizer": self.optimizer.state_dict()}
-
-    def load_state(self, state: dict) -> None:
-        self.actor_critic.load_state_dict({name: state["model"][name] for name in self.trained}, strict=False)
-        self.optimizer.load_state_dict(state["optimizer"])
-
 
 @torch.no_grad()
 def rollout(learner: Learner, rows: list[dict], args: Args) -> tuple[Rollout, dict[str, float], list[str]]:
     """This process's trajectories, means over those of all processes as {tag: mean}, a few summaries to look at."""
     tokenizer, device = learner.tokenizer, learner.device
     prompts = encode_prompts(tokenizer, rows, args.prompt_length, args.instruction)
-    policy = learner.actor_critic.switch_to("policy_adapter")
-    start = time.perf_counter()
+    policy, start = learner.actor_critic.switch_to("policy_adapter"), time.perf_counter()
     responses = generate(policy, prompts, args.rollout_batch_size, greedy=False)
     generation_seconds = time.perf_counter() - start
     summaries = [continuation(tokenizer, p, r, learner.ends) for p, r in zip(prompts, responses)]
@@ -610,7 +589,7 @@ def rollout(learner: Learner, rows: list[dict], args: Args) -> tuple[Rollout, di
     means = learner.sum(torch.stack([x.float().to(device) for x in sums.values()])) / args.num_trajectories
     metrics = dict(zip(sums, means.tolist())) | {"perf/generation_seconds": generation_seconds}
     targets = encode_labels(tokenizer, rows, args.response_length) if args.target_coef else [[] for _ in rows]
-    samples = [f"{score:.3f} | {reward_text(*texts)}" for score, *texts in zip(scores.tolist()[:4], posts, summaries)]
+    samples = [f"{score:.3f} | {p} {s.strip()}" for score, p, s in zip(scores.tolist()[:4], posts, summaries)]
     return Rollout(prompts, responses, targets, mask, logprob, values, advantages, returns), metrics, samples
 
 
@@ -677,7 +656,7 @@ def train(args: Args, learner: Learner) -> None:
 
     while update < args.num_updates:
         # Rollout
-        seed_everything(args.seed, TRAINING, update, RANK)
+        torch.manual_seed(np.random.SeedSequence((args.seed, TRAINING, update, RANK)).generate_state(1)[0].item())
         rollout_start = time.perf_counter()
         indices = prompt_indices(len(learner.rows), update, args.num_trajectories, args.seed)[RANK::WORLD_SIZE]
         trajectories, metrics, samples = rollout(learner, [learner.rows[i] for i in indices], args)
@@ -729,8 +708,9 @@ def train(args: Args, learner: Learner) -> None:
         save_policy(learner, args)
         say("trained and saved; evaluating")
     metrics, samples = evaluate(learner, args)
-    peak_memory_gib = learner.sum(peak_memory(learner.device)).item()
-    counters |= {"peak_memory_gib": peak_memory_gib, "wall_seconds": time.monotonic() - start_time}
+    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    memory = torch.cuda.max_memory_allocated() if learner.device.type == "cuda" else memory
+    counters |= {"peak_memory_gib": learner.sum(memory / 2**30).item(), "wall_seconds": time.monotonic() - start_time}
     if RANK == 0:
         log.write(args.num_updates, counters["metrics"] | metrics)
         save_results(learner, args, metrics, samples, counters)
@@ -738,12 +718,11 @@ def train(args: Args, learner: Learner) -> None:
 
 def evaluate(learner: Learner, args: Args) -> tuple[dict[str, float], list[dict]]:
     """Scores and perplexity of Table 3, and ROUGE, on the validation posts as {tag: value}, and what was scored."""
-    tokenizer, ends = learner.tokenizer, learner.ends
-    seed_everything(args.seed, EVALUATION, RANK)
+    tokenizer, ends, policy = learner.tokenizer, learner.ends, learner.actor_critic.switch_to("policy_adapter")
+    torch.manual_seed(np.random.SeedSequence((args.seed, EVALUATION, RANK)).generate_state(1)[0].item())
     index = range(len(learner.validation))[: args.eval_samples or None][RANK::WORLD_SIZE]
     rows = [learner.validation[i] for i in index]
     prompts = encode_prompts(tokenizer, rows, args.prompt_length, args.instruction)
-    policy = learner.actor_critic.switch_to("policy_adapter")
     responses = generate(policy, prompts, args.rollout_batch_size, greedy=True)
     posts = encode_prompts(tokenizer, rows, args.prompt_length)  # what a reward reads has no chat in it
     posts = [tokenizer.decode(post, skip_special_tokens=True) for post in posts]
@@ -764,9 +743,7 @@ def evaluate(learner: Learner, args: Args) -> tuple[dict[str, float], list[dict]
     texts = [sample["reference"] for sample in samples]
     metrics["eval/perplexity"] = perplexity(learner, learner.actor_critic.switch_to("policy_adapter"), texts)
     rouge = " / ".join(f"{100 * metrics[f'eval/{name}']:.1f}" for name in ROUGE.rouge_types)
-    scores = f"score {metrics['eval/score']:.4f}, perplexity {metrics['eval/perplexity']:.2f}"
-    if RANK == 0:
-        say(f"evaluation: {scores}, ROUGE-1/2/L {rouge}")
+    say(f"evaluation: score {metrics['eval/score']:.4f}, perplexity {metrics['eval/perplexity']:.2f}, ROUGE {rouge}")
     return metrics, samples
 
 
@@ -797,13 +774,6 @@ def perplexity(learner: Learner, policy: PreTrainedModel, texts: list[str]) -> f
     return (learner.sum(loss) / (tokens.shape[1] - 1)).exp().item()
 
 
-def peak_memory(device: torch.device) -> float:
-    """Peak memory of this process in GiB: of the GPU where there is one, else of the whole process."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated() / 2**30
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)
-
-
 # Nothing below knows the algorithm.
 
 RULES = """
@@ -820,8 +790,7 @@ RULES = """
 
 def fail(message: object, code: int = 2) -> NoReturn:
     """End in one line: code 2 for a wrong argument, 1 for what a run can meet. A bug keeps Python's traceback."""
-    if RANK == 0:
-        say(f"error: {' '.join(str(message).split())}", sys.stderr)
+    say(f"error: {' '.join(str(message).split())}", sys.stderr)
     raise SystemExit(code)
 
 
@@ -831,9 +800,9 @@ def require(condition: object, message: object, code: int = 2) -> None:
 
 
 def say(text: str, file=None) -> None:
-    """Print. A reader that has gone, as behind | head, does not stop a run."""
+    """Print, in the first process. A reader that has gone, as behind | head, does not stop a run."""
     try:
-        print(text, file=file, flush=True)
+        print(text, file=file, flush=True) if RANK == 0 else None
     except OSError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), (file or sys.stdout).fileno())
 
@@ -919,7 +888,7 @@ def load_rows(args: Args, columns: Sequence[str]) -> tuple[list[dict], list[dict
     commit = re.search(r"/([0-9a-f]{40})/", str(train.cache_files))  # names a folder of the cache
     if validation is None:
         others = ", ".join(split for split in data if split != "train")
-        if others and RANK == 0:
+        if others:
             say(f"--dataset {name} has no split validation: a fifth of train is; {others} is not used")
         require(len(train) > 1, f"--dataset {name} has {len(train)} rows: too few for training and validation")
         train, validation = train.train_test_split(test_size=0.2, seed=args.seed).values()
@@ -940,8 +909,7 @@ def collect_signals() -> list[int]:
     def handler(number: int, _) -> None:
         received.append(number)
         signal.signal(number, signal.SIG_DFL)
-        if RANK == 0:
-            say("stopping when this update has ended and is saved; once more stops at once", sys.stderr)
+        say("stopping when this update has ended and is saved; once more stops at once", sys.stderr)
 
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, handler)
@@ -981,8 +949,9 @@ class RunLog:
 
 
 def save_checkpoint(args: Args, learner: Learner, counters: dict) -> None:
-    buffer = io.BytesIO()
-    torch.save({"version": VERSION, "learner": learner.state(), "counters": counters}, buffer)
+    model, buffer = {name: p.detach() for name, p in learner.trained.items()}, io.BytesIO()
+    state = {"model": model, "optimizer": learner.optimizer.state_dict()}
+    torch.save({"version": VERSION, "learner": state, "counters": counters}, buffer)
     write_atomic(Path(args.run_dir, "checkpoint.pt"), buffer.getbuffer())
 
 
@@ -994,7 +963,9 @@ def load_checkpoint(args: Args, learner: Learner) -> dict:
     state = torch.load(path, map_location="cpu", weights_only=True)
     if state.get("version") != VERSION:
         fail(f"{path} was written by version {state.get('version', 1)} of {SCRIPT}.py: continue it with that one")
-    learner.load_state(state["learner"])
+    model, optimizer = state["learner"]["model"], state["learner"]["optimizer"]
+    learner.actor_critic.load_state_dict({name: model[name] for name in learner.trained}, strict=False)
+    learner.optimizer.load_state_dict(optimizer)
     return state["counters"]
 
 
@@ -1039,13 +1010,6 @@ def git_commit() -> str | None:
     return "".join(done.stdout.split()) or None
 
 
-def saved_args(path: Path, script: str | None, saved: dict) -> Args:
-    """Arguments of the run or model in path: new ones have their defaults, those that are no more are ignored."""
-    if script != SCRIPT:
-        fail(f"{path} is of {script or 'something else'}, not of {SCRIPT}")
-    return Args(**{name: value for name, value in saved.items() if name in vars(Args())})
-
-
 def find_run(args: Args) -> Args:
     """The arguments of the run in --resume or --evaluate, with what may change; else args and a free place."""
     run = args.resume if args.evaluate is None else args.evaluate
@@ -1058,8 +1022,10 @@ def find_run(args: Args) -> Args:
     path = Path(run, "args.json")
     require(run and path.exists(), f"{run or 'an empty name'}: there is no run, no args.json")
     content = json.loads(path.read_text() or "{}")  # a kill in the first moment leaves it empty
-    saved = saved_args(path.parent, content.get("script"), content.get("args"))
-    return tyro.cli(Args, default=replace(saved, run_dir=str(path.parent)))
+    script = content.get("script") or "something else"
+    require(script == SCRIPT, f"{run} is of {script}, not of {SCRIPT}")
+    saved = {name: x for name, x in content["args"].items() if name in vars(args)}  # those that are no more are ignored
+    return tyro.cli(Args, default=Args(**saved | {"run_dir": str(path.parent)}))
 
 
 def open_run(args: Args) -> None:
@@ -1097,7 +1063,7 @@ def main() -> None:
     args = find_run(args)
     check_args(args)
     if args.resume is not None and Path(args.run_dir, "result.json").exists():
-        return say(f"{args.run_dir} has finished; --evaluate evaluates its policy again") if RANK == 0 else None
+        return say(f"{args.run_dir} has finished; --evaluate evaluates its policy again")
     try:
         if args.evaluate is not None:
             return evaluate_saved(args)
@@ -1116,7 +1082,7 @@ def main() -> None:
             raise  # neither the disk nor the memory is full
         on_gpu = isinstance(error, torch.OutOfMemoryError)
         hint = f"the GPU is out of memory: {OOM_HINT}" if on_gpu else f"{args.run_dir}: {error}"
-        say(f"error: {f'process {RANK}: ' * (RANK > 0)}{hint}", sys.stderr)
+        print(f"error: {f'process {RANK}: ' * (RANK > 0)}{hint}", file=sys.stderr)  # of any process
         sys.exit(1)
 
 

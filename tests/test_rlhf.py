@@ -702,7 +702,7 @@ def test_rollout_scores_what_the_policy_saw_and_discounts_as_told(script, make_l
     trajectories, _, _ = script.rollout(learner, rows, args)
     prompts, responses, scored_rows = scored[0]
     assert told == [(0.9, 0.5)] and len(scored) == 1 and scored_rows == rows
-    texts = [p + r if script is IMDB else script.reward_text(p, r) for p, r in zip(prompts, responses, strict=True)]
+    texts = [p + r if script is IMDB else f"{p} {r.strip()}" for p, r in zip(prompts, responses, strict=True)]
     for text, row, prompt, response in zip(texts, rows, trajectories.prompts, trajectories.responses):
         if script is IMDB:
             assert text == decode(prompt + response)
@@ -865,12 +865,13 @@ def test_adapter_reward_of_a_long_text_is_that_of_its_end(make_learner):
     assert len(scores) == 2 and scores[0] == pytest.approx(rewards(learner, [short])[0], abs=1e-5)
 
 
-def test_checkpoint_of_tldr_holds_both_adapters_whichever_was_used_last(scrambled):
+def test_checkpoint_of_tldr_holds_both_adapters_whichever_was_used_last(scrambled, tmp_path):
     learner, _ = scrambled(TLDR)
     expected = {name: p.detach().clone() for name, p in trained(learner).items()}
     for use in ("policy_adapter", "value_adapter", "reward_adapter"):
         learner.actor_critic.switch_to(use)
-        state = learner.state()["model"]
+        TLDR.save_checkpoint(TLDR.Args(run_dir=str(tmp_path)), learner, {})
+        state = torch.load(tmp_path / "checkpoint.pt")["learner"]["model"]
         assert state.keys() == expected.keys() and all(torch.equal(state[name], expected[name]) for name in expected)
 
 
@@ -1003,8 +1004,8 @@ def lengths_as_rewards(script, sign, seen):
     """A reward that puts the texts it reads into seen."""
 
     def reward(prompts, responses, rows):
-        join = script.reward_text if script is TLDR else str.__add__
-        seen.append([join(prompt, response) for prompt, response in zip(prompts, responses, strict=True)])
+        pairs = zip(prompts, responses, strict=True)
+        seen.append([f"{p} {r.strip()}" if script is TLDR else p + r for p, r in pairs])
         assert len(rows) == len(prompts)
         return [sign * len(text) for text in seen[-1]]
 

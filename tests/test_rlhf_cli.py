@@ -335,7 +335,7 @@ def test_evaluate_prints_the_numbers_of_the_final_evaluation_and_changes_nothing
     code, out, err = call(script, finished.cwd, ["--evaluate", "run"])
     assert (code, err) == (0, "")
     rouge = " / ".join(f"{100 * result.get(f'eval_{name}', 0):.1f}" for name in ("rouge1", "rouge2", "rougeL"))
-    rouge = f", ROUGE-1/2/L {rouge}" if script is TLDR else ""
+    rouge = f", ROUGE {rouge}" if script is TLDR else ""
     scores = f"score {result['eval_score']:.4f}, perplexity {result['eval_perplexity']:.2f}"
     assert out == f"evaluation: {scores}{rouge}\n"
     assert result["eval_score"] != result["before"]["eval_score"]
@@ -797,7 +797,7 @@ BAD_IMDB_FLAGS = [
     ({"reward_model": "other_sentiment"}, "--reward-model other_sentiment", "different models"),
 ]
 BAD_TLDR_FLAGS = [
-    ({"reward_model": "sentiment"}, "--reward-model sentiment", "2 labels"),
+    ({"reward_model": "sentiment"}, "--reward-model sentiment", "several labels"),
     ({"reward_model": "bad_adapter"}, "--reward-model bad_adapter"),
     ({"lora_targets": "c_attn"}, "--lora-targets c_attn"),
     ({"dataset": "no_references"}, "--dataset no_references", "references are empty"),

@@ -204,8 +204,8 @@ def test_classifier_with_fewer_tokens_than_positions_reads_the_end_of_a_long_tex
     tokenizer.save_pretrained(tmp_path)
     learner, _ = make_learner(script, reward_model=str(tmp_path))
     texts = ["the movie was good", "x" * 300 + " the plot"]
-    join = str.__add__ if script is IMDB else TLDR.reward_text
-    tokens = [tokenizer(join(text, "fine")).input_ids[-64:] for text in texts]
+    between = "" if script is IMDB else " "
+    tokens = [tokenizer(text + between + "fine").input_ids[-64:] for text in texts]
     with torch.no_grad():
         logits = torch.cat([model(torch.tensor([t])).logits for t in tokens])
     expected = logits.softmax(-1)[:, 0] if script is IMDB else logits[:, 0]

@@ -20,7 +20,7 @@ evaluate_model main
 """
 # symmetric_ppo_loss is 2-D and masked here: test_loss.py compares it with the others.
 LANGUAGE_DOMAIN = """
-docstring Import ImportFrom PACKAGES TRAINING symmetric_ppo_loss gae backward train evaluate RULES fail check_args
+docstring Import ImportFrom PACKAGES TRAINING symmetric_ppo_loss gae backward train evaluate RULES say check_args
 RunLog save_checkpoint load_checkpoint save_results open_run main
 """
 TASK = """

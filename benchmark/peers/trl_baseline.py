@@ -14,6 +14,7 @@ import gc
 import json
 import os
 import platform
+import resource
 import sys
 import time
 import warnings
@@ -202,7 +203,9 @@ def train(args: Args, run_dir: Path) -> dict:
     result |= {tag.replace("/", "_"): value for tag, value in metrics.items()}
     result["eval_scores"] = [round(sample["score"], 6) for sample in samples]
     result["before"] = {tag.replace("/", "_"): value for tag, value in before.items()}
-    result["peak_memory_gib"] = script.peak_memory(learner.device)
+    memory = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    memory = torch.cuda.max_memory_allocated() if learner.device.type == "cuda" else memory
+    result["peak_memory_gib"] = memory / 2**30
     result |= {"wall_seconds": time.monotonic() - start, "commit": commit}
     result["versions"] = {"python": platform.python_version()} | {p: installed[p] for p in PACKAGES if p in installed}
     return result
