@@ -29,7 +29,7 @@ from contextlib import closing
 from dataclasses import asdict, dataclass, replace
 from datetime import datetime, timedelta
 from functools import partial
-from importlib import import_module, metadata, util
+from importlib import import_module, metadata
 from pathlib import Path
 from typing import NoReturn
 
@@ -225,8 +225,7 @@ def gae(rewards, values, dones, last_value, gamma: float, gae_lambda: float) -> 
     advantages = np.zeros_like(values)
     advantage = np.zeros_like(last_value)
     for t in reversed(range(rewards.shape[-2])):
-        advantage = deltas[..., t, :] + decay[..., t, :] * advantage
-        advantages[..., t, :] = advantage
+        advantages[..., t, :] = advantage = deltas[..., t, :] + decay[..., t, :] * advantage
     return advantages, advantages + values
 
 
@@ -460,8 +459,7 @@ def check_args(args: Args) -> None:
         if not eval(values, {"inf": np.inf, "nan": np.nan}):
             fail(f"{rule} must hold, and {values} does not")
     for flag, package in (("track", "wandb"), ("capture_video", "moviepy")):
-        origin = getattr(util.find_spec(package), "origin", None)  # an empty folder passes for a package, but has none
-        if getattr(args, flag) and origin is None:
+        if getattr(args, flag) and not any(metadata.distributions(name=package)):  # an empty folder could be imported
             fail(f"--{flag.replace('_', '-')} needs {package}: pip install {package}")
 
 

@@ -29,7 +29,7 @@ from contextlib import ExitStack, closing
 from dataclasses import asdict, dataclass, replace
 from datetime import datetime, timedelta
 from functools import partial
-from importlib import import_module, metadata, util
+from importlib import import_module, metadata
 from pathlib import Path
 from typing import NoReturn
 
@@ -163,13 +163,10 @@ class Envs:
             final_obs, reward, terminated, truncated, _ = env.step(value)
             if not (isinstance(reward, float) and type(terminated) is type(truncated) is bool):  # but arrays
                 reward, terminated, truncated = (np.asarray(x).item() for x in (reward, terminated, truncated))
-            final_obs = np.array(final_obs)
-            obs = np.array(env.reset()[0]) if terminated or truncated else final_obs
-            rows.append((obs, reward, terminated, truncated, final_obs))
-        obs, rewards, terminated, truncated, final_obs = map(np.array, zip(*rows))
-        rewards, terminated, truncated = (x.reshape(self.shape) for x in (rewards, terminated, truncated))
-        shape = (*self.shape, self.obs_dim)
-        return obs.reshape(shape), rewards, terminated.astype(bool), truncated.astype(bool), final_obs.reshape(shape)
+            final_obs = np.array(final_obs).ravel()
+            obs = np.array(env.reset()[0]).ravel() if terminated or truncated else final_obs
+            rows.append((obs, reward, bool(terminated), bool(truncated), final_obs))
+        return tuple(x.reshape(self.shape + x.shape[1:]) for x in map(np.array, zip(*rows)))
 
 
 class Normalizer(nn.Module):
@@ -282,8 +279,7 @@ def gae(rewards, values, dones, last_value, gamma: float, gae_lambda: float) -> 
     advantages = np.zeros_like(values)
     advantage = np.zeros_like(last_value)
     for t in reversed(range(rewards.shape[-2])):
-        advantage = deltas[..., t, :] + decay[..., t, :] * advantage
-        advantages[..., t, :] = advantage
+        advantages[..., t, :] = advantage = deltas[..., t, :] + decay[..., t, :] * advantage
     return advantages, advantages + values
 
 
@@ -502,8 +498,7 @@ def check_args(args: Args) -> None:
     if args.cuda and not torch.cuda.is_available():
         fail("--cuda needs a CUDA device, and torch sees none")
     for flag, package in (("track", "wandb"), ("capture_video", "moviepy")):
-        origin = getattr(util.find_spec(package), "origin", None)  # an empty folder passes for a package, but has none
-        if getattr(args, flag) and origin is None:
+        if getattr(args, flag) and not any(metadata.distributions(name=package)):  # an empty folder could be imported
             fail(f"--{flag.replace('_', '-')} needs {package}: pip install {package}")
     if args.capture_video:
         try:

@@ -672,8 +672,7 @@ def check_args(args: Args) -> None:
         used = name in (args.policy, tokenizer, args.reward_model, args.dataset) and not Path(name).exists()
         require(used, f"--revision {name} is no hub id among --policy, --tokenizer, --reward-model and --dataset")
     for wanted, flag, package in ((args.track, "--track", "wandb"),):
-        origin = getattr(util.find_spec(package), "origin", None)  # an empty folder passes for a package, but has none
-        if wanted and origin is None:
+        if wanted and not any(metadata.distributions(name=package)):  # an empty folder could be imported
             fail(f"{flag} needs {package}: pip install {package}")
 
 

@@ -818,8 +818,7 @@ def check_args(args: Args) -> None:
         require(used, f"--revision {name} is no hub id among --policy, --tokenizer, --reward-model and --dataset")
     four_bit = args.base_precision == "4bit", "--base-precision 4bit", "bitsandbytes"
     for wanted, flag, package in ((args.track, "--track", "wandb"), four_bit):
-        origin = getattr(util.find_spec(package), "origin", None)  # an empty folder passes for a package, but has none
-        if wanted and origin is None:
+        if wanted and not any(metadata.distributions(name=package)):  # an empty folder could be imported
             fail(f"{flag} needs {package}: pip install {package}")
 
 

@@ -189,7 +189,7 @@ bootstrap: of the observation after the reset | sa2c_continuous_discretized | re
 + agent.value(tensor(normalizer.obs(raw_obs)))
 
 bootstrap: final observations overwritten | sppo_continuous_discretized | references
-- final_obs = np.array(final_obs)
+- final_obs = np.array(final_obs).ravel()
 + final_obs = np.asarray(final_obs)
 
 GAE: lambda missing | sppo_continuous_discretized | references
@@ -442,7 +442,7 @@ regular numbers: as they come | sppo_continuous_discretized | strangers -k any_f
 + (reward, terminated, truncated)
 
 regular numbers: not copied | sa2c_continuous_discretized | strangers -k any_form
-- final_obs = np.array(final_obs)
+- final_obs = np.array(final_obs).ravel()
 + 
 
 lost model: saved after the final evaluation | sppo_continuous_discretized | strangers -k survives
@@ -529,8 +529,8 @@ output: the number of standard error goes to a file | sppo_continuous_discretize
 + std
 
 packages: an empty folder | sppo_atari | strangers -k empty_folder
-- origin = getattr(util.find_spec(package), "origin", None)
-+ origin = util.find_spec(package)
+- not any(metadata.distributions(name=package))
++ not import_module("importlib.util").find_spec(package)
 
 hints: not quoted | sppo_continuous_discretized | strangers -k pasted
 - {shlex.join(resume)}

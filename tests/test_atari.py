@@ -376,7 +376,7 @@ def refused(script, monkeypatch, capsys, *flags) -> str:
 
 def test_videos_of_a_saved_model_need_moviepy(finished, capsys, monkeypatch):
     script, run_dir, _ = finished
-    monkeypatch.setattr(script.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(script.metadata, "distributions", lambda name: [])
     error = refused(script, monkeypatch, capsys, "--evaluate", run_dir, "--capture-video")
     assert error == "error: --capture-video needs moviepy: pip install moviepy\n"
 

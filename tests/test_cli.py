@@ -790,8 +790,8 @@ def test_minibatches_of_one_sample_are_fine_without_advantage_normalization(scri
 
 @pytest.mark.parametrize("evaluated", [False, True])
 def test_videos_need_moviepy(script, finished, call, monkeypatch, evaluated):
-    find_spec, before = script.util.find_spec, snapshot(finished[0])
-    monkeypatch.setattr(script.util, "find_spec", lambda name: None if name == "moviepy" else find_spec(name))
+    before = snapshot(finished[0])
+    monkeypatch.setattr(script.metadata, "distributions", lambda name: [])
     code, _, err = call(*(("--evaluate", finished[0] / "run") if evaluated else ()), "--capture-video")
     assert_refused(code, err, "--capture-video needs moviepy: pip install moviepy")
     assert snapshot(finished[0]) == before
@@ -816,6 +816,8 @@ def test_runs_are_tracked_through_their_tensorboard_files(script, call, monkeypa
     assert_refused(*call(*flags, "--run-dir", "run")[::2], "--track needs wandb: pip install wandb")
     (tmp_path / "wandb").rmdir()
     (tmp_path / "wandb.py").write_text(WANDB)
+    (tmp_path / "wandb-1.0.dist-info").mkdir()
+    (tmp_path / "wandb-1.0.dist-info/METADATA").write_text("Name: wandb")
     importlib.invalidate_caches()
     assert call(*flags, "--run-dir", "run")[0] == 0
     monkeypatch.delitem(sys.modules, "wandb")

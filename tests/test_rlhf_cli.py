@@ -381,6 +381,8 @@ def test_another_seed_gives_another_run_which_wandb_tracks(script, finished, ass
     assert_refused(*call(script, tmp_path, flags)[::2], "--track needs wandb: pip install wandb")
     (tmp_path / "wandb").rmdir()
     (tmp_path / "wandb.py").write_text(WANDB)
+    (tmp_path / "wandb-1.0.dist-info").mkdir()
+    (tmp_path / "wandb-1.0.dist-info/METADATA").write_text("Name: wandb")
     importlib.invalidate_caches()
     assert call(script, tmp_path, flags)[0] == 0
     monkeypatch.delitem(sys.modules, "wandb")
@@ -920,7 +922,7 @@ def test_processes_that_accelerate_does_not_see_are_refused(script, assets, tmp_
 
 
 def test_the_package_for_4_bits_is_named_where_it_is_missing(assets, tmp_path, monkeypatch):
-    monkeypatch.setattr(TLDR.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(TLDR.metadata, "distributions", lambda name: [])
     code, _, err = call(TLDR, tmp_path, tiny.flags(TLDR.SCRIPT, assets) | {"base_precision": "4bit"})
     assert_refused(code, err, "--base-precision 4bit needs bitsandbytes: pip install bitsandbytes")
 
