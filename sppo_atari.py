@@ -31,7 +31,6 @@ from datetime import datetime, timedelta
 from functools import partial
 from importlib import import_module, metadata
 from pathlib import Path
-from typing import NoReturn
 
 import ale_py
 import numpy as np
@@ -222,8 +221,7 @@ def gae(rewards, values, dones, last_value, gamma: float, gae_lambda: float) -> 
     next_values = np.concatenate([values[..., 1:, :], last_value[..., None, :]], axis=-2)
     deltas = rewards + gamma * next_values * ~dones - values
     decay = gamma * gae_lambda * ~dones
-    advantages = np.zeros_like(values)
-    advantage = np.zeros_like(last_value)
+    advantages, advantage = np.zeros_like(values), np.zeros_like(last_value)
     for t in reversed(range(rewards.shape[-2])):
         advantages[..., t, :] = advantage = deltas[..., t, :] + decay[..., t, :] * advantage
     return advantages, advantages + values
@@ -439,7 +437,7 @@ RULES = """
 """  # of arguments, in the flags' spelling: the one that does not hold is the error message
 
 
-def fail(message: object, code: int = 2) -> NoReturn:
+def fail(message: object, code: int = 2) -> None:
     """End in one line: code 2 for a wrong argument, 1 for what a run can meet. A bug keeps Python's traceback."""
     say(f"error: {' '.join(str(message).split())}", sys.stderr)
     raise SystemExit(code)

@@ -31,7 +31,6 @@ from datetime import datetime, timedelta
 from functools import partial
 from importlib import import_module, metadata
 from pathlib import Path
-from typing import NoReturn
 
 import gymnasium as gym
 import mujoco
@@ -120,8 +119,7 @@ def make_env(env_id: str, video_dir: Path | None = None) -> gym.Env:
     if not space.is_np_flattenable:
         with closing(env):
             fail(f"--env-id {env_id}: observations of {space} are no vector of numbers")
-    is_vector = isinstance(space, gym.spaces.Box) and len(space.shape) == 1
-    return env if is_vector else gym.wrappers.FlattenObservation(env)
+    return env if isinstance(space, gym.spaces.Box) and len(space.shape) == 1 else gym.wrappers.FlattenObservation(env)
 
 
 def action_bins(space: gym.Space, num_bins: int) -> np.ndarray:
@@ -136,8 +134,7 @@ def action_bins(space: gym.Space, num_bins: int) -> np.ndarray:
 
 class Envs:
     """num_envs environments of every agent that take bins for actions; all arrays are (num_agents, num_envs, ...).
-    They reset within the step that ends an episode, so that no transition is junk. gymnasium's SyncVectorEnv takes
-    four times as long. With video_dir the first episode of the very first environment is recorded."""
+    They reset within the step that ends an episode. gymnasium's SyncVectorEnv takes four times as long."""
 
     def __init__(self, args: Args, num_envs: int, video_dir: Path | None = None):
         self.shape, self.envs = (args.num_seeds, num_envs), []
@@ -181,17 +178,13 @@ class Normalizer(nn.Module):
         self.returns = np.zeros((num_agents, num_envs))  # discounted return so far of the running episodes
         self.gamma = gamma
 
-    def count(self, name: str, x: np.ndarray) -> None:
-        """Take x: (num_agents, batch, ...) into the statistics, by Chan et al.'s formula as in Stable-Baselines3."""
-        mean, var, count = (self.statistics[f"{name}_{key}"] for key in ("mean", "var", "count"))
-        n = x.shape[1]
-        batch_mean = x.sum(1, keepdims=True) / n if n > 1 else x
-        batch_var = np.square(x - batch_mean).sum(1, keepdims=True) / n if n > 1 else 0.0
-        delta = batch_mean - mean
-        count += n
-        weight = n / count
-        mean += weight * delta
-        var += weight * (batch_var - var + (1 - weight) * np.square(delta))
+    def count(self, obs: np.ndarray) -> None:
+        """Take (num_agents, num_envs, obs_dim) into the statistics, whose sums are about the mean so far."""
+        mean, var, count = (self.statistics[f"obs_{key}"] for key in ("mean", "var", "count"))
+        delta, n = obs - mean, count + obs.shape[1]
+        shift = delta.sum(1, keepdims=True) / n
+        new_var = (count * var + np.square(delta).sum(1, keepdims=True)) / n - np.square(shift)
+        mean[:], var[:], count[...] = mean + shift, new_var, n
 
     def obs(self, obs: np.ndarray) -> np.ndarray:
         """(num_agents, num_envs, obs_dim), raw -> normalized float32"""
@@ -200,13 +193,16 @@ class Normalizer(nn.Module):
 
     def rewards(self, rewards: np.ndarray, dones: np.ndarray) -> np.ndarray:
         """Divide a rollout's rewards, (num_agents, num_steps, num_envs), by the std of the discounted return so far."""
-        var = np.empty((*rewards.shape[:2], 1))
-        for t in range(rewards.shape[1]):
-            self.returns = self.returns * self.gamma + rewards[:, t]
-            self.count("return", self.returns)
-            var[:, t] = self.statistics["return_var"]
+        returns, steps = np.empty(rewards.shape), np.arange(1, rewards.shape[1] + 1)[:, None]
+        for t in range(len(steps)):
+            returns[:, t] = self.returns = self.returns * self.gamma + rewards[:, t]
             self.returns[dones[:, t]] = 0
-        return (rewards / np.sqrt(var + 1e-8)).clip(-10, 10)  # no mean is subtracted
+        mean, var, count = (self.statistics[f"return_{key}"][..., None] for key in ("mean", "var", "count"))
+        delta, n = returns - mean, count + rewards.shape[2] * steps  # after each step, likewise what follows
+        shift = delta.sum(2, keepdims=True).cumsum(1) / n
+        new_var = (count * var + np.square(delta).sum(2, keepdims=True).cumsum(1)) / n - np.square(shift)
+        mean[:, -1], var[:, -1], count[...] = mean[:, -1] + shift[:, -1], new_var[:, -1], n[-1]
+        return (rewards / np.sqrt(new_var + 1e-8)).clip(-10, 10)  # no mean is subtracted
 
 
 class BatchedLinear(nn.Module):
@@ -276,8 +272,7 @@ def gae(rewards, values, dones, last_value, gamma: float, gae_lambda: float) -> 
     next_values = np.concatenate([values[..., 1:, :], last_value[..., None, :]], axis=-2)
     deltas = rewards + gamma * next_values * ~dones - values
     decay = gamma * gae_lambda * ~dones
-    advantages = np.zeros_like(values)
-    advantage = np.zeros_like(last_value)
+    advantages, advantage = np.zeros_like(values), np.zeros_like(last_value)
     for t in reversed(range(rewards.shape[-2])):
         advantages[..., t, :] = advantage = deltas[..., t, :] + decay[..., t, :] * advantage
     return advantages, advantages + values
@@ -334,7 +329,7 @@ def train(args: Args, envs: Envs) -> None:
     optimizer = torch.optim.Adam(agent.parameters(), args.learning_rate, eps=1e-5, fused=True)
     normalizer = Normalizer(N, E, envs.obs_dim, args.gamma)
     torch._dynamo.config.trace_autograd_ops = True  # forward and backward in one graph
-    compiled_backward = torch.compile(backward, disable=not args.compile)
+    compiled_backward = torch.compile(backward, disable=not args.compile, options={"cpp_wrapper": not args.cuda})
 
     # A resumed run takes over the state_dict() of every part and all numbers, lists and tensors of progress.
     parts = {"agent": agent, "optimizer": optimizer, "normalizer": normalizer}
@@ -355,7 +350,7 @@ def train(args: Args, envs: Envs) -> None:
     episodes, stats = [[] for _ in args.seeds], []  # since the last log
     tensor = partial(torch.as_tensor, device=args.device)
     raw_obs = envs.reset(args.seeds, TRAINING, global_step)  # a resumed run has other episodes
-    normalizer.count("obs", raw_obs)
+    normalizer.count(raw_obs)
     obs = normalizer.obs(raw_obs)
     while global_step < total_timesteps:
         iteration_start = time.perf_counter()
@@ -369,7 +364,7 @@ def train(args: Args, envs: Envs) -> None:
             actions = (agent.logits(tensor(obs)).cpu().numpy() + gumbel[:, t]).argmax(-1)
             obs_buf[:, t], action_buf[:, t] = obs, actions
             raw_obs, reward_buf[:, t], terminated, truncated, final_obs = envs.step(actions)
-            normalizer.count("obs", raw_obs)
+            normalizer.count(raw_obs)
             obs = normalizer.obs(raw_obs)
             done_buf[:, t] = done = terminated | truncated
             episode_return += reward_buf[:, t]
@@ -418,8 +413,7 @@ def train(args: Args, envs: Envs) -> None:
         means = {tag: torch.stack([s[tag] for s in stats]).mean(0).tolist() for tag in stats[0]}
         unexplained = (returns - values).var((1, 2)) / (returns.var((1, 2)) + 1e-8)
         for i, log in enumerate(logs):
-            metrics = {tag: mean[i] for tag, mean in means.items()}
-            metrics["losses/explained_variance"] = 1 - unexplained[i]
+            metrics = {tag: mean[i] for tag, mean in means.items()} | {"losses/explained_variance": 1 - unexplained[i]}
             metrics |= {"charts/learning_rate": optimizer.param_groups[0]["lr"], "charts/SPS": sps}
             if episodes[i]:
                 metrics["charts/episodic_return"], metrics["charts/episodic_length"] = np.mean(episodes[i], axis=0)
@@ -443,9 +437,8 @@ def train(args: Args, envs: Envs) -> None:
 
 @torch.no_grad()
 def evaluate(args: Args, agent: Agent, normalizer: Normalizer, step: int | None = None) -> np.ndarray:
-    """Raw returns (num_agents, 10) of the first episode in each of 10 environments of its own per agent.
-    The most likely bin of every action dimension is taken, and the normalization statistics are frozen. An evaluation
-    during training, at a step, has starts of its own. With args.capture_video the very first episode is recorded."""
+    """Raw returns (num_agents, 10) of the first episode in each of 10 environments of its own per agent, with the most
+    likely bins and frozen statistics. An evaluation during training, at a step, has starts of its own."""
     name, stream = ("final", (EVALUATION,)) if step is None else (f"step{step}", (EVALUATION, step))
     say(f"evaluation, {name}: {EVAL_EPISODES} episodes of every agent")
     with closing(Envs(args, EVAL_EPISODES, Path(args.run_dir, "videos", name) if args.capture_video else None)) as envs:
@@ -476,7 +469,7 @@ RULES = """
 """  # of arguments, in the flags' spelling: the one that does not hold is the error message
 
 
-def fail(message: object, code: int = 2) -> NoReturn:
+def fail(message: object, code: int = 2) -> None:
     """End in one line: code 2 for a wrong argument, 1 for what a run can meet. A bug keeps Python's traceback."""
     say(f"error: {' '.join(str(message).split())}", sys.stderr)
     raise SystemExit(code)

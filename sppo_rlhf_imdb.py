@@ -37,7 +37,6 @@ from dataclasses import asdict, dataclass, replace
 from datetime import datetime, timedelta
 from importlib import import_module, metadata, util
 from pathlib import Path
-from typing import NoReturn
 
 import accelerate
 import datasets
@@ -643,7 +642,7 @@ RULES = """
 """  # of arguments, in the flags' spelling: the one that does not hold is the error message
 
 
-def fail(message: object, code: int = 2) -> NoReturn:
+def fail(message: object, code: int = 2) -> None:
     """End in one line: code 2 for a wrong argument, 1 for what a run can meet. A bug keeps Python's traceback."""
     say(f"error: {' '.join(str(message).split())}", sys.stderr)
     raise SystemExit(code)

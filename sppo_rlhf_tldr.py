@@ -39,7 +39,7 @@ from datetime import datetime, timedelta
 from functools import partial
 from importlib import import_module, metadata, util
 from pathlib import Path
-from typing import Literal, NoReturn
+from typing import Literal
 
 import accelerate
 import datasets
@@ -788,7 +788,7 @@ RULES = """
 """  # of arguments, in the flags' spelling: the one that does not hold is the error message
 
 
-def fail(message: object, code: int = 2) -> NoReturn:
+def fail(message: object, code: int = 2) -> None:
     """End in one line: code 2 for a wrong argument, 1 for what a run can meet. A bug keeps Python's traceback."""
     say(f"error: {' '.join(str(message).split())}", sys.stderr)
     raise SystemExit(code)

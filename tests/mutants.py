@@ -209,10 +209,10 @@ GAE: lambda of no effect | sa2c_continuous_discretized | references
 + gae(rewards, values, done_buf, last_value, args.gamma, 1.0)
 
 observations: counted in after their normalization | sppo_continuous_discretized | references
--             normalizer.count("obs", raw_obs)
+-             normalizer.count(raw_obs)
 -             obs = normalizer.obs(raw_obs)
 +             obs = normalizer.obs(raw_obs)
-+             normalizer.count("obs", raw_obs)
++             normalizer.count(raw_obs)
 
 observations: eps | sppo_continuous_discretized | references
 - np.sqrt(self.statistics["obs_var"] + 1e-8)
@@ -231,8 +231,8 @@ rewards: returns run over the end of an episode | sppo_continuous_discretized | 
 + pass
 
 rewards: not clipped | sppo_continuous_discretized | references
-- np.sqrt(var + 1e-8)).clip(-10, 10)
-+ np.sqrt(var + 1e-8))
+- np.sqrt(new_var + 1e-8)).clip(-10, 10)
++ np.sqrt(new_var + 1e-8))
 
 reward noise: before normalization | sa2c_continuous_discretized | references
 - (normalizer.rewards(reward_buf, done_buf) + noise)
@@ -298,7 +298,7 @@ devices: mask on the CPU | sppo_rlhf_tldr | devices -k adapter
 # The evaluation, and what a run leaves
 evaluation: statistics go on | sppo_continuous_discretized | cli -k saved_model
 -             obs = torch.from_numpy(normalizer.obs(raw_obs))
-+             normalizer.count("obs", raw_obs)
++             normalizer.count(raw_obs)
 +             obs = torch.from_numpy(normalizer.obs(raw_obs))
 
 evaluation: in the environments of the training | sppo_continuous_discretized | seeds

@@ -24,8 +24,8 @@ LOSS = {
 TAG = ('        "losses/entropy": ', '        "losses/advantage_std": advantages.std(-1),\n        "losses/entropy": ')
 METRICS = {
     "continuous_discretized": (
-        "            metrics = {tag: mean[i] for tag, mean in means.items()}\n",
-        "            metrics = {tag: mean[i] for tag, mean in means.items()}\n"
+        '            metrics |= {"charts/learning_rate": optimizer.param_groups[0]["lr"], "charts/SPS": sps}\n',
+        '            metrics |= {"charts/learning_rate": optimizer.param_groups[0]["lr"], "charts/SPS": sps}\n'
         '            metrics["charts/reward_std"] = reward_buf[i].std()\n',
     ),
     "atari": (
