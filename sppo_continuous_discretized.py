@@ -358,7 +358,7 @@ def train(args: Args, envs: Envs) -> None:
         # Rollout. argmax(logits + Gumbel noise) is a sample of the policy; the noise is drawn once per rollout.
         shape = (T, E, envs.action_dim, args.num_bins)
         gumbel = -torch.stack([torch.empty(shape).exponential_(generator=g) for g in generators]).log().numpy()
-        noise = args.reward_noise_std * torch.stack([torch.randn(T, E, generator=g) for g in generators]).numpy()
+        reward_noise = args.reward_noise_std * torch.stack([torch.randn(T, E, generator=g) for g in generators]).numpy()
         bootstrap = np.zeros((N, T, E), np.float32)
         for t in range(T):
             actions = (agent.logits(tensor(obs)).cpu().numpy() + gumbel[:, t]).argmax(-1)
@@ -383,7 +383,7 @@ def train(args: Args, envs: Envs) -> None:
         b_obs, b_actions = (tensor(x).flatten(1, 2) for x in (obs_buf, action_buf))
         b_logprob, _ = logprob_and_entropy(agent.logits(b_obs), b_actions)
         values, last_value = agent.value(b_obs).view(N, T, E).cpu().numpy(), agent.value(tensor(obs)).cpu().numpy()
-        rewards = (normalizer.rewards(reward_buf, done_buf) + noise).astype(np.float32) + bootstrap
+        rewards = (normalizer.rewards(reward_buf, done_buf) + reward_noise).astype(np.float32) + bootstrap
         advantages, returns = gae(rewards, values, done_buf, last_value, args.gamma, args.gae_lambda)
         batch = b_obs, b_actions, b_logprob, *(tensor(x).flatten(1, 2) for x in (advantages, returns))
 

@@ -235,12 +235,12 @@ rewards: not clipped | sppo_continuous_discretized | references
 + np.sqrt(new_var + 1e-8))
 
 reward noise: before normalization | sa2c_continuous_discretized | references
-- (normalizer.rewards(reward_buf, done_buf) + noise)
-+ normalizer.rewards(reward_buf + noise, done_buf)
+- (normalizer.rewards(reward_buf, done_buf) + reward_noise)
++ normalizer.rewards(reward_buf + reward_noise, done_buf)
 
 reward noise: in the logged returns | sppo_continuous_discretized | references
 - episode_return += reward_buf[:, t]
-+ episode_return += reward_buf[:, t] + noise[:, t]
++ episode_return += reward_buf[:, t] + reward_noise[:, t]
 
 reward noise: in the evaluation | sppo_continuous_discretized | references
 - returns += reward * running
