@@ -160,10 +160,10 @@ class Envs:
             final_obs, reward, terminated, truncated, _ = env.step(value)
             if not (isinstance(reward, float) and type(terminated) is type(truncated) is bool):  # but arrays
                 reward, terminated, truncated = (np.asarray(x).item() for x in (reward, terminated, truncated))
-            final_obs = np.array(final_obs).ravel()
-            obs = np.array(env.reset()[0]).ravel() if terminated or truncated else final_obs
+            final_obs = np.array(final_obs)
+            obs = np.array(env.reset()[0]) if terminated or truncated else final_obs
             rows.append((obs, reward, bool(terminated), bool(truncated), final_obs))
-        return tuple(x.reshape(self.shape + x.shape[1:]) for x in map(np.array, zip(*rows)))
+        return tuple(x.reshape(*self.shape, *[-1] * (x.ndim > 1)) for x in map(np.array, zip(*rows)))
 
 
 class Normalizer(nn.Module):

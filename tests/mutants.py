@@ -189,7 +189,7 @@ bootstrap: of the observation after the reset | sa2c_continuous_discretized | re
 + agent.value(tensor(normalizer.obs(raw_obs)))
 
 bootstrap: final observations overwritten | sppo_continuous_discretized | references
-- final_obs = np.array(final_obs).ravel()
+- final_obs = np.array(final_obs)
 + final_obs = np.asarray(final_obs)
 
 GAE: lambda missing | sppo_continuous_discretized | references
@@ -442,7 +442,7 @@ regular numbers: as they come | sppo_continuous_discretized | strangers -k any_f
 + (reward, terminated, truncated)
 
 regular numbers: not copied | sa2c_continuous_discretized | strangers -k any_form
-- final_obs = np.array(final_obs).ravel()
+- final_obs = np.array(final_obs)
 + 
 
 lost model: saved after the final evaluation | sppo_continuous_discretized | strangers -k survives
