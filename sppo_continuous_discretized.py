@@ -636,8 +636,8 @@ def open_run(args: Args) -> Args:
 def evaluate_model(args: Args) -> None:
     """--evaluate: the final evaluation again, of model.safetensors alone."""
     path = Path(args.evaluate, "model.safetensors") if Path(args.evaluate).is_dir() else Path(args.evaluate)
-    if not path.is_file():
-        fail(f"--evaluate {path}: no such file. A run leaves it at its end, a batch of seeds one in every seed<k>/")
+    if path.suffix != ".safetensors" or not path.is_file():
+        fail(f"--evaluate {path}: no such .safetensors file. A run leaves it at its end, a batch one in every seed<k>/")
     with safetensors.safe_open(path, "pt") as file:
         saved, tensors = file.metadata() or {}, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     saved = saved_args(path, saved.get("script"), json.loads(saved.get("args", "{}")))

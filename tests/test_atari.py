@@ -506,7 +506,7 @@ def test_full_disk_stops_the_run_in_one_line(script, tmp_path, monkeypatch, caps
         (["--Z", "0.5"], "-inf < --Z < 0 must hold"),
         (["--total-timesteps", "10"], "--total-timesteps >= --num-envs * --num-steps must hold"),
         (["--resume", "nowhere"], "cannot be opened as a run directory"),
-        (["--evaluate", "nowhere"], "no such file"),
+        (["--evaluate", "nowhere"], "no such .safetensors"),
     ],
 )
 def test_bad_input_is_one_line_and_writes_nothing(script, flags, words, tmp_path, monkeypatch, capsys):

@@ -649,8 +649,9 @@ FLAGS = [
     ("--evaluate run --seed 5", "--evaluate takes its arguments from the run: drop --seed"),
     ("--evaluate run --resume run", "--resume takes its arguments from the run: drop --evaluate"),
     ("--evaluate run --compile --reward-noise-std 0.05", "drop --compile, --reward-noise-std"),
-    ("--evaluate missing", "--evaluate missing: no such file"),
-    ("--evaluate .", "--evaluate model.safetensors: no such file. A run leaves it at its end, a batch of seeds one in"),
+    ("--evaluate missing", "--evaluate missing: no such .safetensors file"),
+    ("--evaluate run/checkpoint.pt", "--evaluate run/checkpoint.pt: no such .safetensors file"),
+    ("--evaluate .", "--evaluate model.safetensors: no such .safetensors file."),
 ]
 
 
@@ -697,15 +698,15 @@ MODELS = {  # the last three are damaged: the library says how
 @pytest.mark.parametrize("kind", MODELS)
 def test_evaluate_plays_nothing_that_is_no_model_of_this_script(finished, call, tmp_path, kind):
     damage, expected = MODELS[kind]
-    damage(tmp_path / "model", finished[0] / "run" / "model.safetensors")
+    damage(tmp_path / "model.safetensors", finished[0] / "run" / "model.safetensors")
     before = snapshot(tmp_path)
     if isinstance(expected, str):
-        code, out, err = call("--evaluate", tmp_path / "model")
+        code, out, err = call("--evaluate", tmp_path / "model.safetensors")
         assert_refused(code, err, expected)
         assert out == ""
     else:
         with pytest.raises(expected):
-            call("--evaluate", tmp_path / "model")
+            call("--evaluate", tmp_path / "model.safetensors")
     assert snapshot(tmp_path) == before
 
 
