@@ -6,6 +6,7 @@ import sys
 
 import pytest
 from conftest import ROOT
+from peers import throughput
 from peers.throughput import Speed, in_fresh_process, in_turn, iterations, ours, processor, ratio, stable_baselines3
 from questions import atari_parts
 from questions.other_envs import is_same
@@ -96,3 +97,26 @@ def test_envpool_check_without_envpool_says_where_it_is_from(tmp_path):
     process = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert process.returncode == 2 and process.stderr.count("\n") == 1
     assert process.stderr.startswith("error: there is no envpool: the head of envpool_check.py")
+
+
+def test_beside_trl_every_side_has_its_environment_and_the_kept_ones_their_ratios(monkeypatch, capsys):
+    seen, plain = [], os.environ.get("MALLOC_MMAP_MAX_")
+
+    def in_this_process(function, *inputs):
+        if function is throughput.language_models:
+            return {}
+        side, _, updates, *_ = inputs
+        kept = os.environ.get("MALLOC_MMAP_MAX_") == "0"
+        seen.append((side, kept, updates))
+        speed = {"TRL": 10.0, "ours": 20.0, "arithmetic": 50.0}[side] * (2 if kept else 1)
+        return Speed(speed, speed, memory=1.0)
+
+    monkeypatch.setattr(throughput, "in_fresh_process", in_this_process)
+    throughput.compare_with_trl(throughput.Args(rounds=1, steps=4))
+    one_round = [("TRL", False, 4), ("ours", False, 4), ("TRL", True, 4), ("ours", True, 4), ("arithmetic", False, 0)]
+    assert seen == one_round + one_round[::-1] and os.environ.get("MALLOC_MMAP_MAX_") == plain
+    out = capsys.readouterr().out
+    assert "  ours, memory kept: 2.00 (per CPU second 2.00) times ours\n" in out
+    assert "  ours, memory kept: 2.00 (per CPU second 2.00) times TRL, memory kept\n" in out
+    assert "  ours: 2.00 (per CPU second 2.00) times TRL, 0.40 (per CPU second 0.40) of our arithmetic alone\n" in out
+    assert "  ours, memory kept: 4.00 (per CPU second 4.00) times TRL, 0.80 " in out
