@@ -1,0 +1,186 @@
+"""Tests and intervals of scores over seeds, by scipy, and how they are printed.
+
+Two samples are compared by Welch's t. With 5 to 10 seeds t has heavier tails than a normal number, so 1 / sqrt(cells) is
+too narrow for a mean of t over cells. What is averaged over cells is therefore z, the normal quantile of Welch's p.
+"""
+
+import math
+
+import numpy as np
+import pandas as pd
+from scipy import stats
+
+RESAMPLES = 2000
+FAILURE = 1000  # percent; an improvement above says that the baseline failed, not how good the other one is
+
+
+def welch(mean, se, n, other_mean, other_se, other_n) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(t, p, z) of the first means minus the others, element by element; nan where one has a single seed.
+
+    t is the difference in joint standard errors, p two-sided, z the normal number with t's sign and p.
+    """
+    mean, se, n, other_mean, other_se, other_n = (
+        np.asarray(x, float) for x in (mean, se, n, other_mean, other_se, other_n)
+    )
+    with np.errstate(divide="ignore", invalid="ignore"):
+        sd, other_sd = se * np.sqrt(n), other_se * np.sqrt(other_n)
+        t, p = stats.ttest_ind_from_stats(mean, sd, n, other_mean, other_sd, other_n, equal_var=False)
+    t = np.where(np.hypot(se, other_se) > 0, t, np.nan)  # without any spread there is no unit
+    p = np.where(np.isnan(t), np.nan, p)
+    return t, p, np.sign(t) * stats.norm.isf(p / 2)
+
+
+def welch_of(first, second) -> tuple[float, float, float]:
+    """(t, p, z) of two samples of scores."""
+    return tuple(float(x) for x in welch(*summary(first), *summary(second)))
+
+
+def summary(values) -> tuple[float, float, int]:
+    """Mean, standard error and number of scores; the error of a single one is nan."""
+    values = np.asarray(values, float)
+    se = float(stats.sem(values)) if len(values) > 1 else math.nan
+    return float(values.mean()) if len(values) else math.nan, se, len(values)
+
+
+def difference_interval(first, second) -> tuple[float, float] | None:
+    """95 % interval of the difference of two means, by Welch's t; None if one has one seed or neither varies."""
+    if min(len(first), len(second)) < 2 or max(np.ptp(first), np.ptp(second)) == 0:
+        return None
+    interval = stats.ttest_ind(first, second, equal_var=False).confidence_interval()
+    return float(interval.low), float(interval.high)
+
+
+def stouffer(z) -> tuple[float, float]:
+    """(sum of z / sqrt(cells), its two-sided p): whether cells together differ from chance."""
+    z = np.asarray(z, float)
+    total = z.sum() / math.sqrt(len(z))
+    return float(total), float(2 * stats.norm.sf(abs(total)))
+
+
+def mean_interval(z) -> tuple[float, float, float]:
+    """Mean of z over cells and its 95 % interval, that of a t test over cells; nan bounds for a single cell."""
+    z = np.asarray(z, float)
+    bounds = stats.ttest_1samp(z, 0).confidence_interval() if len(z) > 1 else (math.nan, math.nan)
+    return float(z.mean()), float(bounds[0]), float(bounds[1])
+
+
+def holm(p) -> np.ndarray:
+    """p values corrected for their number, by Holm's method; nan counts for none and stays."""
+    p = pd.Series(np.asarray(p, float))
+    ordered = p.dropna().sort_values()
+    adjusted = (ordered * np.arange(len(ordered), 0, -1)).cummax().clip(upper=1)
+    return adjusted.reindex(p.index).to_numpy()
+
+
+def beyond_by_chance(n, other_n, se, other_se, bound: float = 2) -> float:
+    """How many of so many cells lie beyond a bound in joint standard errors if none differs, by Welch's t."""
+    variances = np.square([np.asarray(se, float), np.asarray(other_se, float)])
+    degrees = variances.sum(0) ** 2 / (variances**2 / (np.array([n, other_n]) - 1)).sum(0)
+    return float(2 * stats.t.sf(bound, degrees).sum())
+
+
+def probability_of_improvement(*samples, axis=-1):
+    """How often a run of the first half of the samples scores above one of the second half, a tie counting half.
+
+    Samples are one environment's each; the mean over environments is taken. axis is the last one, as scipy names it.
+    """
+    half = len(samples) // 2
+    pairs = [(x[..., :, None], y[..., None, :]) for x, y in zip(samples[:half], samples[half:])]
+    return np.mean([((x > y) + 0.5 * (x == y)).mean((-2, -1)) for x, y in pairs], axis=0)
+
+
+def interquartile_mean(*samples, axis=-1):
+    """Mean of the middle half of all runs; each sample holds the normalized scores of one environment, (..., seeds)."""
+    return stats.trim_mean(np.concatenate(samples, axis=axis), 0.25, axis=axis)
+
+
+def bootstrap_interval(samples, statistic) -> tuple[float, float] | None:
+    """95 % interval of a statistic, seeds resampled within each environment; None if one has one seed."""
+    if min(map(len, samples)) < 2:
+        return None
+    options = {"n_resamples": RESAMPLES, "method": "percentile", "rng": np.random.default_rng(0)}
+    return tuple(stats.bootstrap(samples, statistic, **options).confidence_interval)
+
+
+def interval_text(samples, statistic) -> str:
+    """A statistic with its interval; none where no resampling can change it, which says nothing about other seeds."""
+    samples = [np.asarray(sample, float) for sample in samples]
+    value, interval = f"{statistic(*samples):.2f}", bootstrap_interval(samples, statistic)
+    if interval is None:
+        return f"{value} (one seed: no interval)"
+    low, high = interval
+    return f"{value} [{low:.2f}, {high:.2f}]" if low < high else f"{value} (no interval)"
+
+
+def chance_text(first, second) -> str:
+    """Probability of improvement over some environments; first and second are lists of scores, one per environment."""
+    return interval_text([*first, *second], probability_of_improvement)
+
+
+def improvements(baseline, symmetric) -> np.ndarray:
+    """Percent by which each symmetric mean exceeds its baseline's; a baseline of 0 is left out."""
+    baseline, symmetric = np.asarray(baseline, float), np.asarray(symmetric, float)
+    some = baseline != 0
+    return 100 * (symmetric - baseline)[some] / abs(baseline[some])
+
+
+def improvement_text(baseline, symmetric) -> str:
+    """Mean improvement in percent, and without the failures of a baseline."""
+    percent = improvements(baseline, symmetric)
+    if not len(percent):
+        return "undefined for a baseline of 0"
+    text, without = f"{percent.mean():+.1f} %", percent[percent <= FAILURE]
+    if len(without) < len(percent):
+        rest = f"{without.mean():+.1f} %" if len(without) else "nothing left"
+        text += f" ({rest} without the {len(percent) - len(without)} above {FAILURE} %)"
+    return text
+
+
+def number(value: float, like: float | None = None) -> str:
+    """No decimals from 1000 up, one from 10 up, two from 1 up, else three, by the size of like."""
+    size = abs(value if like is None else like)
+    return f"{value:.{0 if size >= 1000 else 1 if size >= 10 else 2 if size >= 1 else 3}f}"
+
+
+def mean_se(mean: float, se: float = math.nan) -> str:
+    """Mean ± standard error, the mean alone where there is no error; empty for no mean."""
+    if math.isnan(mean):
+        return ""
+    return number(mean) + (f" ± {number(se, mean)}" if math.isfinite(se) else "")
+
+
+def mean_text(values) -> str:
+    """Mean ± standard error of scores."""
+    return mean_se(*summary(values)[:2])
+
+
+def gain(difference: float, se: float = math.nan) -> str:
+    """A difference of two means with its sign, ± its standard error if there is one; empty for no difference."""
+    if math.isnan(difference):
+        return ""
+    size = max(abs(difference), se) if math.isfinite(se) else difference
+    text = f"{'+' if difference > 0 else ''}{number(difference, size)}"
+    return text + (f" ± {number(se, size)}" if math.isfinite(se) else "")
+
+
+def p_text(p: float) -> str:
+    """A p value with two digits."""
+    return "-" if math.isnan(p) else "< 0.001" if p < 0.001 else f"{p:.{3 if p < 0.0995 else 2}f}"
+
+
+def bracket_text(mean: float, low: float, high: float) -> str:
+    """+0.12 [-0.30, +0.54], the mean alone where there is no interval."""
+    return f"{mean:+.2f}" + (f" [{low:+.2f}, {high:+.2f}]" if math.isfinite(low) else "")
+
+
+def span(numbers, unit: str = "") -> str:
+    """5, or 5 to 10."""
+    low, high = min(numbers), max(numbers)
+    return (f"{low}" if low == high else f"{low} to {high}") + unit
+
+
+def markdown(frame: pd.DataFrame, left: tuple[str, ...] = ()) -> str:
+    """A Markdown table, columns to the right but the first and those named; missing texts are empty."""
+    aligned = ["left" if i == 0 or name in left else "right" for i, name in enumerate(frame)]
+    texts = frame.fillna("").astype(str)
+    return texts.to_markdown(index=False, disable_numparse=True, colalign=aligned)
