@@ -1,7 +1,7 @@
 """Tests and intervals of scores over seeds, by scipy, and how they are printed.
 
-Two samples are compared by Welch's t. With 5 to 10 seeds t has heavier tails than a normal number, so 1 / sqrt(cells) is
-too narrow for a mean of t over cells. What is averaged over cells is therefore z, the normal quantile of Welch's p.
+Two samples are compared by Welch's t. With 5 to 10 seeds t has heavier tails than a normal number, so 1 / sqrt(cells)
+is too narrow for a mean of t over cells. What is averaged over cells is therefore z, the normal quantile of Welch's p.
 """
 
 import math

@@ -10,8 +10,8 @@ from pathlib import Path
 
 from sweeps import NOT_COMPARED, ROOT, CellError, Script, cells, take_seeds
 
-PAPER_NUMBERS = Path(__file__).with_name("paper_numbers.csv")
-PUBLIC_SCORES = Path(__file__).with_name("public_scores.csv")
+PAPER_NUMBERS = ROOT / "benchmark/paper/paper_numbers.csv"
+PUBLIC_SCORES = ROOT / "benchmark/paper/public_scores.csv"
 TABLES = {11: "atari_ppo", 8: "atari_a2c"}  # 1 and 2 are parts of 11 and 13; 4 has a section of its own
 TABLES |= {12: "continuous_ppo", 13: "continuous_ppo", 9: "continuous_a2c", 10: "continuous_a2c"}
 PARTS = {1: 11, 2: 13}
