@@ -18,90 +18,79 @@ from dataclasses import dataclass
 from pathlib import Path
 
 try:
+    import findings
     import tyro
+    from beside_sb3 import NOTE, beside, both_sides
+    from comparisons import TOGETHER_NOTE, sentences, symmetric_of, together_table
+    from documents import filled
+    from figures import figures_text
+    from language import language_cells, language_table, language_text
+    from runs import FAMILY, PARTS, TASKS, Found, unfinished
+    from stats import markdown
     from sweeps import find
-    from tables_and_plots.beside_sb3 import beside_section
-    from tables_and_plots.cells import LANGUAGE_TABLES, TABLES, read_paper
-    from tables_and_plots.comparisons import copies_section, in_sentences, together_table
-    from tables_and_plots.documents import filled
-    from tables_and_plots.figures import figures_section
-    from tables_and_plots.runs import Results, language_cells, load, unfinished
-    from tables_and_plots.tables import (
-        gains_text,
-        language_section,
-        language_table_section,
-        length_section,
-        other_section,
-        overview_section,
-        row_keys,
-        table_4_section,
-        table_section,
-    )
+    from tables import TEXT, copies_text, gains_text, groups_text, overview_table, table_4, table_4_text, table_text
 except ModuleNotFoundError as error:
     print(f"error: there is no {error.name}: pip install -r requirements-benchmark.txt", file=sys.stderr)
     sys.exit(2)
 
+COUNTED = {"paper": "at the paper's settings and length", "shorter": "shorter", "longer": "longer"}
+COUNTED |= {"other": "at other settings"}
+INTRO = """\
+Ours: mean ± standard error (SE) over n seeds (the paper: 5 on Atari, 4 on the language tasks, 30 elsewhere); the score
+of a seed is the mean of its 10 evaluation episodes, or of its evaluation samples. Difference: ours minus the paper's, in
+units of the joint SE, √(SE_ours² + SE_paper²), and whether it exceeds one. By chance alone a third of the cells would.
+Brackets: 95 % stratified-bootstrap intervals. Probability of improvement: that a run of the first algorithm scores above
+one of the second, averaged over environments; it has no interval where all runs of one are above all of the other, since
+no resampling can change that."""
 
-def write_report(folders: list[Path], results: Results, paper: dict, out: Path) -> None:
-    kinds = dict.fromkeys(("paper", "shorter", "longer", "other"), 0)
-    for group, runs in (results.groups | results.language).items():
-        kinds[group.kind] += len(runs.scores)
-    ours = results.paper_cells()
-    sections = [
-        "# Our results beside the paper's\n\n"
-        f"{sum(kinds.values())} runs in {', '.join(f'`{folder}`' for folder in folders)}: {kinds['paper']} at the "
-        f"paper's settings and length, {kinds['shorter']} shorter, {kinds['longer']} longer, {kinds['other']} at "
-        f"other settings, {len(results.left_out)} left out.\n\n"
-        "Ours: mean ± standard error (SE) over n seeds (the paper: 5 on Atari, 4 on the language tasks, 30 elsewhere); "
-        "the score of a seed is the mean of its 10 evaluation episodes, or of its evaluation samples. Difference: ours "
-        "minus the paper's, in units of the joint SE, √(SE_ours² + SE_paper²), and whether it exceeds one. By chance "
-        "alone a third of the cells would. Brackets: 95 % stratified-bootstrap intervals. Probability of improvement: "
-        "that a run of the first algorithm scores above one of the second, averaged over environments; it has no "
-        "interval where all runs of one are above all of the other, since no resampling can change that.\n"
-    ]
-    if copies := copies_section(results):
-        sections.append(copies)
-    shorter = {group.cell for group in results.of_kind("shorter")}
-    table_4 = table_4_section(paper, results)
-    sections.append(overview_section(paper, results, shorter, bool(table_4)))
-    if table := together_table(paper, ours):
-        sections.append(
-            f"## All cells together\n\n{table}\n\nEvery cell counts once. ±: what chance alone allows, 1 / √cells, if "
-            "each cell differs from the paper's by chance.\n"
+
+def left_out_text(left_out: list[tuple[Path, str]]) -> str:
+    alike = defaultdict(list)  # seeds side by side usually share their reason
+    for path, reason in left_out:
+        alike[path.parent, reason].append(path.name)
+    lines = [f"- `{parent}`, {', '.join(names)}: {reason}" for (parent, reason), names in alike.items()]
+    return "## Left out\n\n" + "\n".join(lines) + "\n" if lines else ""
+
+
+def report_text(found: Found, out: Path) -> str:
+    """The whole report; figures go to out."""
+    runs, cells, pooled, kinds = found.runs, found.cells, found.pooled, found.runs.kind.value_counts()
+    counts = ", ".join(f"{kinds.get(kind, 0)} {text}" for kind, text in COUNTED.items())
+    where = ", ".join(f"`{folder}`" for folder in found.folders)
+    first = f"{len(runs)} runs in {where}: {counts}, {len(found.left_out)} left out."
+    parts = [f"# Our results beside the paper's\n\n{first}\n\n{INTRO}\n", copies_text(runs)]
+    language, betas = language_cells(runs), table_4(runs)
+    note = "; ".join(f"Table {part} is a part of Table {whole}" for part, whole in PARTS.items())
+    note += "." if betas["any"].any() else ". No cell of Table 4 was run."
+    parts.append(f"## Cells that were run\n\n{overview_table(cells, runs, language)}\n\n{note}\n")
+    if table := together_table(cells):
+        parts.append(f"## All cells together\n\n{table}\n\n{TOGETHER_NOTE}\n")
+    shorter = runs[runs.kind == "shorter"]
+    for table in FAMILY:
+        if (cells.n[cells.table == table] > 0).any():
+            parts.append(table_text(cells, pooled, table, shorter))
+    for family in ("continuous_ppo", "continuous_a2c"):
+        if lines := sentences(cells, pooled, family):
+            parts.append(f"## {symmetric_of(family)[0]}, in sentences\n\n" + "".join(f"- {x}\n" for x in lines))
+    for name, make in findings.FINDINGS.items():
+        if section := make(found):
+            parts.append(f"## Finding: {name}\n\n{section}")
+    if len(rows := beside(both_sides(runs), out / "beside_sb3.png")):
+        title = "## Beside Stable-Baselines3 with bins, at the same step"
+        parts.append(
+            f"{title}\n\n{NOTE}\n\n{markdown(rows, TEXT)}\n\n![Training returns of both sides](beside_sb3.png)\n"
         )
-    for table in TABLES:
-        if row_keys(table, paper[table], ours):
-            sections.append(table_section(table, paper, ours, shorter))
-    for algorithm, table in (("DSPPO", 12), ("DSA2C", 9)):
-        if sentences := in_sentences(table, paper, ours):
-            sections.append("\n".join([f"## {algorithm}, in sentences", "", *(f"- {text}" for text in sentences), ""]))
-    if beside := beside_section(results, out):
-        sections.append(beside)
-    if table_4:
-        sections.append(table_4)
-    if any(group.family.startswith("atari") for group in results.groups):
-        sections.append(f"## The paper's gain over each baseline\n\n{gains_text(paper, ours)}")
-    language = language_cells(results, "paper")
-    for table in LANGUAGE_TABLES:
-        if language.keys() & paper[table].keys():
-            sections.append(language_table_section(table, paper, language))
-    for kind in ("shorter", "longer"):
-        if groups := results.of_kind(kind):
-            sections.append(length_section(kind, paper, groups))
-    if other := results.of_kind("other"):
-        sections.append(other_section(other))
-    if results.language:
-        sections.append(language_section(results.language))
-    if results.left_out:
-        alike = defaultdict(list)  # seeds side by side usually share their reason
-        for path, reason in results.left_out:
-            alike[path.parent, reason].append(path.name)
-        lines = [f"- `{parent}`, {', '.join(names)}: {reason}" for (parent, reason), names in alike.items()]
-        sections.append("\n".join(["## Left out", "", *lines, ""]))
-    sections.append(figures_section(results, out))
-    lines = [f"- {number} runs: commit {c}; {versions}" for (c, versions), number in results.made_by.most_common()]
-    sections.append("\n".join(["## Made by", "", *lines, ""]))
-    (out / "report.md").write_text("\n".join(sections), encoding="utf-8")
+    parts.append(table_4_text(runs, cells))
+    if runs.family.str.startswith("atari").any():
+        parts.append(f"## The paper's gain over each baseline\n\n{gains_text(cells)}")
+    parts += [language_table(language, table) for table in (3, 14)]
+    parts += [groups_text(runs, cells, kind) for kind in ("shorter", "longer", "other")]
+    if runs.family.isin(TASKS).any():
+        parts.append(language_text(runs))
+    parts += [left_out_text(found.left_out), figures_text(out, runs, cells, findings.arms(runs))]
+    made_by = (runs["commit"] + "; " + runs.versions).value_counts()
+    parts.append("## Made by\n\n" + "".join(f"- {n} runs: commit {text}\n" for text, n in made_by.items()))
+    return "\n".join(filter(None, parts))
 
 
 @dataclass
@@ -111,41 +100,40 @@ class Args:
     out: Path | None = None
     """where report.md and the figures go; without, into the first of the folders"""
     document: tuple[Path, ...] = ()
-    """Markdown files in which to renew what stands between marker lines: verdict, scores, tables, missing cells"""
+    """Markdown files in which to renew what stands between marker lines: verdict, scores, tables, missing cells, ..."""
+
+
+def fail(message: str) -> int:
+    print(message, file=sys.stderr)
+    return 2
 
 
 def main(argv: list[str] | None = None) -> int:
     args = tyro.cli(Args, args=argv, description=__doc__)
-    paper = read_paper()
     for folder in args.folders:
         if not find([folder], "result.json"):
             begun = len(unfinished([folder]))
             hint = f", {begun} unfinished runs" if begun else "" if folder.is_dir() else ", no such folder"
-            print(f"{folder}: no result.json{hint}", file=sys.stderr)
-            return 2
-    results = load(list(args.folders))
-    if not (results.groups or results.language):
-        path, reason = results.left_out[0]
-        print(f"no usable result.json among {len(results.left_out)}; the first, {path}: {reason}", file=sys.stderr)
-        return 2
+            return fail(f"{folder}: no result.json{hint}")
+    found = Found(list(args.folders))
+    if found.runs.empty:
+        path, reason = found.left_out[0]
+        return fail(f"no usable result.json among {len(found.left_out)}; the first, {path}: {reason}")
     documents = {}
     for path in args.document:
         try:
-            documents[path] = filled(path, list(args.folders), results, paper)
+            documents[path] = filled(path, found)
         except (OSError, ValueError) as error:
-            print(f"error: --document {path}: {error}", file=sys.stderr)
-            return 2
+            return fail(f"error: --document {path}: {error}")
     out = args.out or args.folders[0]
     try:
         out.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError):
-        print(f"error: --out {out} is no folder", file=sys.stderr)
-        return 2
-    write_report(list(args.folders), results, paper, out)
+        return fail(f"error: --out {out} is no folder")
+    (out / "report.md").write_text(report_text(found, out), encoding="utf-8")
     for path, text in documents.items():
         path.write_text(text, "utf-8")
-    counted = sum(len(runs.scores) for runs in (results.groups | results.language).values())
-    print(f"{counted} runs, {len(results.left_out)} left out: {out / 'report.md'}")
+    print(f"{len(found.runs)} runs, {len(found.left_out)} left out: {out / 'report.md'}")
     return 0
 
 

@@ -286,3 +286,13 @@ def read_judgments(folders: pd.Series) -> pd.DataFrame:
             except (OSError, ValueError, KeyError, TypeError):
                 continue  # not written by judge.py
     return pd.DataFrame(rows, columns=["folder", "against", "judge", "samples", "percent"])
+
+
+class Found:
+    """Runs below some folders, what is left out, the cells of the control tables, and these with controls pooled."""
+
+    def __init__(self, folders: list[Path]):
+        self.folders = folders
+        self.runs, self.left_out = read_runs(folders)
+        if len(self.runs):
+            self.cells, self.pooled = read_cells(self.runs), read_cells(self.runs, pooled=True)

@@ -8,7 +8,10 @@ import math
 
 import numpy as np
 import pandas as pd
+import tabulate
 from scipy import stats
+
+tabulate.MIN_PADDING = 0  # no more spaces in a header than its column needs
 
 RESAMPLES = 2000
 FAILURE = 1000  # percent; an improvement above says that the baseline failed, not how good the other one is
@@ -72,11 +75,20 @@ def holm(p) -> np.ndarray:
     return adjusted.reindex(p.index).to_numpy()
 
 
-def beyond_by_chance(n, other_n, se, other_se, bound: float = 2) -> float:
+def difference(mean, se, n, other_mean, other_se, other_n) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The difference of means as (mean, se, n), n - 1 being its degrees of freedom (Welch-Satterthwaite).
+
+    So two differences can be compared by welch in turn.
+    """
+    variance, other = np.square(np.asarray(se, float)), np.square(np.asarray(other_se, float))
+    degrees = (variance + other) ** 2 / (variance**2 / (np.asarray(n) - 1) + other**2 / (np.asarray(other_n) - 1))
+    return np.asarray(mean, float) - other_mean, np.sqrt(variance + other), degrees + 1
+
+
+def beyond_by_chance(se, n, other_se, other_n, bound: float = 2) -> float:
     """How many of so many cells lie beyond a bound in joint standard errors if none differs, by Welch's t."""
-    variances = np.square([np.asarray(se, float), np.asarray(other_se, float)])
-    degrees = variances.sum(0) ** 2 / (variances**2 / (np.array([n, other_n]) - 1)).sum(0)
-    return float(2 * stats.t.sf(bound, degrees).sum())
+    _, _, degrees = difference(0, se, n, 0, other_se, other_n)
+    return float(2 * stats.t.sf(bound, degrees - 1).sum())
 
 
 def probability_of_improvement(*samples, axis=-1):

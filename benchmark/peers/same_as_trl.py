@@ -20,14 +20,15 @@ from pathlib import Path
 
 import matplotlib
 import numpy as np
+import pandas as pd
 import tyro
 from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from documents import replace_section
+from runs import series
+from stats import markdown, mean_text, summary, welch_of
 from sweeps import find
-from tables_and_plots.documents import replace_section
-from tables_and_plots.runs import read_curve
-from tables_and_plots.scores import format_mean, markdown_table, standard_error
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -56,9 +57,9 @@ def load(folder: Path) -> dict[str, list[Run]]:
         result = json.loads(path.read_text())
         if side := SIDES.get(result["script"]):
             args = result["args"]
-            updates, scores = read_curve(path.parent, "objective/scores")
-            tokens = updates * args["num_trajectories"] * args["response_length"]
-            found[side][args["seed"]] = Run(result, scores, read_curve(path.parent, "objective/kl")[1], tokens)
+            scores, kl = (series(str(path.parent), f"objective/{tag}") for tag in ("scores", "kl"))
+            tokens = scores.index.to_numpy() * args["num_trajectories"] * args["response_length"]
+            found[side][args["seed"]] = Run(result, scores.to_numpy(), kl.to_numpy(), tokens)
             same = "policy reward_model dataset num_updates num_trajectories response_length learning_rate".split()
             tasks.add(tuple(args[name] for name in same))
     if len(tasks) > 1:
@@ -70,7 +71,7 @@ def plot(found: dict[str, list[Run]], path: Path) -> None:
     figure, (left, right) = plt.subplots(1, 2, figsize=(8, 3.2), sharey=True, layout="constrained")
     for side, runs in found.items():
         scores, kl, tokens = np.array([[r.parts(x) for x in (r.scores, r.kl, r.tokens)] for r in runs]).swapaxes(0, 1)
-        se = [standard_error(column) for column in scores.T]
+        se = [summary(column)[1] for column in scores.T]
         left.errorbar(tokens[0] / 1000, scores.mean(0), se, color=COLORS[side], label=f"{side}, {len(runs)} seeds")
         right.errorbar(kl.mean(0), scores.mean(0), se, color=COLORS[side], marker=".")
     left.set_xlabel("thousand tokens")
@@ -96,16 +97,16 @@ def section(found: dict[str, list[Run]], out: Path, base: Path) -> str:
         values["kl"] = np.array([run.parts(run.kl)[-1] for run in runs])
         columns.append(values)
         before = np.array([run.result["before"]["eval_score"] for run in runs])
-        texts = [format_mean(values[name]) for name in ("eval_score", "rollouts", "kl", "eval_perplexity")]
-        rows.append([side, format_mean(before), *texts, str(len(runs))])
+        texts = [mean_text(values[name]) for name in ("eval_score", "rollouts", "kl", "eval_perplexity")]
+        rows.append([side, mean_text(before), *texts, str(len(runs))])
     theirs, ours = columns
     differences = []
     for name in ("eval_score", "rollouts", "kl", "eval_perplexity"):
-        joint = math.hypot(standard_error(ours[name]), standard_error(theirs[name]))
-        differences.append(f"{(ours[name].mean() - theirs[name].mean()) / joint:+.2f}" if joint > 0 else "-")
+        t = welch_of(ours[name], theirs[name])[0]
+        differences.append("-" if math.isnan(t) else f"{t:+.2f}")
     rows.append(["difference / joint SE", "", *differences, ""])
     header = ["", "Score before", "Score after", "Rollouts' score", "KL", "Perplexity", "n"]
-    table = markdown_table(header, rows, right="|".join(header[1:]))
+    table = markdown(pd.DataFrame(rows, columns=header))
     return f"![Score against tokens and against KL]({os.path.relpath(path, base)})\n\n{table}\n"
 
 

@@ -39,7 +39,7 @@ import tyro
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from tables_and_plots.scores import bootstrap_interval
+from stats import bootstrap_interval
 
 
 @dataclass

@@ -1,0 +1,162 @@
+"""Curves over steps or updates: mean over seeds with its standard error, a panel for each environment or tag."""
+
+import io
+import math
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+import pandas as pd
+from comparisons import plain
+from PIL import Image
+from runs import BASELINES, GROUP, MODELS, RETURN, SCORES, TASKS, bin_means, by_group, series
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+COLORS = {"PPO": "black", "A2C": "black", "DPPO": "tab:blue", "DA2C": "tab:blue", "DPPO control": "gray"}
+COLORS |= {"DA2C control": "gray", "PPO control": "gray", "A2C control": "gray"} | dict.fromkeys(
+    BASELINES, "tab:orange"
+)
+CYCLE = ("tab:brown", "tab:pink", "tab:olive", "tab:cyan", "goldenrod", "navy", "darkgreen", "salmon", "tab:purple")
+KINDS = {"paper": "paper's settings and length", "shorter": "shorter than the paper"}
+KINDS |= {"longer": "longer than the paper", "other": "other settings"}
+DOMAINS = {"atari_ppo": "Atari, PPO", "atari_a2c": "Atari, A2C", "continuous_ppo": "MuJoCo and Box2D, PPO"}
+DOMAINS |= {"continuous_a2c": "MuJoCo and Box2D, A2C"} | TASKS
+TAGS = (  # name of the files, tag, y axis, scale, caption
+    ("curves", RETURN, "training return", 1, "Learning curves"),
+    ("curves", SCORES, "score of the rollouts", 1, "Learning curves"),
+    ("sign_flips", "losses/sign_flips", "advantage sign flips (%)", 100, "Advantage sign flips (Figure 2)"),
+)
+
+
+def averaged(folders: list[str], tag: str, bins: int = 100) -> tuple[np.ndarray, np.ndarray] | None:
+    """Steps (bins,) and values (seeds, bins) of a tag where all curves go; None where nobody logged it."""
+    curves = [curve for curve in (series(folder, tag) for folder in folders) if len(curve) > 1]
+    first = max((curve.index[0] for curve in curves), default=0)
+    last = min((curve.index[-1] for curve in curves), default=0)
+    if first >= last:
+        return None
+    edges = np.linspace(first, last, bins + 1)
+    return (edges[1:] + edges[:-1]) / 2, np.array([bin_means(curve, edges) for curve in curves])
+
+
+def figure(path: Path, panels: list[tuple], unit: str = "million steps", columns: int = 3) -> bool:
+    """Writes a PNG of panels (title, y label, tag, scale, [(label, style, folders)]); False where there is nothing."""
+    path.unlink(missing_ok=True)
+    size, drawn = 1e6 if unit == "million steps" else 1, []
+    for title, y_label, tag, scale, lines in panels:
+        found = [(label, style, averaged(folders, tag)) for label, style, folders in lines]
+        if found := [(label, style, *both) for label, style, both in found if both]:
+            drawn.append((title, y_label, scale, found))
+    if not drawn:
+        return False
+    columns = min(len(drawn), columns)
+    rows, width, handles = math.ceil(len(drawn) / columns), {1: 6, 2: 4, 3: 3.6}.get(columns, 2.6), {}
+    picture, axes = plt.subplots(rows, columns, figsize=(width * columns, 0.75 * width * rows), squeeze=False)
+    for ax, (title, _, scale, lines) in zip(axes.flat, drawn):
+        for label, style, x, values in lines:
+            mean = scale * values.mean(0)
+            (handles[label],) = ax.plot(x / size, mean, **{"linewidth": 1.2} | style)
+            if len(values) > 1:
+                se = scale * values.std(0, ddof=1) / math.sqrt(len(values))
+                ax.fill_between(x / size, mean - se, mean + se, color=style["color"], alpha=0.2, linewidth=0)
+        ax.set_title(title, fontsize=10)
+        ax.tick_params(labelsize=7)
+        ax.grid(alpha=0.3)
+    for ax in axes.flat[len(drawn) :]:
+        ax.axis("off")
+    for ax in axes.flat[max(0, len(drawn) - columns) : len(drawn)]:
+        ax.set_xlabel(unit, fontsize=8)
+    for ax, (_, y_label, _, _) in zip(axes[:, 0], drawn):
+        ax.set_ylabel(y_label, fontsize=8)
+    names = list(handles)
+    in_a_row = max(1, int(width * columns * 12 / (max(map(len, names)) + 8)))  # some 12 characters an inch
+    picture.set_figheight(picture.get_figheight() + 0.2 * max(0, math.ceil(len(names) / in_a_row) - 2))
+    picture.set_layout_engine("constrained")
+    picture.legend(handles.values(), names, loc="outside lower center", ncols=in_a_row, fontsize=8)
+    with io.BytesIO() as file:  # as a PNG with a small palette
+        picture.savefig(file, dpi=90)
+        Image.open(file).convert("RGB").quantize(128, Image.Quantize.MAXCOVERAGE).save(path, optimize=True)
+    plt.close(picture)
+    return True
+
+
+def labels(groups: pd.DataFrame) -> list[str]:
+    """Names of the lines of a panel, without the settings that all of them have in common."""
+    settings = [text.split(", ") for text in groups.other_settings]
+    common = set.intersection(*map(set, settings)) if len(groups) > 1 else set()
+    found = []
+    for row, own in zip(groups.itertuples(), settings):
+        noise = "with noise" if row.noise != "none" else ""
+        length = (
+            f"{row.steps:,} {'updates' if row.family in TASKS else 'steps'}" if row.steps != row.paper_steps else ""
+        )
+        found.append(", ".join(filter(None, [row.algorithm, noise, length, *(x for x in own if x not in common)])))
+    return found
+
+
+def lines(groups: pd.DataFrame, cycle: dict[str, str]) -> list[tuple[str, dict, list[str]]]:
+    """A line for each group: dashed with noise, in the algorithm's color or, at other settings, one of its own."""
+    found = []
+    for label, row in zip(labels(groups), groups.itertuples()):
+        color = None if row.other_settings else COLORS.get(row.algorithm)
+        color = color or cycle.setdefault(label, CYCLE[len(cycle) % len(CYCLE)])
+        found.append((label, {"color": color, "linestyle": "-" if row.noise == "none" else "--"}, row.folders))
+    return found
+
+
+def curves(path: Path, runs: pd.DataFrame, tag: str, y_label: str, scale: float) -> bool:
+    """A panel for each environment of runs of one family."""
+    groups = by_group(runs, GROUP).sort_values(["environment", "noise", "rank", "steps"], ignore_index=True)
+    panels, cycle = [], {}
+    for (environment, *models), some in groups.groupby(["environment", *MODELS], dropna=False):
+        names = [Path(model).name for model in models if isinstance(model, str)]
+        title = ", ".join(names) if names and runs.kind.iloc[0] == "other" else plain(environment)
+        panels.append((title, y_label, tag, scale, lines(some, cycle)))
+    unit = "updates" if runs.family.isin(TASKS).all() else "million steps"
+    return figure(path, panels, unit, 5 if len(panels) > 9 else 3)
+
+
+def picture(path: Path, cells: pd.DataFrame) -> bool:
+    """The one of README.md: DPPO and DSPPO where both were run, dashed with noise, the control thin."""
+    some = cells[(cells.family == "continuous_ppo") & cells.algorithm.isin(["DPPO", "DSPPO", "DPPO control"])]
+    panels = []
+    for environment, rows in some[some.n > 0].groupby("environment", sort=False):
+        if {"DPPO", "DSPPO"} <= set(rows.algorithm):
+            styled = lines(rows, {})
+            thin = [(label, style | {"linewidth": 0.7 if "control" in label else 1.5}, x) for label, style, x in styled]
+            panels.append((plain(environment), "training return", RETURN, 1, thin))
+    return figure(path, panels, columns=4)
+
+
+def arms(path: Path, groups: pd.DataFrame) -> bool:
+    """Return, entropy and value loss of runs beside each other, a line for each algorithm with its settings."""
+    cycle, tags = {}, {RETURN: "training return", "losses/entropy": "entropy", "losses/value_loss": "value loss"}
+    styled = lines(groups.assign(paper_steps=groups.steps, noise="none"), cycle)
+    return figure(path, [(label, "", tag, 1, styled) for tag, label in tags.items()])
+
+
+def figures_text(out: Path, runs: pd.DataFrame, cells: pd.DataFrame, compared: dict[tuple, pd.DataFrame]) -> str:
+    """The report's section; compared: arms of other settings."""
+    text = [
+        "## Figures\n\nMean over seeds, averaged over each hundredth of the run; the band is the standard error. Where "
+        "settings are not the paper's, the legend names those in which the lines of a panel differ. Dashed: noise.\n"
+    ]
+    if picture(out / "picture.png", cells):
+        text.append("DPPO and DSPPO, the control thin.\n\n![DPPO and DSPPO](picture.png)\n")
+    for (_, environment, noise, steps), groups in compared.items():
+        name = f"arms_{plain(environment).lower()}_{steps}{'' if noise == 'none' else '_noise'}.png"
+        if arms(out / name, groups):
+            text.append(f"{plain(environment)}, {steps:,} steps, noise {noise}: arms.\n\n![Arms]({name})\n")
+    for file, tag, y_label, scale, caption in TAGS:
+        for kind, title in KINDS.items():
+            for family, domain in DOMAINS.items():
+                some = runs[(runs.kind == kind) & (runs.family == family)]
+                name = f"{file}_{family}{'' if kind == 'paper' else f'_{kind}'}.png"
+                if (family in TASKS) == (tag == SCORES) and len(some) and curves(out / name, some, tag, y_label, scale):
+                    text.append(f"{caption}: {domain}, {title}.\n\n![{caption}]({name})\n")
+    without = [folder for folder in runs.folder if not Path(folder, "curves.csv").exists()]
+    if without:
+        text.append(f"Without curves.csv, in no figure: {', '.join(sorted(without))}.\n")
+    return "\n".join(text)
