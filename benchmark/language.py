@@ -3,7 +3,7 @@
 import pandas as pd
 import stats
 from runs import GROUP, MODELS, PAPER_SEEDS, TASKS, by_group, read_judgments, read_paper, series
-from tables import beside, scores
+from tables import beside
 
 SFT_UPDATES = 10  # the SFT row of TL;DR is the policy after these (Section 5.3)
 JUDGE = ("gpt-4-turbo-2024-04-09", 100)  # the paper's, and the samples that it is taken to have judged
@@ -14,10 +14,9 @@ RESULT = {"Score": "score", "Perplexity": "perplexity", "KL": "kl", **{f"ROUGE-{
 OTHERS = {"References": "score_reference", "Empty": "score_empty", "Cut in half": "score_truncated"}
 OTHERS |= {"Empty wins (%)": "empty_wins", "Cut in half wins (%)": "truncated_wins"}
 FIXED = ("kl", "score_reference", "score_empty")  # the same before and after
-TEXT = ("Algorithm", "Metric", "Difference / joint SE", "Not the paper's")
 NOTE = f"""\
-- Beside the paper's SFT: of IMDB the initial policy; of TL;DR the policy after {SFT_UPDATES} updates (Section 5.3), which
-  does not say whether of PPO or SPPO: here of PPO.
+- Beside the paper's SFT: of IMDB the initial policy; of TL;DR the policy after {SFT_UPDATES} updates (Section 5.3),
+  which does not say whether of PPO or SPPO: here of PPO.
 - Win rates stand here if {JUDGE[0]} judged {JUDGE[1]} samples against the references."""
 BEFORE_AFTER = """\
 ## Language runs
@@ -75,13 +74,13 @@ def language_table(cells: pd.DataFrame, table: int) -> str | None:
         "Task": rows.environment,
         "Algorithm": rows.label,
         "Metric": rows.metric.map(METRICS),
-        "Ours": scores(rows),
+        "Ours": map(stats.mean_se, rows.ours, rows.se),
     }
     frame |= {"n": rows.n, "Paper": rows.printed.fillna("-"), "Difference / joint SE": beside(rows.t)}
     lines = [f"- Not run: {task}, {label}: {', '.join(sorted(some.map(METRICS)))}."
              for (task, label), some in missing.groupby(["environment", "label"]).metric]  # fmt: skip
     lines = [NOTE, *lines] if table == 3 else lines
-    text = [f"## Table {table}: {TITLES[table]}", stats.markdown(pd.DataFrame(frame), TEXT), "\n".join(lines)]
+    text = [f"## Table {table}: {TITLES[table]}", stats.markdown(pd.DataFrame(frame)), "\n".join(lines)]
     return "\n\n".join(text) + "\n"
 
 
@@ -114,7 +113,7 @@ def language_text(runs: pd.DataFrame) -> str:
             texts = {label: [change(rows, name) for rows in alike] for label, name in columns.items()}
             if task != "TL;DR":
                 texts = {label: column for label, column in texts.items() if not label.startswith("ROUGE")}
-            text.append(stats.markdown(pd.DataFrame(names | texts), TEXT) + "\n")
+            text.append(stats.markdown(pd.DataFrame(names | texts)) + "\n")
         for group, number in zip(groups.itertuples(), updates):
             name = ", ".join(filter(None, [group.algorithm, group.other_settings]))
             for (against, judge, samples), judged in read_judgments(group.folders).groupby(

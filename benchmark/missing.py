@@ -67,7 +67,7 @@ def missing_text(folders: list[Path], runs: pd.DataFrame) -> str:
             texts = [", ".join(map(str, SWEEPS[sweep])), where, cell_names(part), part.seeds.iloc[0]]
             rows.append([*texts, f"`{command(part, some, compiled)}`", estimate])
     header = ["Table", "Environment", "Cells", "Seeds", "Command", "Hours"]
-    table = markdown(pd.DataFrame(rows, columns=header), ("Environment", "Cells", "Command"))
+    table = markdown(pd.DataFrame(rows, columns=header))
     names = ", ".join(f"`{folder}`" for folder in folders)
     return (
         f"{(~planned.run).sum()} of the {len(planned)} cells of the sweeps have no run at the paper's settings and "

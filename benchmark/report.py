@@ -21,14 +21,14 @@ try:
     import findings
     import tyro
     from beside_sb3 import NOTE, beside, both_sides
-    from comparisons import TOGETHER_NOTE, sentences, symmetric_of, together_table
+    from comparisons import sentences, symmetric_of, together_text
     from documents import filled
     from figures import figures_text
     from language import language_cells, language_table, language_text
     from runs import FAMILY, PARTS, TASKS, Found, unfinished
     from stats import markdown
     from sweeps import find
-    from tables import TEXT, copies_text, gains_text, groups_text, overview_table, table_4, table_4_text, table_text
+    from tables import copies_text, coverage_table, gains_text, groups_text, table_4_text, table_text
 except ModuleNotFoundError as error:
     print(f"error: there is no {error.name}: pip install -r requirements-benchmark.txt", file=sys.stderr)
     sys.exit(2)
@@ -36,12 +36,21 @@ except ModuleNotFoundError as error:
 COUNTED = {"paper": "at the paper's settings and length", "shorter": "shorter", "longer": "longer"}
 COUNTED |= {"other": "at other settings"}
 INTRO = """\
-Ours: mean ± standard error (SE) over n seeds (the paper: 5 on Atari, 4 on the language tasks, 30 elsewhere); the score
-of a seed is the mean of its 10 evaluation episodes, or of its evaluation samples. Difference: ours minus the paper's, in
-units of the joint SE, √(SE_ours² + SE_paper²), and whether it exceeds one. By chance alone a third of the cells would.
-Brackets: 95 % stratified-bootstrap intervals. Probability of improvement: that a run of the first algorithm scores above
-one of the second, averaged over environments; it has no interval where all runs of one are above all of the other, since
-no resampling can change that."""
+Ours: mean ± standard error (SE) over n seeds (the paper: 5 on Atari, 4 on the language tasks, 30 elsewhere). The score
+of a seed is the mean of its 10 evaluation episodes, or of its evaluation samples.
+
+- Difference: ours minus the paper's, in units of the joint SE, √(SE_ours² + SE_paper²), and whether it exceeds one. By
+  chance alone a third of the cells would.
+- Welch's p: of a difference of two means as large, either way; by Holm: in view of all comparisons of the same two
+  algorithms in both tables of a family. In "symmetric minus baseline" runs of DSPPO's (SPPO's) control count as
+  DSPPO's (SPPO's), which they are by the identity.
+- z: the normal number with the p of Welch's t, so that few seeds do not count too much. Its mean is over cells, with
+  the interval of a t test over cells; p of all cells is Stouffer's.
+- Probability of improvement: that a run of the first algorithm scores above one of the second, averaged over
+  environments, with its 95 % stratified-bootstrap interval. It has none where all runs of one are above all of the
+  other, since no resampling can change that.
+- Where scores have two modes: Swimmer's agents below the bar stayed on a plateau, HalfCheetah's ran on their backs,
+  wherever that was looked at."""
 
 
 def left_out_text(left_out: list[tuple[Path, str]]) -> str:
@@ -59,16 +68,11 @@ def report_text(found: Found, out: Path) -> str:
     where = ", ".join(f"`{folder}`" for folder in found.folders)
     first = f"{len(runs)} runs in {where}: {counts}, {len(found.left_out)} left out."
     parts = [f"# Our results beside the paper's\n\n{first}\n\n{INTRO}\n", copies_text(runs)]
-    language, betas = language_cells(runs), table_4(runs)
-    note = "; ".join(f"Table {part} is a part of Table {whole}" for part, whole in PARTS.items())
-    note += "." if betas["any"].any() else ". No cell of Table 4 was run."
-    parts.append(f"## Cells that were run\n\n{overview_table(cells, runs, language)}\n\n{note}\n")
-    if table := together_table(cells):
-        parts.append(f"## All cells together\n\n{table}\n\n{TOGETHER_NOTE}\n")
-    shorter = runs[runs.kind == "shorter"]
-    for table in FAMILY:
-        if (cells.n[cells.table == table] > 0).any():
-            parts.append(table_text(cells, pooled, table, shorter))
+    language = language_cells(runs)
+    note = "; ".join(f"Table {part} is a part of Table {whole}" for part, whole in PARTS.items()) + "."
+    parts.append(f"## Cells that were run\n\n{coverage_table(cells, language, runs)}\n\n{note}\n")
+    parts.append(f"## All cells together\n\n{together_text(cells)}")
+    parts += [table_text(cells, pooled, table, runs[runs.kind == "shorter"]) for table in FAMILY]
     for family in ("continuous_ppo", "continuous_a2c"):
         if lines := sentences(cells, pooled, family):
             parts.append(f"## {symmetric_of(family)[0]}, in sentences\n\n" + "".join(f"- {x}\n" for x in lines))
@@ -77,9 +81,7 @@ def report_text(found: Found, out: Path) -> str:
             parts.append(f"## Finding: {name}\n\n{section}")
     if len(rows := beside(both_sides(runs), out / "beside_sb3.png")):
         title = "## Beside Stable-Baselines3 with bins, at the same step"
-        parts.append(
-            f"{title}\n\n{NOTE}\n\n{markdown(rows, TEXT)}\n\n![Training returns of both sides](beside_sb3.png)\n"
-        )
+        parts.append(f"{title}\n\n{NOTE}\n\n{markdown(rows)}\n\n![Training returns of both sides](beside_sb3.png)\n")
     parts.append(table_4_text(runs, cells))
     if runs.family.str.startswith("atari").any():
         parts.append(f"## The paper's gain over each baseline\n\n{gains_text(cells)}")

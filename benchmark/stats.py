@@ -33,11 +33,6 @@ def welch(mean, se, n, other_mean, other_se, other_n) -> tuple[np.ndarray, np.nd
     return t, p, np.sign(t) * stats.norm.isf(p / 2)
 
 
-def welch_of(first, second) -> tuple[float, float, float]:
-    """(t, p, z) of two samples of scores."""
-    return tuple(float(x) for x in welch(*summary(first), *summary(second)))
-
-
 def summary(values) -> tuple[float, float, int]:
     """Mean, standard error and number of scores; the error of a single one is nan."""
     values = np.asarray(values, float)
@@ -45,12 +40,16 @@ def summary(values) -> tuple[float, float, int]:
     return float(values.mean()) if len(values) else math.nan, se, len(values)
 
 
-def difference_interval(first, second) -> tuple[float, float] | None:
-    """95 % interval of the difference of two means, by Welch's t; None if one has one seed or neither varies."""
+def welch_of(first, second) -> tuple[float, float, float]:
+    """(t, p, z) of two samples of scores."""
+    return tuple(float(x) for x in welch(*summary(first), *summary(second)))
+
+
+def difference_interval(first, second) -> tuple[float, float]:
+    """95 % interval of the difference of two means, by Welch's t; nan if one has one seed or neither varies."""
     if min(len(first), len(second)) < 2 or max(np.ptp(first), np.ptp(second)) == 0:
-        return None
-    interval = stats.ttest_ind(first, second, equal_var=False).confidence_interval()
-    return float(interval.low), float(interval.high)
+        return math.nan, math.nan
+    return tuple(map(float, stats.ttest_ind(first, second, equal_var=False).confidence_interval()))
 
 
 def stouffer(z) -> tuple[float, float]:
@@ -124,11 +123,6 @@ def interval_text(samples, statistic) -> str:
     return f"{value} [{low:.2f}, {high:.2f}]" if low < high else f"{value} (no interval)"
 
 
-def chance_text(first, second) -> str:
-    """Probability of improvement over some environments; first and second are lists of scores, one per environment."""
-    return interval_text([*first, *second], probability_of_improvement)
-
-
 def improvements(baseline, symmetric) -> np.ndarray:
     """Percent by which each symmetric mean exceeds its baseline's; a baseline of 0 is left out."""
     baseline, symmetric = np.asarray(baseline, float), np.asarray(symmetric, float)
@@ -185,14 +179,20 @@ def bracket_text(mean: float, low: float, high: float) -> str:
     return f"{mean:+.2f}" + (f" [{low:+.2f}, {high:+.2f}]" if math.isfinite(low) else "")
 
 
+def bounds_text(low: float, high: float, like: float) -> str:
+    """[0.12, 0.34], empty where there is no interval; digits are those of like."""
+    return f"[{number(low, like)}, {number(high, like)}]" if math.isfinite(low) else ""
+
+
 def span(numbers, unit: str = "") -> str:
     """5, or 5 to 10."""
     low, high = min(numbers), max(numbers)
     return (f"{low}" if low == high else f"{low} to {high}") + unit
 
 
-def markdown(frame: pd.DataFrame, left: tuple[str, ...] = ()) -> str:
-    """A Markdown table, columns to the right but the first and those named; missing texts are empty."""
-    aligned = ["left" if i == 0 or name in left else "right" for i, name in enumerate(frame)]
+def markdown(frame: pd.DataFrame) -> str:
+    """A Markdown table, columns of numbers to the right; what is missing is empty."""
     texts = frame.fillna("").astype(str)
-    return texts.to_markdown(index=False, disable_numparse=True, colalign=aligned)
+    right = [texts[name].str.match(r"[-+<]?\s*[\d.]|-?$").all() for name in texts]
+    sides = ["right" if number else "left" for number in right]
+    return texts.to_markdown(index=False, disable_numparse=True, colalign=sides) if len(texts) else ""

@@ -33,7 +33,7 @@ def section(cells: pd.DataFrame, out: Path, base: Path) -> str:
         rows.append(beside(some, path).drop(columns="Noise"))
         if path.exists():
             text.append(f"![{family[-3:].upper()} with bins]({os.path.relpath(path, base)})\n")
-    return "\n".join([*text, markdown(pd.concat(rows), ("With bins",)), ""])
+    return "\n".join([*text, markdown(pd.concat(rows)), ""])
 
 
 @dataclass
