@@ -204,8 +204,8 @@ def standing_text(cells: pd.DataFrame) -> list[str]:
         texts.append(
             f"{found['run']} of the paper's {found['cells']} continuous-control cells were run ({found['seeds']} seeds "
             f"each). {found['near']} are within two joint standard errors of the paper's; chance alone would leave "
-            f"{found['by_chance']:.0f}.{''.join(sides)} {found['significant'] or 'None'} of the differences is "
-            f"significant by Holm's method (smallest p {stats.p_text(found['smallest'])})."
+            f"{found['by_chance']:.0f}.{''.join(sides)} Significant by Holm's method: "
+            f"{found['significant'] or 'none'} (smallest p {stats.p_text(found['smallest'])})."
         )
     lie = [
         f"{name} {stats.bracket_text(*bounds)} ({cells} cells, p {stats.p_text(p)}, {percent:+.1f} %)"

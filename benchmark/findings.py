@@ -6,21 +6,21 @@ Each finding is a function that returns a table of numbers, and one that makes M
 import numpy as np
 import pandas as pd
 import stats
-from comparisons import CELL, OURS, PAPERS, chance, pairs, plain, symmetric_of, together
-from runs import FAMILY, GROUP, MODELS, TASKS, UNNORMALIZED, Found, bin_means, by_group, series
+from comparisons import CELL, OURS, PAPERS, chance, pairs, plain, symmetric_of, together, together_text
+from runs import FAMILY, GROUP, MODELS, TASKS, UNNORMALIZED, Found, bin_means, by_group, read_cells, series
 from tables import last_texts
 
 TRAINING = {"approx_kl": "KL", "clipfrac": "Clipped share", "entropy": "Entropy", "grad_norm": "Gradient norm"}
 
 
 def means(folders: list[str], tag: str, part: tuple[float, float] = (0, 1)) -> np.ndarray:
-    """Mean of a tag over a part of each run, (seeds,); runs that did not log it are left out."""
+    """Mean of a tag over a part of each run, (seeds,); nan where no run logged it."""
     found = []
     for values in (series(folder, tag) for folder in folders):
         if len(values) > 1:
             edges = values.index[0] + np.ptp(values.index) * np.array(part)
             found.append(bin_means(values, edges)[0])
-    return np.array(found)
+    return np.array(found or [np.nan])
 
 
 def weight_in_training(cells: pd.DataFrame) -> pd.DataFrame:
@@ -32,7 +32,7 @@ def weight_in_training(cells: pd.DataFrame) -> pd.DataFrame:
     for x in pairs(cells, "DSPPO", "DPPO").itertuples():
         both = [[means(folders, f"losses/{tag}").mean() for tag in TRAINING] for folders in (x.folders_a, x.folders_b)]
         rows.append([x.environment, x.noise, *np.divide(*both), both[1][-1]])
-    return pd.DataFrame(rows, columns=["environment", "noise", *TRAINING, "norm"])
+    return pd.DataFrame(rows, columns=["environment", "noise", *TRAINING, "norm"]).dropna()
 
 
 def weight_text(found: Found) -> str:
@@ -63,7 +63,7 @@ def sign_flips(cells: pd.DataFrame) -> pd.DataFrame:
             row = [environment, ppo[0].mean(), ppo[1].mean(), sppo[0].mean(), sppo[1].mean()]
             rows.append([*row, ppo[1].max() < ppo[0].min(), stats.welch_of(*ppo)[1]])
     names = ["DPPO", "DPPO, noise", "DSPPO", "DSPPO, noise"]
-    return pd.DataFrame(rows, columns=["environment", *names, "all_below", "p"])
+    return pd.DataFrame(rows, columns=["environment", *names, "all_below", "p"]).dropna(subset=names)
 
 
 def flips_text(found: Found) -> str:
@@ -92,7 +92,7 @@ def sample_weights(found: Found) -> pd.DataFrame:
     for name, part in (("first", (0, 0.1)), ("last", (0.9, 1))):
         both[f"pi_{name}"] = [np.exp(-means(x, "losses/entropy", part).mean()) for x in both.folders_a]
         both[f"factor_{name}"] = 1 - both.beta * both.Z * both[f"pi_{name}"] / both.alpha
-    return both
+    return both.dropna(subset="pi_last")
 
 
 def sample_weight_text(found: Found) -> str:
@@ -157,26 +157,14 @@ def algorithms(found: Found) -> pd.DataFrame:
         both = pairs(found.pooled[found.pooled.family == family], symmetric, baseline)
         for name in (baseline, symmetric):
             some = found.cells[(found.cells.algorithm == name) & found.cells.in_paper]
-            row = [name, (some.n > 0).sum(), len(some), *lie.reindex([name]).to_numpy()[0]]
+            row = [name, (some.n > 0).sum(), len(some), *lie.reindex([name]).to_numpy()[0], None, None, None, None]
             if name == symmetric and len(both):
-                row += [stats.improvements(both[f"{x}_b"], both[f"{x}_a"]).mean() for x in ("ours", "paper")]
+                row[-4:-2] = [stats.improvements(both[f"{x}_b"], both[f"{x}_a"]).mean() for x in ("ours", "paper")]
                 parts = both[both.noise == "none"], both[both.noise != "none"]
-                row += [chance(part) if len(part) else None for part in parts]
+                row[-2:] = [chance(part) if len(part) else None for part in parts]
             rows.append(row)
-    names = [
-        "algorithm",
-        "run",
-        "cells",
-        "distance",
-        "low",
-        "high",
-        "p",
-        "gain",
-        "paper_gain",
-        "chance",
-        "noisy_chance",
-    ]
-    return pd.DataFrame(rows, columns=names)
+    names = "algorithm run cells distance low high p gain paper_gain chance noisy_chance"
+    return pd.DataFrame(rows, columns=names.split())
 
 
 def algorithms_text(found: Found) -> str:
@@ -239,5 +227,12 @@ def arms_text(found: Found) -> str:
     return "\n".join(parts)
 
 
+def training_text(found: Found) -> str:
+    """Where all cells would lie with the training return of the last tenth in place of the evaluation."""
+    runs = found.runs.assign(score=found.runs.train_return)
+    return together_text(read_cells(runs[runs.score.notna()]))
+
+
 FINDINGS = {"algorithms": algorithms_text, "claims": claims_text, "weight": weight_text, "flips": flips_text}
 FINDINGS |= {"sample weight": sample_weight_text, "arms": arms_text, "normalization": normalization_text}
+FINDINGS |= {"training returns": training_text}
