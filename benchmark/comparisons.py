@@ -37,7 +37,7 @@ def pairs(cells: pd.DataFrame, first: str, second: str, values: tuple[str, str, 
     both = a.merge(b, on=CELL, suffixes=("_a", "_b"))
     a, b = ([both[f"{name}_{side}"] for name in values] for side in "ab")
     both["t"], both["p"], both["z"] = stats.welch(*a, *b)
-    both["holm"], both["among"] = stats.holm(both.p), len(both)
+    both["holm"], both["among"] = stats.holm(both.p), both.p.notna().sum()
     both["difference"], both["joint"] = a[0] - b[0], np.hypot(a[1], b[1])
     both["gain"] = [stats.gain(*x) for x in zip(both.difference, both.joint)]
     both["n"] = both.n_a.astype(int).astype(str) + ", " + both.n_b.astype(int).astype(str)

@@ -4,12 +4,9 @@
     python benchmark/report.py runs/ more-runs/ --out report/
     python benchmark/report.py benchmark/results --document README.md docs/results.md docs/missing.md
 
-Reads every result.json below the folders and the curves.csv beside it; models, environments and the machine that made
-them are not needed. A score is the mean of the 10 evaluation episodes of one seed, of a language run the mean reward of
-its evaluation samples; means and standard errors are over seeds. A run is compared with a cell of the paper only if its
-settings, its models and its length are those of the paper (the defaults of the scripts with --target-coef 0.1, and
-Tables 5 to 7), as the sweeps have them; all others have tables of their own. A changed copy of a script is compared
-with the original first, and stands, under its own name, beside its runs. Win rates are those of benchmark/judge.py.
+Reads every result.json below the folders and the curves.csv beside it, nothing else. A run is compared with a cell of
+the paper only if its settings, its models and its length are those of the sweep that runs the cell; all others have
+tables of their own. A changed copy of a script is compared with the original first. Win rates are those of judge.py.
 """
 
 import sys
@@ -20,11 +17,11 @@ from pathlib import Path
 try:
     import findings
     import tyro
-    from beside_sb3 import NOTE, beside, both_sides
     from comparisons import sentences, symmetric_of, together_text
     from documents import filled
     from figures import figures_text
     from language import language_cells, language_table, language_text
+    from peers.same_as_sb3 import NOTE, beside, both_sides
     from runs import FAMILY, PARTS, TASKS, Found, unfinished
     from stats import markdown
     from sweeps import find
