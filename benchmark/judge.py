@@ -167,8 +167,12 @@ def connect(args: Args) -> openai.OpenAI:
     return openai.OpenAI(base_url=url, api_key=key or "none", **options)
 
 
-def read_reply(reply) -> tuple[str, bool]:
+def complete(client: openai.OpenAI, **request) -> tuple[str, bool]:
     """What the judge said, and whether it was cut off. Raises RuntimeError where the reply is no chat completion."""
+    try:
+        reply = client.chat.completions.create(**request)
+    except json.JSONDecodeError as error:
+        reply = error.doc or "nothing"
     try:
         choice = reply.choices[0]
         content = choice.message.content or getattr(choice.message, "refusal", None) or ""
@@ -176,7 +180,8 @@ def read_reply(reply) -> tuple[str, bool]:
             content = "".join(part["text"] for part in content if part.get("type") in ("text", "output_text"))
         return content.strip(), choice.finish_reason == "length"
     except (AttributeError, LookupError, TypeError):
-        said = reply if isinstance(reply, str) else reply.model_dump_json(exclude_none=True, warnings=False)
+        parsed = isinstance(reply, openai.BaseModel)
+        said = reply.model_dump_json(exclude_none=True, warnings=False) if parsed else reply
         raise RuntimeError(f"the endpoint does not answer as one for chat completions does: {said}") from None
 
 
@@ -192,7 +197,7 @@ def ask(client: openai.OpenAI, args: Args, question: str) -> tuple[str | None, s
         options["extra_headers"] = {"Authorization": openai.Omit()}
     messages = [{"role": "user", "content": question}]
     for _ in range(2):
-        text, cut = read_reply(client.chat.completions.create(model=args.judge_model, messages=messages, **options))
+        text, cut = complete(client, model=args.judge_model, messages=messages, **options)
         if letter := parse(text, cut):
             return letter, text
         if said := re.split(THOUGHT, text)[-1].strip():  # some servers refuse an empty message

@@ -161,8 +161,10 @@ class Job:
     def steps_done(self) -> int:
         """Steps of all seeds up to the last row of curves.csv."""
         try:
-            rows = (self.seed_dirs[0] / "curves.csv").read_text().splitlines()
-            return min(int(rows[-1].split(",")[0]) * len(self.seed_dirs), self.steps)
+            with (self.seed_dirs[0] / "curves.csv").open("rb") as file:
+                file.seek(-min(file.seek(0, os.SEEK_END), 10_000), os.SEEK_END)
+                last_row = file.read().splitlines()[-1]
+            return min(int(last_row.split(b",")[0]) * len(self.seed_dirs), self.steps)
         except (OSError, ValueError, IndexError):
             return 0
 
@@ -254,13 +256,14 @@ def run(jobs: list[Job], args: Args, finished: int = 0, failed: int = 0) -> int:
         signal.signal(number, lambda number, _: signals.append(number))
     before, waiting, running = finished, list(jobs), []
     interval = 0.5 if sys.stderr.isatty() else 60
-    options = {"initial": sum(job.steps_done() for job in jobs), "smoothing": 0, "mininterval": interval}
+    done = {job.run_dir: job.steps_done() for job in jobs}
+    options = {"initial": sum(done.values()), "smoothing": 0, "mininterval": interval}
     bar = tqdm(total=sum(job.steps for job in jobs), unit=" steps", unit_scale=True, **options)
     while True:
         for job in [job for job in running if job.process.poll() is not None]:
             running.remove(job)
             if job.has_finished():
-                finished += 1
+                finished, done[job.run_dir] = finished + 1, job.steps
                 bar.write(job.success())
             elif not signals:
                 failed += 1
@@ -290,7 +293,8 @@ def run(jobs: list[Job], args: Args, finished: int = 0, failed: int = 0) -> int:
         counts = f"finished {finished} ({before} before), failed {failed}"
         counts = f"{counts}, running {len(running)}, waiting {len(waiting)}"
         bar.set_postfix_str(counts, refresh=counts != bar.postfix)
-        bar.update(sum(job.steps_done() for job in jobs) - bar.n)
+        done |= {job.run_dir: job.steps_done() for job in running}
+        bar.update(sum(done.values()) - bar.n)
         if not running and (signals or not waiting):
             break
         time.sleep(0.2)

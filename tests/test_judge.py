@@ -328,6 +328,9 @@ def test_a_slow_answer_is_asked_for_again(tmp_path, serve):
         ((200, {"Content-Type": "text/html"}, "<html>Welcome</html>"), "chat completions does: <html>Welcome"),
         ((200, {}, '{"choices": []}'), 'chat completions does: {"choices":[]'),
         ((200, {}, '{"choices": null, "detail": "Not here"}'), "Not here"),
+        ((200, {}, '["A"]'), "chat completions does: ['A']"),
+        ((200, {}, ""), "chat completions does: nothing"),
+        ((200, {}, 'data: {"choices": []}'), "chat completions does: data: {"),
         (says(5), "chat completions does: {"),
     ],
 )

@@ -19,18 +19,12 @@ ROW = {
     "tolerance.\nA matrix that is not symmetric may have complex eigenvalues: they are found in pairs.",
     "source": "numbers/linalg.py",
 }
-OTHERS = [
-    ROW,
-    {
-        "label": "Draw a line.",
-        "prompt": "Colours are those of the current cycle of the axes.",
-        "source": "plots/line.py",
-    },
-    {
-        "label": "Solve for x.",
-        "prompt": "The system must have full rank or else this fails.",
-        "source": "numbers/solve.py",
-    },
+OTHERS = [ROW] + [
+    {"label": label, "prompt": prompt, "source": source}
+    for label, prompt, source in (
+        ("Draw a line.", "Colours are those of the current cycle of the axes.", "plots/line.py"),
+        ("Solve for x.", "The system must have full rank or else this fails.", "numbers/solve.py"),
+    )
 ]
 
 
@@ -124,17 +118,10 @@ def test_docstrings_become_prose_and_summary():
     ]
 
 
-@pytest.mark.parametrize(
-    ("words", "summary", "kept"),
-    [
-        (39, "A summary of four.", False),
-        (40, "A summary of four.", True),
-        (350, "A summary of four.", True),
-        (351, "A summary of four.", False),
-        (40, "Three words only.", False),
-        (40, "No full stop here", False),
-    ],
-)
+@pytest.mark.parametrize("words, summary, kept", [
+    (39, "A summary of four.", False), (40, "A summary of four.", True), (350, "A summary of four.", True),
+    (351, "A summary of four.", False), (40, "Three words only.", False), (40, "No full stop here", False),
+])  # fmt: skip
 def test_docstrings_of_a_useful_length_only(words, summary, kept):
     body = " ".join(["word"] * words)
     assert assets.docstring_pair(f"{summary}\n\n{body}") == ((body, summary) if kept else None)
@@ -270,9 +257,8 @@ def test_batches_have_every_row_once_and_rows_of_about_one_length():
 
 
 def test_rewards_come_in_the_order_of_the_texts(monkeypatch):
-    monkeypatch.setattr(
-        assets, "logits", lambda model, tokenizer, texts: torch.tensor([[float(len(text))] for text in texts])
-    )
+    lengths_of = lambda model, tokenizer, texts: torch.tensor([[float(len(text))] for text in texts])  # noqa: E731
+    monkeypatch.setattr(assets, "logits", lengths_of)
     lengths = random.Random(0).sample(range(300), 200)
     rewards = assets.all_logits(None, None, ["x" * length for length in lengths], "test")
     assert rewards.flatten().tolist() == lengths
