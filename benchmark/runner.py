@@ -333,10 +333,12 @@ def job_array(jobs: list[Job], args: Args) -> str:
     tasks, limit = min(len(jobs), MAX_ARRAY), f"%{args.array_limit}" if args.array_limit else ""
     given = {"partition": args.partition, "time": args.time, "gpus-per-task": args.gpus_per_task}
     options = "\n".join(f"#SBATCH --{name}={value}" for name, value in given.items() if value)
-    command = [sys.executable, os.path.relpath(__file__), "--root", str(args.root), "--workers", "1"]
-    command = shlex.join([*command, "--threads", str(args.cpus_per_task), *["--compile"] * args.compile])
+    command = [sys.executable, os.path.relpath(__file__), "--root", str(args.root), "--out", str(args.out)]
+    command += ["--workers", "1", "--threads", str(args.cpus_per_task), *["--compile"] * args.compile]
     lines = "\n".join(shlex.join([job.script.name, *job.flags]) for job in jobs)
-    return JOB_ARRAY.format(args=args, tasks=tasks, limit=limit, options=options, command=command, jobs=lines)
+    return JOB_ARRAY.format(
+        args=args, tasks=tasks, limit=limit, options=options, command=shlex.join(command), jobs=lines
+    )
 
 
 def hours(jobs: list[Job], args: Args) -> str:
