@@ -227,9 +227,9 @@ def summarize(args: Args, judged: list[dict]) -> dict:
     for row in judged:
         if row["answer"]:
             wins.setdefault(row["index"], []).append((row["answer"] == "A") == row["ours_first"])
-    shares = [statistics.mean(both) for both in wins.values() if len(both) == 2]
+    shares = [statistics.fmean(both) for both in wins.values() if len(both) > 1]
     return {
-        "win_rate": statistics.mean(shares) if shares else None,
+        "win_rate": statistics.fmean(shares) if shares else None,
         "win_rate_se": statistics.stdev(shares) / len(shares) ** 0.5 if len(shares) > 1 else None,
         "judge_model": args.judge_model,
         "against": args.against,
@@ -259,13 +259,8 @@ def run(args: Args) -> None:
         for key in tqdm(missing, unit=" judgments", disable=None):
             index, ours_first, text = wanted[key]
             letter, answer = ask(client, args, text)
-            kept[key] = {
-                "id": key,
-                "index": index,
-                "ours_first": ours_first,
-                "answer": letter,
-                "text": hide_key(answer),
-            }
+            kept[key] = {"id": key, "index": index, "ours_first": ours_first}
+            kept[key] |= {"answer": letter, "text": hide_key(answer)}
             print(json.dumps(kept[key]), file=file, flush=True)
     summary = summarize(args, [kept[key] for key in wanted])
     if summary["win_rate"] is None:
@@ -280,9 +275,7 @@ def run(args: Args) -> None:
     if summary["unparsed"]:
         print(f"{summary['unparsed']} of {len(wanted)} answers were neither A nor B; their samples do not count")
     if summary["unparsed"] > len(wanted) / 10:
-        print(
-            "warning: more than a tenth of the answers is unusable; try --structured or another judge", file=sys.stderr
-        )
+        print("warning: above a tenth of the answers is unusable; try --structured or another judge", file=sys.stderr)
     print(f"everything is in {out}")
 
 

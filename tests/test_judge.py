@@ -157,7 +157,7 @@ def test_an_unusable_answer_is_asked_for_again_and_its_sample_does_not_count(tmp
     assert [m["content"] for m in server.requests[1][1]["messages"][1:]] == [words, judge.REMINDER]
     output = capsys.readouterr()
     assert "3 of 10 answers were neither A nor B; their samples do not count" in output.out
-    assert output.err == "warning: more than a tenth of the answers is unusable; try --structured or another judge\n"
+    assert output.err == "warning: above a tenth of the answers is unusable; try --structured or another judge\n"
     assert run(run_dir, server) == 0 and len(server.requests) == 13  # nor is it asked for a third time
     capsys.readouterr()
     second = serve(lambda prompt, number: words if number % 2 else good(prompt, 0))
