@@ -511,10 +511,9 @@ def main() -> int:
     transformers.logging.disable_progress_bar()
     had_packages = (args.out / "packages").exists()  # from --keep-packages, or from a run that did not end
     try:
-        if args.threads is not None:
-            if args.threads < 1:
-                raise AssetError(f"--threads must be at least 1, not {args.threads}")
-            torch.set_num_threads(args.threads)
+        if args.threads is not None and args.threads < 1:
+            raise AssetError(f"--threads must be at least 1, got {args.threads}")
+        torch.set_num_threads(args.threads or torch.get_num_threads())
         if args.packages and not args.packages.is_dir():
             raise AssetError(f"--packages: {args.packages} is no folder")
         args.out.mkdir(parents=True, exist_ok=True)

@@ -334,12 +334,14 @@ def command(tmp_path, monkeypatch, capsys):
 
 def test_bad_flags(command, tmp_path):
     assert command("--only", "review")[0] == 2
+    assert command("--threads", 0)[0] == 2 and not any(tmp_path.iterdir())
     (tmp_path / "files").mkdir()
     (tmp_path / "files/vaderSentiment-3.3.2.tar.gz").write_text("not the package")
     for flags, message in (
         (("--packages", tmp_path / "nowhere"), "is no folder"),
         (("--packages", tmp_path / "files"), "no file of vaderSentiment==3.3.2 with sha256"),
-        (("--threads", -1), "--threads must be at least 1, not -1"),
+        (("--threads", -1), "--threads must be at least 1, got -1"),
+        (("--threads", 0), "--threads must be at least 1, got 0"),
     ):
         code, _, err = command("--only", "reviews", *flags)
         assert code == 2 and err.startswith("error: ") and len(err.splitlines()) == 1 and message in err
