@@ -405,8 +405,8 @@ def settings(args: Args, script: str) -> tuple[str, int, int]:
     return args.env_id or "HalfCheetah-v4", args.steps or 20_480, args.threads or 1
 
 
-def main() -> int:
-    args = tyro.cli(Args, description=__doc__)
+def main(argv: list[str] | None = None) -> int:
+    args = tyro.cli(Args, args=argv, description=__doc__)
     numbers = (args.rounds, args.num_seeds, args.threads, args.steps, *args.scaling)
     if any(number is not None and number < 1 for number in numbers):
         print("error: --rounds, --num-seeds, --threads, --steps and --scaling must be at least 1", file=sys.stderr)
