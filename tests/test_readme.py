@@ -5,15 +5,19 @@ import importlib
 import re
 import subprocess
 import sys
+from functools import cache
+from pathlib import Path
 
 import gymnasium as gym
 import numpy as np
 import pytest
 import torch
-from conftest import CONTINUOUS, ROOT, SCRIPTS, load_agent, train_here
+from conftest import CONTINUOUS, ROOT, load_agent, train_here
 
 PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
 pages = pytest.mark.parametrize("page", PAGES, ids=lambda path: path.name)
+of_today = [page for page in PAGES if page.name != "CHANGELOG.md"]  # which names what is gone
+pages_of_today = pytest.mark.parametrize("page", of_today, ids=lambda path: path.name)
 
 
 def test_readme_is_short():
@@ -28,32 +32,46 @@ def test_links_and_images_exist(page):
     assert not missing
 
 
-def flags_of(script: str) -> set[str]:
-    """The flags of a script, read from its Args: importing the language scripts would take seconds."""
-    (args,) = [
-        node
-        for node in ast.parse((ROOT / f"{script}.py").read_text()).body
-        if isinstance(node, ast.ClassDef) and node.name == "Args"
-    ]
-    return {f"--{node.target.id.replace('_', '-')}" for node in args.body if isinstance(node, ast.AnnAssign)}
+PROGRAMS = {path.name: path for folder in (ROOT, ROOT / "tests", ROOT / "benchmark") for path in folder.glob("*.py")}
+PROGRAMS |= {path.name: path for path in (ROOT / "benchmark").glob("*/*.py")}
+PROGRAMS |= {path.name: ROOT / "benchmark/runner.py" for path in (ROOT / "benchmark").rglob("*.sh")}
+OF_OTHERS = {"--extra-index-url", "--logdir", "--flag", "--help", "--nproc-per-node", "--nproc", "--array"}
 
 
-@pages
+@cache
+def flags_of(path: Path) -> set[str]:
+    """The flags of a program, read from its Args: importing the language scripts would take seconds."""
+    classes = [node for node in ast.parse(path.read_text()).body if isinstance(node, ast.ClassDef)]
+    fields = [field for node in classes if node.name == "Args" for field in node.body if hasattr(field, "annotation")]
+    names = [field.target.id.replace("_", "-") for field in fields]
+    switches = [name for name, field in zip(names, fields) if ast.unparse(field.annotation).startswith("bool")]
+    return {f"--{name}" for name in names} | {f"--no-{name}" for name in switches} | {"--help"}
+
+
+def flags_in(text: str) -> set[str]:
+    return set(re.findall(r"(?<![\w-])--[a-z][a-z0-9-]+", text))
+
+
+@pages_of_today
 def test_flags_exist(page):
-    """Flags in backticks or after a script's name are arguments of a script or of a program in benchmark/."""
-    text = page.read_text()
-    words = re.findall(r"(?<![\w-])--[a-z][a-z0-9-]+", text)
-    known = {flag for name in SCRIPTS for flag in flags_of(name)}
-    programs = [path for pattern in ("*.py", "*.sh") for path in (ROOT / "benchmark").rglob(pattern)]
-    sources = "".join(path.read_text() for path in programs)
-    helpers = {f"--{name.replace('_', '-')}" for name in re.findall(r"^    (\w+): ", sources, re.MULTILINE)}
-    helpers |= set(re.findall(r"--[a-z][a-z0-9-]+", sources))
-    others = {"--extra-index-url", "--logdir", "--flag", "--help", "--nproc-per-node", "--array"}
-    if page.name == "CHANGELOG.md":  # names what is gone, too
-        return
-    switched_off = {f"--no-{flag[2:]}" for flag in known}
-    unknown = set(words) - known - helpers - switched_off - others
-    assert not {flag for flag in unknown if not flag.startswith("--nproc")}
+    known = set().union(*map(flags_of, PROGRAMS.values()), OF_OTHERS)
+    assert not flags_in(page.read_text()) - known
+
+
+@pages_of_today
+def test_commands_have_flags_that_their_program_has(page):
+    """What stands behind the name of a program, up to the end of the command; a copy that is not here has any flags."""
+    wrong = {}
+    for program, rest in re.findall(r"([\w.]+\.(?:py|sh))((?:[^`|;&#<()\\\n]|\\\n)*)", page.read_text()):
+        if unknown := flags_in(rest) - flags_of(PROGRAMS[program]) if program in PROGRAMS else set():
+            wrong[program] = unknown
+    assert not wrong
+
+
+def test_the_flags_of_a_program_are_its_own():
+    assert "--slurm" in flags_of(PROGRAMS["continuous_ppo.sh"]) and "--slurm" not in flags_of(PROGRAMS["sppo_atari.py"])
+    assert {"--no-norm-adv", "--beta"} <= flags_of(PROGRAMS["sppo_atari.py"])
+    assert "--no-beta" not in flags_of(PROGRAMS["sppo_atari.py"])
 
 
 def test_make_targets_exist():

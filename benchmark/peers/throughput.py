@@ -21,6 +21,7 @@ import io
 import json
 import os
 import platform
+import re
 import resource
 import sys
 import tempfile
@@ -41,6 +42,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from stats import bootstrap_interval
 
+SCRIPTS = "sppo_continuous_discretized", "sa2c_continuous_discretized", "sppo_atari", "sa2c_atari"
+
 
 @dataclass
 class Speed:
@@ -54,12 +57,7 @@ class Speed:
 
 @dataclass
 class Args:
-    scripts: tuple[str, ...] = (
-        "sppo_continuous_discretized",
-        "sa2c_continuous_discretized",
-        "sppo_atari",
-        "sa2c_atari",
-    )
+    scripts: tuple[str, ...] = SCRIPTS
     """scripts to measure"""
     env_id: str | None = None
     """environment; default HalfCheetah-v4 and BreakoutNoFrameskip-v4"""
@@ -231,14 +229,11 @@ def ours(script: str, env_id: str, steps: int, threads: int, num_seeds: int, com
         setattr(owner, name, timed)
 
     time.perf_counter = clock
-    if script.endswith("atari"):
-        time_method(module.Envs, "step", "environment")
-        time_method(module.Agent, "forward", "policy")
-    else:
-        time_method(module.Envs, "step", "environment")
-        time_method(module.Agent, "logits", "policy")
-        for name in ("count", "obs", "rewards"):
-            time_method(module.Normalizer, name, "normalization")
+    atari = script.endswith("atari")
+    time_method(module.Envs, "step", "environment")
+    time_method(module.Agent, "forward" if atari else "logits", "policy")
+    for name in () if atari else ("count", "obs", "rewards"):
+        time_method(module.Normalizer, name, "normalization")
     results = finished_run(script, env_id, steps, threads, num_seeds, compiled)
     seconds_of = iterations(marks)
     counted = len(seconds_of) / (len(seconds_of) + 1)  # the first one is not timed: it may compile
@@ -318,11 +313,8 @@ def in_turn(rounds: int, measure: dict[str, Callable[[], Speed]], label: str) ->
 
 
 def processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    path = Path("/proc/cpuinfo")
+    names = re.findall(r"^model name\s*: (.*)$", path.read_text(), re.MULTILINE) if path.exists() else []
     return names[0] if names else platform.processor() or platform.machine()
 
 
@@ -413,8 +405,8 @@ def settings(args: Args, script: str) -> tuple[str, int, int]:
     return args.env_id or "HalfCheetah-v4", args.steps or 20_480, args.threads or 1
 
 
-def main() -> int:
-    args = tyro.cli(Args, description=__doc__)
+def main(argv: list[str] | None = None) -> int:
+    args = tyro.cli(Args, args=argv, description=__doc__)
     numbers = (args.rounds, args.num_seeds, args.threads, args.steps, *args.scaling)
     if any(number is not None and number < 1 for number in numbers):
         print("error: --rounds, --num-seeds, --threads, --steps and --scaling must be at least 1", file=sys.stderr)
