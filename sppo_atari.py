@@ -297,6 +297,8 @@ def train(args: Args, envs: Envs) -> dict:
     generator.set_state(progress["generator"])
     start_time -= progress["wall_seconds"]  # of the process or processes before
     first_step = global_step = progress["global_step"]
+    if global_step == total_timesteps:  # only files may be missing
+        save_model(args, agent)
     log = RunLog(args.run_dir, global_step)
     train_seconds, last_saved, last_shown = 0.0, time.monotonic(), 0.0
 
@@ -393,8 +395,6 @@ def train(args: Args, envs: Envs) -> dict:
             line = f"{global_step / total_timesteps:4.0%}  step {global_step:,}  return {mean_return:.1f}"
             say(f"{line}  {sps:,.0f} steps/s  {left} left")
 
-    if first_step == total_timesteps:  # trained before this process; only files may be missing
-        save_model(args, agent)
     return save_result(args, progress, commit)
 
 
@@ -458,12 +458,13 @@ def fail(message: object, code: int = 2) -> None:
 
 
 def say(text: str, file=None) -> None:
-    """Print. A reader that has gone, as behind | head, does not stop a run, nor does a character it cannot be sent."""
-    file = file or sys.stdout
+    """Print, with escapes where the output has no such character. A reader that has gone does not stop a run."""
     try:
-        print(text.encode(file.encoding, "backslashreplace").decode(file.encoding), file=file, flush=True)
+        print(text, file=file, flush=True)
+    except UnicodeEncodeError:
+        say(text.encode("ascii", "backslashreplace").decode(), file)
     except OSError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), file.fileno())
+        os.dup2(os.open(os.devnull, os.O_WRONLY), (file or sys.stdout).fileno())
 
 
 def seed_globals(*stream: int) -> None:
@@ -587,13 +588,14 @@ def open_run(args: Args) -> Args:
     """Arguments of the run to resume, or to begin in args.run_dir. No other process can write there."""
     run_dir = Path(args.resume or args.run_dir).absolute()
     try:
+        str(run_dir).encode()  # TensorBoard needs names in UTF-8
         if args.resume is None:
             run_dir.mkdir(parents=True, exist_ok=True)
             if any(run_dir.iterdir()):
                 fail(f"--run-dir {run_dir} is in use: name another, or try --resume {shlex.quote(str(run_dir))}")
         file = os.open(run_dir / "args.json", os.O_RDWR | (os.O_CREAT if args.resume is None else 0), 0o666)
-    except OSError as error:
-        fail(f"{run_dir} cannot be opened as a run directory: {error.strerror}")
+    except (OSError, UnicodeError) as error:
+        fail(f"{run_dir} cannot be opened as a run directory: {getattr(error, 'strerror', error)}")
     try:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # released at the end of the process
     except OSError as error:
