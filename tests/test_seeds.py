@@ -88,6 +88,11 @@ def record(script, patch):
                 env.reset = lambda seed=None, reset=env.reset: (self.seen["seeds"].append(seed), reset(seed=seed))[1]
                 env.step = lambda action, step=env.step: (self.seen["actions"].append(action.copy()), step(action))[1]
 
+        def reset(self, *inputs):
+            for recorded in self.seen.values():
+                recorded.clear()  # of the step that is tried before training
+            return super().reset(*inputs)
+
     patch.setattr(script, "Envs", Envs)
     patch.setattr(script, "LOG_EVERY", 32)
     return seen
