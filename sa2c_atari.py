@@ -643,6 +643,8 @@ def run(args: Args, given: set[str] | None = None) -> dict:
             resume = shlex.join([sys.executable, __file__, "--resume", args.run_dir])
             say(f"run directory {args.run_dir}; should it stop, go on with: {resume}")
             return train(args, envs)
+    except KeyboardInterrupt:
+        fail("stopped", code=130)
     except (OSError, MemoryError, torch.OutOfMemoryError) as error:
         if getattr(error, "errno", errno.ENOSPC) not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise  # neither the disk nor the memory is full
@@ -653,10 +655,7 @@ def main() -> None:
     files = sys.stdin, sys.stdout, sys.stderr  # reopen closed ones: no file of the run may get descriptor 0, 1 or 2
     sys.stdin, sys.stdout, sys.stderr = (file or open(os.devnull, "w") for file in files)  # noqa: SIM115
     args = tyro.cli(Args, description=__doc__)
-    try:
-        run(args, {flag.partition("=")[0].replace("_", "-") for flag in sys.argv[1:] if flag.startswith("--")})
-    except KeyboardInterrupt:
-        fail("stopped", code=130)
+    run(args, {flag.partition("=")[0].replace("_", "-") for flag in sys.argv[1:] if flag.startswith("--")})
 
 
 if __name__ == "__main__":

@@ -187,11 +187,10 @@ class Envs:
         With running, in an evaluation, the other environments keep what they returned last, and none resets."""
         values = self.bins[actions, np.arange(self.action_dim)].reshape(-1, *self.action_space.shape)
         for i in range(len(self.envs)) if running is None else np.flatnonzero(running):
-            final_obs, reward, terminated, truncated, _ = self.envs[i].step(values[i])
+            final_obs, reward, *ends, _ = self.envs[i].step(values[i])
             obs = final_obs = self.take("observation", final_obs)
             reward = float(self.take("reward", reward)[0])
-            terminated = bool(self.take("terminated", terminated)[0])
-            truncated = bool(self.take("truncated", truncated)[0])
+            terminated, truncated = (bool(self.take("end", end)[0]) for end in ends)
             if running is None and (terminated or truncated):
                 obs = self.take("observation", self.envs[i].reset()[0])
             self.rows[i] = obs, reward, terminated, truncated, final_obs
@@ -211,10 +210,11 @@ class Normalizer(nn.Module):
         self.returns = np.zeros((num_agents, num_envs))  # discounted return so far of the running episodes
         self.gamma = gamma
 
-    def count(self, obs: np.ndarray) -> None:
-        """Take (num_agents, num_envs, obs_dim) into the statistics, whose sums are about the mean so far."""
-        mean, var, count = (self.statistics[f"obs_{key}"] for key in ("mean", "var", "count"))
-        delta, n = obs - mean, count + obs.shape[1]
+    def update(self, name: str, batch: np.ndarray) -> None:
+        """Update mean and variance of "obs" or "return" with a batch (num_agents, num_envs, ...); deviations are from
+        the old mean (Chan et al.)."""
+        mean, var, count = (self.statistics[f"{name}_{key}"] for key in ("mean", "var", "count"))
+        delta, n = batch - mean, count + batch.shape[1]
         shift = delta.sum(1, keepdims=True) / n
         new_var = (count * var + np.square(delta).sum(1, keepdims=True)) / n - np.square(shift)
         mean[:], var[:], count[...] = mean + shift, new_var, n
@@ -226,16 +226,13 @@ class Normalizer(nn.Module):
 
     def rewards(self, rewards: np.ndarray, dones: np.ndarray) -> np.ndarray:
         """Divide a rollout's rewards, (num_agents, num_steps, num_envs), by the std of the discounted return so far."""
-        returns, steps = np.empty(rewards.shape), np.arange(1, rewards.shape[1] + 1)[:, None]
-        for t in range(len(steps)):
-            returns[:, t] = self.returns = self.returns * self.gamma + rewards[:, t]
+        stds = np.empty((len(rewards), rewards.shape[1], 1))
+        for t in range(rewards.shape[1]):
+            self.returns = self.returns * self.gamma + rewards[:, t]
+            self.update("return", self.returns)
+            stds[:, t] = np.sqrt(self.statistics["return_var"] + 1e-8)
             self.returns[dones[:, t]] = 0
-        mean, var, count = (self.statistics[f"return_{key}"][..., None] for key in ("mean", "var", "count"))
-        delta, n = returns - mean, count + rewards.shape[2] * steps  # after each step, likewise what follows
-        shift = delta.sum(2, keepdims=True).cumsum(1) / n
-        new_var = (count * var + np.square(delta).sum(2, keepdims=True).cumsum(1)) / n - np.square(shift)
-        mean[:, -1], var[:, -1], count[...] = mean[:, -1] + shift[:, -1], new_var[:, -1], n[-1]
-        return (rewards / np.sqrt(new_var + 1e-8)).clip(-10, 10)  # no mean is subtracted
+        return (rewards / stds).clip(-10, 10)  # no mean is subtracted
 
 
 class BatchedLinear(nn.Module):
@@ -386,7 +383,7 @@ def train(args: Args, envs: Envs) -> list[dict]:
     episodes, stats = [[] for _ in args.seeds], []  # since the last log
     tensor = partial(torch.as_tensor, device=args.device)
     raw_obs = envs.reset(args.seeds, TRAINING, global_step)  # a resumed run has other episodes
-    normalizer.count(raw_obs)
+    normalizer.update("obs", raw_obs)
     obs = normalizer.obs(raw_obs)
     while global_step < total_timesteps:
         iteration_start = time.perf_counter()
@@ -401,7 +398,7 @@ def train(args: Args, envs: Envs) -> list[dict]:
             actions = (agent.logits(tensor(obs)).cpu().numpy() + gumbel[:, t]).argmax(-1)
             obs_buf[:, t], action_buf[:, t] = obs, actions
             raw_obs, reward_buf[:, t], terminated, truncated, final_obs = envs.step(actions)
-            normalizer.count(raw_obs)
+            normalizer.update("obs", raw_obs)
             obs = normalizer.obs(raw_obs)
             done_buf[:, t] = done = terminated | truncated
             episode_return += reward_buf[:, t]
@@ -770,6 +767,8 @@ def run(args: Args, given: set[str] | None = None) -> list[dict]:
             resume = shlex.join([sys.executable, __file__, "--resume", args.run_dir])
             say(f"run directory {args.run_dir}; should it stop, go on with: {resume}")
             return train(args, envs)
+    except KeyboardInterrupt:
+        fail("stopped", code=130)
     except (OSError, MemoryError, torch.OutOfMemoryError) as error:
         if getattr(error, "errno", errno.ENOSPC) not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise  # neither the disk nor the memory is full
@@ -780,10 +779,7 @@ def main() -> None:
     files = sys.stdin, sys.stdout, sys.stderr  # reopen closed ones: no file of the run may get descriptor 0, 1 or 2
     sys.stdin, sys.stdout, sys.stderr = (file or open(os.devnull, "w") for file in files)  # noqa: SIM115
     args = tyro.cli(Args, description=__doc__)
-    try:
-        run(args, {flag.partition("=")[0].replace("_", "-") for flag in sys.argv[1:] if flag.startswith("--")})
-    except KeyboardInterrupt:
-        fail("stopped", code=130)
+    run(args, {flag.partition("=")[0].replace("_", "-") for flag in sys.argv[1:] if flag.startswith("--")})
 
 
 if __name__ == "__main__":
