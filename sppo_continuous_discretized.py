@@ -187,10 +187,12 @@ class Envs:
         With running, in an evaluation, the other environments keep what they returned last, and none resets."""
         values = self.bins[actions, np.arange(self.action_dim)].reshape(-1, *self.action_space.shape)
         for i in range(len(self.envs)) if running is None else np.flatnonzero(running):
-            final_obs, reward, *ends, _ = self.envs[i].step(values[i])
+            final_obs, reward, terminated, truncated, _ = self.envs[i].step(values[i])
             obs = final_obs = self.take("observation", final_obs)
-            reward = float(self.take("reward", reward)[0])
-            terminated, truncated = (bool(self.take("end", end)[0]) for end in ends)
+            if not isinstance(reward, float):
+                reward = float(self.take("reward", reward)[0])
+            if not (type(terminated) is type(truncated) is bool):
+                terminated, truncated = (bool(self.take("end", end)[0]) for end in (terminated, truncated))
             if running is None and (terminated or truncated):
                 obs = self.take("observation", self.envs[i].reset()[0])
             self.rows[i] = obs, reward, terminated, truncated, final_obs
@@ -210,11 +212,11 @@ class Normalizer(nn.Module):
         self.returns = np.zeros((num_agents, num_envs))  # discounted return so far of the running episodes
         self.gamma = gamma
 
-    def update(self, name: str, batch: np.ndarray) -> None:
-        """Update mean and variance of "obs" or "return" with a batch (num_agents, num_envs, ...); deviations are from
-        the old mean (Chan et al.)."""
-        mean, var, count = (self.statistics[f"{name}_{key}"] for key in ("mean", "var", "count"))
-        delta, n = batch - mean, count + batch.shape[1]
+    def count(self, obs: np.ndarray) -> None:
+        """Update mean and variance with a batch (num_agents, num_envs, obs_dim); deviations are from the old mean
+        (Chan et al.)."""
+        mean, var, count = (self.statistics[f"obs_{key}"] for key in ("mean", "var", "count"))
+        delta, n = obs - mean, count + obs.shape[1]
         shift = delta.sum(1, keepdims=True) / n
         new_var = (count * var + np.square(delta).sum(1, keepdims=True)) / n - np.square(shift)
         mean[:], var[:], count[...] = mean + shift, new_var, n
@@ -226,13 +228,16 @@ class Normalizer(nn.Module):
 
     def rewards(self, rewards: np.ndarray, dones: np.ndarray) -> np.ndarray:
         """Divide a rollout's rewards, (num_agents, num_steps, num_envs), by the std of the discounted return so far."""
-        stds = np.empty((len(rewards), rewards.shape[1], 1))
-        for t in range(rewards.shape[1]):
-            self.returns = self.returns * self.gamma + rewards[:, t]
-            self.update("return", self.returns)
-            stds[:, t] = np.sqrt(self.statistics["return_var"] + 1e-8)
+        returns, steps = np.empty(rewards.shape), np.arange(1, rewards.shape[1] + 1)[:, None]
+        for t in range(len(steps)):
+            returns[:, t] = self.returns = self.returns * self.gamma + rewards[:, t]
             self.returns[dones[:, t]] = 0
-        return (rewards / stds).clip(-10, 10)  # no mean is subtracted
+        mean, var, count = (self.statistics[f"return_{key}"][..., None] for key in ("mean", "var", "count"))
+        delta, n = returns - mean, count + rewards.shape[2] * steps  # as in count, after each step
+        shift = delta.sum(2, keepdims=True).cumsum(1) / n
+        new_var = (count * var + np.square(delta).sum(2, keepdims=True).cumsum(1)) / n - np.square(shift)
+        mean[:, -1], var[:, -1], count[...] = mean[:, -1] + shift[:, -1], new_var[:, -1], n[-1]
+        return (rewards / np.sqrt(new_var + 1e-8)).clip(-10, 10)  # no mean is subtracted
 
 
 class BatchedLinear(nn.Module):
@@ -383,7 +388,7 @@ def train(args: Args, envs: Envs) -> list[dict]:
     episodes, stats = [[] for _ in args.seeds], []  # since the last log
     tensor = partial(torch.as_tensor, device=args.device)
     raw_obs = envs.reset(args.seeds, TRAINING, global_step)  # a resumed run has other episodes
-    normalizer.update("obs", raw_obs)
+    normalizer.count(raw_obs)
     obs = normalizer.obs(raw_obs)
     while global_step < total_timesteps:
         iteration_start = time.perf_counter()
@@ -398,7 +403,7 @@ def train(args: Args, envs: Envs) -> list[dict]:
             actions = (agent.logits(tensor(obs)).cpu().numpy() + gumbel[:, t]).argmax(-1)
             obs_buf[:, t], action_buf[:, t] = obs, actions
             raw_obs, reward_buf[:, t], terminated, truncated, final_obs = envs.step(actions)
-            normalizer.update("obs", raw_obs)
+            normalizer.count(raw_obs)
             obs = normalizer.obs(raw_obs)
             done_buf[:, t] = done = terminated | truncated
             episode_return += reward_buf[:, t]

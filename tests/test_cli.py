@@ -528,9 +528,9 @@ def test_round_trip_through_a_checkpoint_is_exact(script, call, monkeypatch, tmp
     class Normalizer(script.Normalizer):
         started = False
 
-        def update(self, name, batch):  # not the observations of the reset, which a resumed run has once more
+        def count(self, obs):  # not the observations of the reset, which a resumed run has once more
             if self.started:
-                super().update(name, batch)
+                super().count(obs)
             self.started = True
 
     monkeypatch.setattr(script, "Envs", Stateless)

@@ -460,7 +460,7 @@ def test_a_layer_that_draws_goes_on_after_a_stop_as_if_there_had_been_none(origi
 
     changed = copy(original, tmp_path, "my_copy", DROPOUT)
     changed.Envs, changed.LOG_EVERY = type("Envs", (Stateless, changed.Envs), {}), 1
-    changed.Normalizer.update = lambda *_: None  # which counts the observations of a reset
+    changed.Normalizer.count = lambda *_: None  # which counts the observations of a reset
     whole = train(changed, original, tmp_path / "whole")
     with patch.object(changed, "gae", stop_at_call(changed.gae, 2)), pytest.raises(SystemExit):
         train(changed, original, tmp_path / "run", "--eval-every", 16)
