@@ -502,7 +502,7 @@ def test_full_disk_stops_the_run_in_one_line(script, tmp_path, monkeypatch, caps
         (["--beta", "-1"], "0 <= --beta < inf must hold"),
         (["--alpha", "0"], "0 < --alpha < inf must hold"),
         (["--Z", "0.5"], "-inf < --Z < 0 must hold"),
-        (["--total-timesteps", "10"], "--total-timesteps >= --num-envs * --num-steps must hold"),
+        (["--total-timesteps", "10"], "--num-envs * --num-steps <= --total-timesteps <= 10**12 must hold"),
         (["--resume", "nowhere"], "cannot be opened as a run directory"),
         (["--evaluate", "nowhere"], "no such .safetensors"),
     ],

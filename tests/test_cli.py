@@ -736,9 +736,10 @@ BROKEN_RULES = {
         "--num-envs 1 --num-steps 32",
         "1 * 32 > 32 or not True",
     ),
-    "--total-timesteps >= --num-envs * --num-steps": (
+    "--eval-episodes >= 1": ("--eval-episodes 0", "0 >= 1"),
+    "--num-envs * --num-steps <= --total-timesteps <= 10**12": (
         "--total-timesteps 63 --num-envs 2 --num-steps 32",
-        "63 >= 2 * 32",
+        "2 * 32 <= 63 <= 10**12",
     ),
 }
 
