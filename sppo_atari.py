@@ -278,7 +278,6 @@ def keep_memory() -> None:
 def train(args: Args, envs: Envs) -> dict:
     """Train from the checkpoint in run_dir where there is one; returns the result."""
     start_time, commit = time.monotonic(), git_commit()
-    keep_memory()
     torch.set_num_threads(args.num_threads)
     E, T = args.num_envs, args.num_steps  # environments, steps of a rollout
     total_timesteps = -(-args.total_timesteps // (T * E)) * T * E
@@ -644,6 +643,7 @@ def run(args: Args, given: set[str] | None = None) -> dict:
     args = replace(args, env_id=find_game(args).title().replace("_", "") + "NoFrameskip-v4")
     name = f"{args.env_id}__{SCRIPT}__{args.seed}__{datetime.now():%Y%m%d-%H%M%S-%f}"
     args = replace(args, run_dir=os.path.abspath(args.run_dir or f"runs/{name}"))
+    keep_memory()
     try:
         seed_globals(args.seed)  # for layers that draw their weights
         with closing(Envs(args, args.num_envs)) as envs:
