@@ -12,7 +12,6 @@ Equation, table and section numbers are those of "Symmetric Reinforcement Learni
 Diverse Tasks and Model Scales". docs/paper-notes.md says where the paper is silent and what was chosen.
 """
 
-import csv
 import ctypes
 import difflib
 import errno
@@ -20,6 +19,7 @@ import fcntl
 import io
 import json
 import os
+import random
 import re
 import shlex
 import subprocess
@@ -52,7 +52,7 @@ TRAINING, EVALUATION = 0, 1  # streams of environment seeds
 PACKAGES = ("torch", "gymnasium", "ale-py", "numpy")  # their versions go into result.json
 
 
-@dataclass
+@dataclass(frozen=True)
 class Args:
     env_id: str = "BreakoutNoFrameskip-v4"  # the game; Breakout and breakout are the same
     sticky_actions: bool = False  # repeat the previous action with probability 0.25
@@ -77,6 +77,7 @@ class Args:
     resume: str | None = None  # run directory to continue; all other arguments come from the run
     evaluate: str | None = None  # run directory or model.safetensors to evaluate instead of training
     eval_every: int = 0  # steps between evaluations during training; 0: only the final one
+    eval_episodes: int = 10  # games of every evaluation
     track: bool = False  # log to Weights & Biases as well; WANDB_PROJECT and WANDB_ENTITY say where (pip install wandb)
     capture_video: bool = False  # record the first game of every evaluation (pip install moviepy)
     compile: bool = False  # compile the gradient computation with torch.compile (needs a C++ compiler)
@@ -274,10 +275,9 @@ def keep_memory() -> None:
 
 
 @torch.no_grad()
-def train(args: Args, envs: Envs) -> None:
-    """Train from the checkpoint in run_dir where there is one, and leave a result.json."""
+def train(args: Args, envs: Envs) -> dict:
+    """Train from the checkpoint in run_dir where there is one; returns the result."""
     start_time, commit = time.monotonic(), git_commit()
-    keep_memory()
     torch.set_num_threads(args.num_threads)
     E, T = args.num_envs, args.num_steps  # environments, steps of a rollout
     total_timesteps = -(-args.total_timesteps // (T * E)) * T * E
@@ -295,6 +295,8 @@ def train(args: Args, envs: Envs) -> None:
     generator.set_state(progress["generator"])
     start_time -= progress["wall_seconds"]  # of the process or processes before
     first_step = global_step = progress["global_step"]
+    if global_step == total_timesteps:  # only files may be missing
+        save_model(args, agent)
     log = RunLog(args.run_dir, global_step)
     train_seconds, last_saved, last_shown = 0.0, time.monotonic(), 0.0
 
@@ -310,6 +312,7 @@ def train(args: Args, envs: Envs) -> None:
     obs = envs.reset(env_seeds(args.seed, E, TRAINING, global_step))  # a resumed run has other episodes
     while global_step < total_timesteps:
         iteration_start = time.perf_counter()
+        seed_globals(args.seed, TRAINING, global_step)  # evaluations and stops change nothing
 
         # Rollout. argmax(logits + Gumbel noise) is a sample of the policy; the noise is drawn once per rollout.
         gumbel = -torch.empty(T, E, envs.num_actions).exponential_(generator=generator).log().to(args.device)
@@ -383,37 +386,46 @@ def train(args: Args, envs: Envs) -> None:
             line = f"{global_step / total_timesteps:4.0%}  step {global_step:,}  return {mean_return:.1f}"
             say(f"{line}  {sps:,.0f} steps/s  {left} left")
 
-    save_result(args, progress, commit)
+    return save_result(args, progress, commit)
 
 
 @torch.no_grad()
 def evaluate(args: Args, agent: Agent, step: int | None = None) -> np.ndarray:
-    """Raw scores (10,) of the first whole game in each of 10 environments of its own; actions are sampled.
-    An evaluation during training, at a step, has starts and draws of its own. With args.capture_video the first of the
-    games is recorded."""
+    """Raw scores (eval_episodes,), each of the first whole game in an environment of its own; actions are sampled.
+    An evaluation during training, at a step, has starts and draws of its own."""
     name, stream = ("final", (EVALUATION,)) if step is None else (f"step{step}", (EVALUATION, step))
-    say(f"evaluation, {name}: {EVAL_EPISODES} games")
-    seeds = env_seeds(args.seed, EVAL_EPISODES, *stream)
+    say(f"evaluation, {name}: {args.eval_episodes} games")
+    seed_globals(args.seed, *stream)
+    seeds = env_seeds(args.seed, args.eval_episodes, *stream)
     generator = torch.Generator().manual_seed(seeds[0])
-    with closing(Envs(args, EVAL_EPISODES)) as envs:
+    with closing(Envs(args, args.eval_episodes)) as envs:
         obs = envs.reset(seeds)
         if args.capture_video:  # the vector environment cannot render: a twin in color plays the same game
             twin = Envs(args, 1, img_height=210, img_width=160, grayscale=False, stack_num=1)
-            video = [twin.reset(seeds[:1])[0, -1]]
-        returns, running = np.zeros(EVAL_EPISODES), np.ones(EVAL_EPISODES, bool)
+            frames = [twin.reset(seeds[:1])[0, -1]]
+        returns, running = np.zeros(args.eval_episodes), np.ones(args.eval_episodes, bool)
+        steps, last_shown = 0, time.monotonic()
         while running.any():
-            gumbel = -torch.empty(EVAL_EPISODES, envs.num_actions).exponential_(generator=generator).log()
+            gumbel = -torch.empty(args.eval_episodes, envs.num_actions).exponential_(generator=generator).log()
             logits, _ = agent(torch.from_numpy(obs).to(args.device))
             actions = (logits + gumbel.to(args.device)).argmax(-1).cpu().numpy()
             if envs.must_fire.any():
                 actions[envs.must_fire] = envs.fire
             if args.capture_video and running[0]:
-                video.append(twin.step(actions[:1])[0][0, -1])
+                frames.append(twin.step(actions[:1])[0][0, -1])
             obs, reward, _, _, game_over, _ = envs.step(actions)
             returns += reward * running
             running &= ~game_over
+            steps += 1
+            if time.monotonic() - last_shown > SHOW_EVERY:
+                last_shown = time.monotonic()
+                say(f"evaluation, {name}: step {steps:,}, {running.sum()} of {running.size} games still run")
     if args.capture_video:
-        import_module("gymnasium.utils.save_video").save_video(video, str(Path(args.run_dir, "videos", name)), fps=15)
+        try:
+            save_video = import_module("gymnasium.utils.save_video").save_video
+            save_video(frames, str(Path(args.run_dir, "videos", name)), fps=15)
+        except Exception as error:  # costs no result
+            say(f"no video of evaluation {name}: {error!r}", sys.stderr)
     say(f"seed {args.seed}: {returns.mean():.1f} ({' '.join(f'{r:.1f}' for r in returns)})")
     return returns
 
@@ -421,8 +433,8 @@ def evaluate(args: Args, agent: Agent, step: int | None = None) -> np.ndarray:
 # Nothing below knows the algorithm.
 
 RULES = """
---num-envs >= 1, --num-steps >= 1, --num-threads >= 1, --total-timesteps >= --num-envs * --num-steps
---eval-every >= 0, 0 <= --seed < 2**63, 0 <= --gamma <= 1, 0 <= --gae-lambda <= 1
+--num-envs >= 1, --num-steps >= 1, --num-threads >= 1, --eval-every >= 0, --eval-episodes >= 1
+--num-envs * --num-steps <= --total-timesteps <= 10**12, 0 <= --seed < 2**63, 0 <= --gamma <= 1, 0 <= --gae-lambda <= 1
 0 < --alpha < inf, 0 <= --beta < inf, -inf < --Z < 0, 0 <= --reward-flip-prob <= 1, 0 < --learning-rate < inf
 0 <= --ent-coef < inf, 0 <= --vf-coef < inf, 0 < --max-grad-norm < inf
 """  # of arguments, in the flags' spelling: the one that does not hold is the error message
@@ -435,11 +447,21 @@ def fail(message: object, code: int = 2) -> None:
 
 
 def say(text: str, file=None) -> None:
-    """Print. A reader that has gone, as behind | head, does not stop a run."""
+    """Print, with escapes where the output has no such character. A reader that has gone does not stop a run."""
     try:
         print(text, file=file, flush=True)
+    except UnicodeEncodeError:
+        say(text.encode("ascii", "backslashreplace").decode(), file)
     except OSError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), (file or sys.stdout).fileno())
+
+
+def seed_globals(*stream: int) -> None:
+    """Seed the global generators of Python, numpy and torch, from which environments and layers may draw."""
+    random.seed(repr(stream))
+    np.random.seed(random.getrandbits(32))
+    for generator in (torch.default_generator, *torch.cuda.default_generators):
+        generator.manual_seed(random.getrandbits(32))
 
 
 def check_args(args: Args) -> None:
@@ -460,25 +482,24 @@ def write_atomic(path: Path, content: bytes | memoryview) -> None:
 
 
 class RunLog:
-    """TensorBoard and curves.csv of one agent. Rows after global_step, of a killed run, go."""
+    """TensorBoard and curves.csv of one agent. On resume, rows logged after the checkpoint are dropped."""
 
     def __init__(self, run_dir: str, global_step: int):
         self.writer = SummaryWriter(run_dir, purge_step=global_step + 1)
-        self.path, self.columns, self.rows = Path(run_dir, "curves.csv"), {}, []
+        self.path, self.columns, self.lines = Path(run_dir, "curves.csv"), ["global_step"], []
         if self.path.exists():
-            rows = csv.DictReader(self.path.read_text().splitlines())  # one that a kill cut short lacks its last values
-            self.rows = [row for row in rows if None not in row.values() and int(row["global_step"]) <= global_step]
+            header, *lines = self.path.read_text().splitlines()
+            self.columns = header.split(",")
+            self.lines = [line for line in lines if "," in line and int(line.partition(",")[0]) <= global_step]
 
     def write(self, global_step: int, metrics: dict[str, float]) -> None:
-        """Log {tag: value}, any tags. curves.csv gets one more row, and is written anew where a tag is new."""
-        self.rows.append({"global_step": global_step} | {tag: f"{x:.6g}" for tag, x in metrics.items()})
-        path, mode, rows = self.path, "a", self.rows[-1:]
-        if not rows[0].keys() <= self.columns.keys():
-            self.columns = {tag: tag for row in self.rows for tag in row}
-            path, mode, rows = self.path.with_name("curves.csv.tmp"), "w", [self.columns, *self.rows]
-        with path.open(mode, newline="") as file:
-            csv.DictWriter(file, self.columns, lineterminator="\n").writerows(rows)
-        path.replace(self.path)
+        """Log {tag: value}, any tags; a new one gets a column of curves.csv."""
+        new_tags = [tag for tag in metrics if tag not in self.columns]
+        self.columns += new_tags
+        self.lines = [line + "," * len(new_tags) for line in self.lines]
+        row = {"global_step": str(global_step)} | {tag: f"{x:.6g}" for tag, x in metrics.items()}
+        self.lines.append(",".join(row.get(tag, "") for tag in self.columns))
+        write_atomic(self.path, "\n".join([",".join(self.columns), *self.lines, ""]).encode())
         for tag, value in metrics.items():
             self.writer.add_scalar(tag, value, global_step)
         self.writer.flush()  # a kill loses nothing that a later checkpoint counts as written
@@ -510,104 +531,131 @@ def save_model(args: Args, agent: Agent) -> None:
     write_atomic(Path(args.run_dir, "model.safetensors"), content)
 
 
-def save_result(args: Args, progress: dict, commit: str | None) -> None:
-    versions = {d.name: d.version for d in metadata.distributions() if d.name in PACKAGES}
-    versions["python"] = sys.version.split()[0]
+def save_result(args: Args, progress: dict, commit: str | None) -> dict:
+    """Write result.json, and return what it holds."""
+    modules = {name: sys.modules.get(name.replace("-", "_")) for name in PACKAGES}
+    versions = {name: module.__version__ for name, module in modules.items() if module}
     returns, last = progress["eval_returns"], progress["last_returns"]
-    result = {"script": SCRIPT, "env_id": args.env_id, "seed": args.seed, "args": asdict(args)}
-    result |= {"total_timesteps": progress["global_step"], "eval_returns": returns, "eval_mean": np.mean(returns)}
-    result |= {"train_last10_mean": np.mean(last) if last else None, "sps": progress["sps"] or None}
-    result |= {"wall_seconds": progress["wall_seconds"], "versions": versions, "commit": commit}
-    result["device"] = torch.cuda.get_device_name() if args.device == "cuda" else "cpu"
+    result = {
+        "script": SCRIPT,
+        "env_id": args.env_id,
+        "seed": args.seed,
+        "args": asdict(args),
+        "total_timesteps": progress["global_step"],
+        "eval_returns": returns,
+        "eval_mean": np.mean(returns),
+        "train_last10_mean": np.mean(last) if last else None,
+        "sps": progress["sps"] or None,
+        "wall_seconds": progress["wall_seconds"],
+        "versions": versions | {"python": sys.version.split()[0]},
+        "commit": commit,
+        "device": torch.cuda.get_device_name() if args.device == "cuda" else "cpu",
+    }
     write_atomic(Path(args.run_dir, "result.json"), (json.dumps(result, indent=2) + "\n").encode())
     say(f"everything is in {args.run_dir}")
+    return result
 
 
 def git_commit() -> str | None:
-    """Commit of the repository this file is in, with "-dirty" when this file differs; None outside a repository."""
-    git = f"git rev-parse HEAD && git status --porcelain -- {shlex.quote(__file__)} | grep -q . && echo -dirty"
-    done = subprocess.run(git, shell=True, cwd=Path(__file__).parent, capture_output=True, text=True)
-    return "".join(done.stdout.split()) or None
+    """Commit of the repository that tracks this file, with "-dirty" when this file differs; None without one."""
+    path = Path(__file__).resolve()
+    file = shlex.quote(path.name)
+    git = f"""unset $(git rev-parse --local-env-vars)
+        git ls-files --error-unmatch {file} >&2 && git rev-parse HEAD && git diff --quiet HEAD {file} || echo -dirty"""
+    done = subprocess.run(git, shell=True, cwd=path.parent, capture_output=True, text=True)
+    return "".join(done.stdout.split()).removeprefix("-dirty") or None
 
 
 def saved_args(path: Path, script: str | None, saved: dict) -> Args:
-    """Arguments of the run or model in path: new ones have their defaults, those that are no more are ignored."""
+    """Arguments of the run or model in path; missing ones get their defaults, unknown ones are ignored."""
     if script != SCRIPT:
         fail(f"{path} is of {script or 'something else'}, not of {SCRIPT}")
     return Args(**{name: value for name, value in saved.items() if name in vars(Args())})
 
 
 def open_run(args: Args) -> Args:
-    """Arguments of the run to resume, or to begin in a new directory. No other process can write there."""
-    name = f"{args.env_id.replace('/', '-')}__{SCRIPT}__{args.seed}__{datetime.now():%Y%m%d-%H%M%S-%f}"
-    run_dir = Path(args.run_dir or f"runs/{name}" if args.resume is None else args.resume)
+    """Arguments of the run to resume, or to begin in args.run_dir. No other process can write there."""
+    run_dir = Path(args.resume or args.run_dir).absolute()
     try:
+        str(run_dir).encode()  # TensorBoard needs names in UTF-8
         if args.resume is None:
             run_dir.mkdir(parents=True, exist_ok=True)
             if any(run_dir.iterdir()):
                 fail(f"--run-dir {run_dir} is in use: name another, or try --resume {shlex.quote(str(run_dir))}")
         file = os.open(run_dir / "args.json", os.O_RDWR | (os.O_CREAT if args.resume is None else 0), 0o666)
-    except OSError as error:
-        fail(f"{run_dir} cannot be opened as a run directory: {error.strerror}")
+    except (OSError, UnicodeError) as error:
+        fail(f"{run_dir} cannot be opened as a run directory: {getattr(error, 'strerror', error)}")
     try:
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the system drops it with the process
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # released at the end of the process
     except OSError as error:
-        if error.errno in (errno.EACCES, errno.EAGAIN):  # and is no file system without locks
+        if error.errno in (errno.EACCES, errno.EAGAIN):  # other errors: this file system has no locks, go on without
             fail(f"{run_dir} is being trained by another process")
     if args.resume is None:
-        content = {"script": SCRIPT, "args": asdict(replace(args, run_dir=str(run_dir)))}
-        os.write(file, json.dumps(content, indent=2).encode())
+        os.write(file, json.dumps({"script": SCRIPT, "args": asdict(args)}, indent=2).encode())
     saved = json.loads(os.pread(file, 2**20, 0) or "{}")  # a kill in the first moment leaves it empty
     return replace(saved_args(run_dir, saved.get("script"), saved.get("args")), run_dir=str(run_dir))
 
 
-def evaluate_model(args: Args) -> None:
-    """--evaluate: the final evaluation again, of model.safetensors alone."""
-    path = Path(args.evaluate, "model.safetensors") if Path(args.evaluate).is_dir() else Path(args.evaluate)
-    if path.suffix != ".safetensors" or not path.is_file():
-        fail(f"--evaluate {path}: no such .safetensors file. A run leaves it at its end")
-    with safetensors.safe_open(path, "pt") as file:
-        saved, tensors = file.metadata() or {}, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    saved = saved_args(path, saved.get("script"), json.loads(saved.get("args", "{}")))
-    args = replace(saved, run_dir=str(path.parent), capture_video=args.capture_video, cuda=args.cuda)
+def load_model(path: str, capture_video: bool = False, cuda: bool = True) -> tuple[Args, Agent]:
+    """An agent that was trained, from its run directory or model.safetensors, as evaluate takes it."""
+    file = Path(path, "model.safetensors") if Path(path).is_dir() else Path(path)
+    if file.suffix != ".safetensors" or not file.is_file():
+        fail(f"--evaluate {file}: no such .safetensors file. A run leaves it at its end")
+    with safetensors.safe_open(file, "pt") as model:
+        saved, tensors = model.metadata() or {}, {name: model.get_tensor(name) for name in model.keys()}  # noqa: SIM118
+    args = saved_args(file, saved.get("script"), json.loads(saved.get("args", "{}")))
+    args = replace(args, run_dir=str(file.parent.absolute()), capture_video=capture_video, cuda=cuda)
     check_args(args)
     torch.set_num_threads(args.num_threads)
     with closing(Envs(args, 1)) as envs:
         agent = Agent(envs.num_actions, torch.Generator()).to(args.device)
     agent.load_state_dict(tensors)
-    evaluate(args, agent)
+    return args, agent
 
 
-def main() -> None:
-    std = sys.stdin, sys.stdout, sys.stderr  # the number of a closed one must not go to a file of the run
-    sys.stdin, sys.stdout, sys.stderr = (file or open(os.devnull, "w") for file in std)  # noqa: SIM115
-    args = tyro.cli(Args, description=__doc__)
-    typed = {flag.partition("=")[0].replace("_", "-") for flag in sys.argv[1:] if flag.startswith("--")}
+def run(args: Args, given: set[str] | None = None) -> dict:
+    """What the command line does: checks, run directory, training, result, which it returns; or --resume, --evaluate.
+    given are the flags that were given; without it those whose value is not the default."""
+    given = given or {f"--{name.replace('_', '-')}" for name, x in vars(args).items() if x != getattr(Args, name)}
     for flag, others in (("--resume", ()), ("--evaluate", ("--capture-video", "--cuda", "--no-cuda"))):
-        if flag in typed and (extra := typed - {flag, *others}):
+        if flag in given and (extra := given - {flag, *others}):
             fail(f"{flag} takes its arguments from the run: drop {', '.join(sorted(extra))}")
     if args.evaluate is not None:
-        return evaluate_model(args)
+        returns = evaluate(*load_model(args.evaluate, args.capture_video, args.cuda)).tolist()
+        return {"eval_returns": returns, "eval_mean": np.mean(returns)}
     if args.resume is not None:
         args = open_run(args)
-        if Path(args.run_dir, "result.json").exists():
-            return say(f"{args.run_dir} has finished; --evaluate plays its final evaluation again")
+        result = Path(args.run_dir, "result.json")
+        if result.exists():
+            say(f"{args.run_dir} has finished; --evaluate plays its final evaluation again")
+            return json.loads(result.read_text())
     check_args(args)
     args = replace(args, env_id=find_game(args).title().replace("_", "") + "NoFrameskip-v4")
+    name = f"{args.env_id}__{SCRIPT}__{args.seed}__{datetime.now():%Y%m%d-%H%M%S-%f}"
+    args = replace(args, run_dir=os.path.abspath(args.run_dir or f"runs/{name}"))
+    keep_memory()
     try:
+        seed_globals(args.seed)  # for layers that draw their weights
         with closing(Envs(args, args.num_envs)) as envs:
-            args = args if "--resume" in typed else open_run(args)
+            args = args if "--resume" in given else open_run(args)
             if args.track:
                 import_module("wandb").init(dir=args.run_dir, config=asdict(args), sync_tensorboard=True, resume="auto")
-            resume = [*sys.orig_argv[: len(sys.orig_argv) - len(sys.argv) + 1], "--resume", args.run_dir]
-            say(f"run directory {args.run_dir}; should it stop, go on with: {shlex.join(resume)}")
-            train(args, envs)
+            resume = shlex.join([sys.executable, __file__, "--resume", args.run_dir])
+            say(f"run directory {args.run_dir}; should it stop, go on with: {resume}")
+            return train(args, envs)
     except KeyboardInterrupt:
         fail("stopped", code=130)
     except (OSError, MemoryError, torch.OutOfMemoryError) as error:
         if getattr(error, "errno", errno.ENOSPC) not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise  # neither the disk nor the memory is full
-        fail(f"{args.run_dir}: {error}", code=1)
+        fail(f"{args.run_dir}: {str(error) or type(error).__name__}", code=1)
+
+
+def main() -> None:
+    files = sys.stdin, sys.stdout, sys.stderr  # reopen closed ones: no file of the run may get descriptor 0, 1 or 2
+    sys.stdin, sys.stdout, sys.stderr = (file or open(os.devnull, "w") for file in files)  # noqa: SIM115
+    args = tyro.cli(Args, description=__doc__)
+    run(args, {flag.partition("=")[0].replace("_", "-") for flag in sys.argv[1:] if flag.startswith("--")})
 
 
 if __name__ == "__main__":

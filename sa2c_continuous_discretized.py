@@ -13,19 +13,19 @@ Diverse Tasks and Model Scales". docs/paper-notes.md says where the paper is sil
 Arrays have a leading agent dimension: --num-seeds N trains N independent agents side by side in one process.
 """
 
-import csv
 import errno
 import fcntl
 import io
 import json
 import os
+import random
 import re
 import shlex
 import subprocess
 import sys
 import time
 import warnings
-from contextlib import ExitStack, closing
+from contextlib import ExitStack, closing, suppress
 from dataclasses import asdict, dataclass, replace
 from datetime import datetime, timedelta
 from functools import partial
@@ -51,9 +51,10 @@ TRAINING, EVALUATION = 0, 1  # streams of environment seeds
 PACKAGES = ("torch", "gymnasium", "mujoco", "Box2D", "numpy")  # their versions go into result.json
 
 
-@dataclass
+@dataclass(frozen=True)
 class Args:
-    env_id: str = "HalfCheetah-v4"  # gymnasium id of an environment with a bounded Box action space
+    env_id: str = "HalfCheetah-v4"  # gymnasium id, with a bounded Box of actions; module:Id-v0 imports the module first
+    env_kwargs: str = "{}"  # keyword arguments of the environment in JSON, such as '{"xml_file": "a.xml"}'
     total_timesteps: int = 2_000_000  # environment steps of each seed, rounded up to whole rollouts (Table 6)
     seed: int = 1  # seed of the first agent
     num_seeds: int = 1  # agents trained side by side, with seeds seed .. seed + num_seeds - 1
@@ -77,6 +78,7 @@ class Args:
     resume: str | None = None  # run directory to continue; all other arguments come from the run
     evaluate: str | None = None  # run directory or model.safetensors to evaluate instead of training
     eval_every: int = 0  # steps between evaluations during training; 0: only the final one
+    eval_episodes: int = 10  # episodes of every evaluation
     track: bool = False  # log to Weights & Biases as well; WANDB_PROJECT and WANDB_ENTITY say where (pip install wandb)
     capture_video: bool = False  # record an episode of every evaluation, the first agent's (pip install moviepy)
     compile: bool = False  # compile the gradient computation with torch.compile (needs a C++ compiler)
@@ -97,8 +99,8 @@ class Args:
         return [replace(self, seed=seed, num_seeds=1, run_dir=d) for seed, d in zip(self.seeds, dirs)]
 
 
-def make_env(env_id: str, video_dir: Path | None = None) -> gym.Env:
-    """One environment with flat observations; with video_dir, its first episode is recorded there."""
+def make_env(env_id: str, env_kwargs: str = "{}", **options) -> gym.Env:
+    """One environment with flat observations. Its arguments are env_kwargs, in JSON, and options."""
     warnings.filterwarnings("ignore", message=".*is out of date")  # the paper's MuJoCo ids are v4
     # MuJoCo's own handler writes MUJOCO_LOG.TXT into the working directory; the v4 files set a total mass, and say so.
     mujoco.set_mju_user_warning(lambda text: "settotalmass" in text or say(f"MuJoCo: {text}", sys.stderr))
@@ -106,16 +108,20 @@ def make_env(env_id: str, video_dir: Path | None = None) -> gym.Env:
     if colon and not all(name.isidentifier() for name in module.split(".")):
         fail(f"--env-id {env_id}: {module!r} is no module")
     try:
-        env = gym.make(env_id, disable_env_checker=True, **({"render_mode": "rgb_array"} if video_dir else {}))
-    except (gym.error.Error, ImportError) as error:
-        fail(f"--env-id {env_id}: {error}")
-    if video_dir:
-        env = gym.wrappers.RecordVideo(env, str(video_dir), episode_trigger=lambda episode: episode == 0)
-    space = env.observation_space
-    if not space.is_np_flattenable:
-        with closing(env):
-            fail(f"--env-id {env_id}: observations of {space} are no vector of numbers")
-    return env if isinstance(space, gym.spaces.Box) and len(space.shape) == 1 else gym.wrappers.FlattenObservation(env)
+        env = gym.make(env_id, disable_env_checker=True, **json.loads(env_kwargs), **options)
+    except (gym.error.Error, ImportError, json.JSONDecodeError, TypeError) as error:
+        if isinstance(error, TypeError) and "argument" not in str(error):
+            raise  # a bug of the environment
+        fail(f"--env-id {env_id}: {error} (--env-kwargs {env_kwargs})")
+    space, flat = env.observation_space, None
+    with suppress(NotImplementedError):  # of a space that gymnasium does not know
+        flat = gym.spaces.flatten_space(space)
+    image = re.search(r"\(\d+, [\d, ]+\), uint8\)", str(space))  # the shape and type of a Box, maybe in a Dict
+    if image or not isinstance(flat, gym.spaces.Box):
+        with suppress(Exception):
+            env.close()
+        fail(f"--env-id {env_id}: {space} is no vector of numbers. sppo_atari.py has a network for images")
+    return env if flat == space else gym.wrappers.FlattenObservation(env)
 
 
 def action_bins(space: gym.Space, num_bins: int) -> np.ndarray:
@@ -132,34 +138,62 @@ class Envs:
     """num_envs environments of every agent that take bins for actions; all arrays are (num_agents, num_envs, ...).
     They reset within the step that ends an episode. gymnasium's SyncVectorEnv takes four times as long."""
 
-    def __init__(self, args: Args, num_envs: int, video_dir: Path | None = None):
-        self.shape, self.envs = (args.num_seeds, num_envs), []
-        with ExitStack() as stack:  # closes those that are open when one cannot be opened
+    @torch.enable_grad()  # environments may learn, or differentiate their physics
+    def __init__(self, args: Args, num_envs: int):
+        self.env_id, self.shape, self.envs = args.env_id, (args.num_seeds, num_envs), []
+        with ExitStack() as stack:
+            stack.callback(self.close)  # where one cannot be opened
             for i in range(args.num_seeds * num_envs):
-                self.envs.append(stack.enter_context(make_env(args.env_id, None if i else video_dir)))
+                options = {"render_mode": "rgb_array"} if args.capture_video and i == 0 else {}
+                self.envs.append(make_env(args.env_id, args.env_kwargs, **options))
             self.action_space = self.envs[0].action_space
             self.bins = action_bins(self.action_space, args.num_bins)
             self.action_dim, self.obs_dim = self.bins.shape[1], self.envs[0].observation_space.shape[0]
-            self.close = stack.pop_all().close
+            stack.pop_all()
+        self.rows = [()] * len(self.envs)  # what step returns of each
 
+    def close(self) -> None:
+        for env in self.envs:
+            with suppress(Exception):  # no result is lost for an environment that cannot be closed
+                env.close()
+
+    def take(self, what: str, x: object) -> np.ndarray:
+        """A copy, (obs_dim,) or (1,), for the environment may write into the same array again."""
+        x, size = np.array(x).ravel(), self.obs_dim if what == "observation" else 1
+        if x.size != size:
+            fail(f"--env-id {self.env_id}: its {what} has {x.size} numbers, not {size}")
+        return x
+
+    @torch.enable_grad()
     def reset(self, seeds: range, *stream: int) -> np.ndarray:
         """Observations. Each stream (training, evaluation, a resumed run) has episodes of its own."""
         states = [np.random.SeedSequence([seed, *stream]).generate_state(self.shape[1]) for seed in seeds]
-        obs = [np.array(env.reset(seed=int(seed))[0]) for env, seed in zip(self.envs, np.concatenate(states))]
-        return np.array(obs).reshape(*self.shape, -1)
+        pairs = list(zip(self.envs, np.concatenate(states).tolist()))
+        for limit in (2**32, 2**31, 1000):  # some environments take a C int, or the number of a scenario
+            try:
+                obs = [self.take("observation", env.reset(seed=seed % limit)[0]) for env, seed in pairs]
+                return np.array(obs).reshape(*self.shape, -1)
+            except Exception:
+                if limit == 1000:
+                    raise
 
-    def step(self, actions: np.ndarray) -> tuple[np.ndarray, ...]:
-        """Take bins (num_agents, num_envs, action_dim); the last array is the observations before any reset."""
+    @torch.enable_grad()
+    def step(self, actions: np.ndarray, running: np.ndarray | None = None) -> tuple[np.ndarray, ...]:
+        """Take bins (num_agents, num_envs, action_dim); the last array is the observations before any reset.
+        With running, in an evaluation, the other environments keep what they returned last, and none resets."""
         values = self.bins[actions, np.arange(self.action_dim)].reshape(-1, *self.action_space.shape)
-        rows = []  # one per environment, which may write into the same array again
-        for env, value in zip(self.envs, values):
-            final_obs, reward, terminated, truncated, _ = env.step(value)
-            if not (isinstance(reward, float) and type(terminated) is type(truncated) is bool):  # but arrays
-                reward, terminated, truncated = (np.asarray(x).item() for x in (reward, terminated, truncated))
-            final_obs = np.array(final_obs)
-            obs = np.array(env.reset()[0]) if terminated or truncated else final_obs
-            rows.append((obs, reward, bool(terminated), bool(truncated), final_obs))
-        return tuple(x.reshape(*self.shape, *[-1] * (x.ndim > 1)) for x in map(np.array, zip(*rows)))
+        for i in range(len(self.envs)) if running is None else np.flatnonzero(running):
+            final_obs, reward, terminated, truncated, _ = self.envs[i].step(values[i])
+            obs = final_obs = self.take("observation", final_obs)
+            if not isinstance(reward, float):
+                reward = float(self.take("reward", reward)[0])
+            if not (type(terminated) is type(truncated) is bool):
+                terminated, truncated = (bool(self.take("end", end)[0]) for end in (terminated, truncated))
+            if running is None and (terminated or truncated):
+                obs = self.take("observation", self.envs[i].reset()[0])
+            self.rows[i] = obs, reward, terminated, truncated, final_obs
+        arrays = [np.array(x) for x in zip(*self.rows)]
+        return tuple(x.reshape(*self.shape, *x.shape[1:]) for x in arrays)
 
 
 class Normalizer(nn.Module):
@@ -175,7 +209,8 @@ class Normalizer(nn.Module):
         self.gamma = gamma
 
     def count(self, obs: np.ndarray) -> None:
-        """Take (num_agents, num_envs, obs_dim) into the statistics, whose sums are about the mean so far."""
+        """Update mean and variance with a batch (num_agents, num_envs, obs_dim); deviations are from the old mean
+        (Chan et al.)."""
         mean, var, count = (self.statistics[f"obs_{key}"] for key in ("mean", "var", "count"))
         delta, n = obs - mean, count + obs.shape[1]
         shift = delta.sum(1, keepdims=True) / n
@@ -194,7 +229,7 @@ class Normalizer(nn.Module):
             returns[:, t] = self.returns = self.returns * self.gamma + rewards[:, t]
             self.returns[dones[:, t]] = 0
         mean, var, count = (self.statistics[f"return_{key}"][..., None] for key in ("mean", "var", "count"))
-        delta, n = returns - mean, count + rewards.shape[2] * steps  # after each step, likewise what follows
+        delta, n = returns - mean, count + rewards.shape[2] * steps  # as in count, after each step
         shift = delta.sum(2, keepdims=True).cumsum(1) / n
         new_var = (count * var + np.square(delta).sum(2, keepdims=True).cumsum(1)) / n - np.square(shift)
         mean[:, -1], var[:, -1], count[...] = mean[:, -1] + shift[:, -1], new_var[:, -1], n[-1]
@@ -202,7 +237,8 @@ class Normalizer(nn.Module):
 
 
 class BatchedLinear(nn.Module):
-    """One linear layer per agent: (num_agents, batch, in_features) -> (num_agents, batch, out_features)."""
+    """One linear layer per agent: (num_agents, batch, in_features) -> (num_agents, batch, out_features).
+    Ten agents side by side train twice as fast as ten processes of one agent on one core."""
 
     def __init__(self, generators: list[torch.Generator], in_features: int, out_features: int, gain: float):
         super().__init__()
@@ -300,8 +336,8 @@ def backward(agent: Agent, batch: tuple[Tensor, ...], args: Args) -> dict[str, T
 
 
 @torch.no_grad()
-def train(args: Args, envs: Envs) -> None:
-    """Train agents side by side, from the checkpoint in run_dir where there is one; each leaves a result.json."""
+def train(args: Args, envs: Envs) -> list[dict]:
+    """Train agents side by side, from the checkpoint in run_dir where there is one; returns their results."""
     start_time, commit = time.monotonic(), git_commit()
     torch.set_num_threads(args.num_threads)
     N, E, T = args.num_seeds, args.num_envs, args.num_steps  # agents, environments of each, steps of a rollout
@@ -323,6 +359,8 @@ def train(args: Args, envs: Envs) -> None:
         generator.set_state(state)
     start_time -= progress["wall_seconds"]  # of the process or processes before
     first_step = global_step = progress["global_step"]
+    if global_step == total_timesteps:  # only files may be missing
+        save_models(args, agent, normalizer)
     logs = [RunLog(own_args.run_dir, global_step) for own_args in args.split()]
     failed, last_shown, train_seconds = np.zeros(N, bool), start_time, 0.0
 
@@ -338,6 +376,7 @@ def train(args: Args, envs: Envs) -> None:
     obs = normalizer.obs(raw_obs)
     while global_step < total_timesteps:
         iteration_start = time.perf_counter()
+        seed_globals(args.seed, TRAINING, global_step)  # evaluations and stops change nothing
 
         # Rollout. argmax(logits + Gumbel noise) is a sample of the policy; the noise is drawn once per rollout.
         shape = (T, E, envs.action_dim, args.num_bins)
@@ -411,28 +450,44 @@ def train(args: Args, envs: Envs) -> None:
             line = f"{global_step / total_timesteps:4.0%}  step {global_step:,}  return {mean_return:.1f}"
             say(f"{line}  {sps:,.0f} steps/s per agent  {left} left")
 
-    save_results(args, progress, commit)
+    return save_results(args, progress, commit)
 
 
 @torch.no_grad()
 def evaluate(args: Args, agent: Agent, normalizer: Normalizer, step: int | None = None) -> np.ndarray:
-    """Raw returns (num_agents, 10) of the first episode in each of 10 environments of its own per agent, with the most
+    """Raw returns (num_agents, eval_episodes), each of the first episode in an environment of its own, with the most
     likely bins and frozen statistics. An evaluation during training, at a step, has starts of its own."""
     name, stream = ("final", (EVALUATION,)) if step is None else (f"step{step}", (EVALUATION, step))
-    say(f"evaluation, {name}: {EVAL_EPISODES} episodes of every agent")
-    with closing(Envs(args, EVAL_EPISODES, Path(args.run_dir, "videos", name) if args.capture_video else None)) as envs:
+    say(f"evaluation, {name}: {args.eval_episodes} episodes of every agent")
+    seed_globals(args.seed, *stream)
+    with closing(Envs(args, args.eval_episodes)) as envs:
         raw_obs = envs.reset(args.seeds, *stream)
         returns, running, steps = np.zeros(envs.shape), np.ones(envs.shape, bool), 0
+        frames, last_shown = [], time.monotonic()
         while running.any() and steps < EVAL_MAX_STEPS:
+            if args.capture_video and running[0, 0] and len(frames) == steps:  # all frames so far could be rendered
+                with suppress(Exception):
+                    frames.append(envs.envs[0].render())
             obs = torch.from_numpy(normalizer.obs(raw_obs)).to(args.device)
-            raw_obs, reward, terminated, truncated, _ = envs.step(agent.logits(obs).argmax(-1).cpu().numpy())
-            returns += reward * running
+            actions = agent.logits(obs).argmax(-1).cpu().numpy()
+            raw_obs, reward, terminated, truncated, _ = envs.step(actions, running)
+            returns += np.where(running, reward, 0)
             running &= ~(terminated | truncated)
             steps += 1
-        if running.any():
-            say(f"evaluation: {running.sum()} episodes of {args.env_id} were cut off after {steps:,} steps")
-        for seed, agent_returns in zip(args.seeds, returns):
-            say(f"seed {seed}: {agent_returns.mean():.1f} ({' '.join(f'{r:.1f}' for r in agent_returns)})")
+            if time.monotonic() - last_shown > SHOW_EVERY:
+                last_shown = time.monotonic()
+                say(f"evaluation, {name}: step {steps:,}, {running.sum()} of {running.size} episodes still run")
+        fps = envs.envs[0].metadata.get("render_fps") or 30
+    if running.any():
+        say(f"evaluation: {running.sum()} episodes of {args.env_id} were cut off after {steps:,} steps")
+    if args.capture_video:
+        try:
+            save_video = import_module("gymnasium.utils.save_video").save_video
+            save_video(frames, str(Path(args.run_dir, "videos", name)), fps=fps)
+        except Exception as error:  # costs no result
+            say(f"no video of evaluation {name}, after {len(frames)} frames: {error!r}", sys.stderr)
+    for seed, agent_returns in zip(args.seeds, returns):
+        say(f"seed {seed}: {agent_returns.mean():.1f} ({' '.join(f'{r:.1f}' for r in agent_returns)})")
     return returns
 
 
@@ -440,7 +495,8 @@ def evaluate(args: Args, agent: Agent, normalizer: Normalizer, step: int | None 
 
 RULES = """
 --num-seeds >= 1, --num-envs >= 1, --num-steps >= 1, --num-threads >= 1, --num-bins >= 2, --eval-every >= 0
-0 <= --seed < 2**63, 0 <= --gamma <= 1, 0 <= --gae-lambda <= 1, --total-timesteps >= --num-envs * --num-steps
+--eval-episodes >= 1, --num-envs * --num-steps <= --total-timesteps <= 10**12
+0 <= --seed < 2**63, 0 <= --gamma <= 1, 0 <= --gae-lambda <= 1
 0 < --alpha < inf, 0 <= --beta < inf, -inf < --Z < 0, 0 <= --reward-noise-std < inf, 0 < --learning-rate < inf
 0 <= --ent-coef < inf, 0 <= --vf-coef < inf, 0 < --max-grad-norm < inf
 """  # of arguments, in the flags' spelling: the one that does not hold is the error message
@@ -453,11 +509,21 @@ def fail(message: object, code: int = 2) -> None:
 
 
 def say(text: str, file=None) -> None:
-    """Print. A reader that has gone, as behind | head, does not stop a run."""
+    """Print, with escapes where the output has no such character. A reader that has gone does not stop a run."""
     try:
         print(text, file=file, flush=True)
+    except UnicodeEncodeError:
+        say(text.encode("ascii", "backslashreplace").decode(), file)
     except OSError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), (file or sys.stdout).fileno())
+
+
+def seed_globals(*stream: int) -> None:
+    """Seed the global generators of Python, numpy and torch, from which environments and layers may draw."""
+    random.seed(repr(stream))
+    np.random.seed(random.getrandbits(32))
+    for generator in (torch.default_generator, *torch.cuda.default_generators):
+        generator.manual_seed(random.getrandbits(32))
 
 
 def check_args(args: Args) -> None:
@@ -470,24 +536,34 @@ def check_args(args: Args) -> None:
     for flag, package in (("track", "wandb"), ("capture_video", "moviepy")):
         if getattr(args, flag) and not any(metadata.distributions(name=package)):  # an empty folder could be imported
             fail(f"--{flag.replace('_', '-')} needs {package}: pip install {package}")
+
+
+def try_out(args: Args, envs: Envs) -> None:
+    """Play a step and render a frame, so that what fails, fails before training."""
+    envs.reset(args.seeds, TRAINING)
+    envs.step(np.zeros((*envs.shape, envs.action_dim), int))
     if args.capture_video:
         try:
-            with gym.make(args.env_id, render_mode="rgb_array", disable_env_checker=True) as env:
-                frames = env.reset() and env.render()
+            frame = envs.envs[0].render()
         except Exception as error:
-            frames = error
-        if not isinstance(frames, np.ndarray):
-            fail(f"--capture-video: {args.env_id} cannot be rendered: {frames}. Without a display try MUJOCO_GL=egl")
+            frame = error
+        if not isinstance(frame, np.ndarray):
+            fail(f"--capture-video: {args.env_id} cannot be rendered: {frame}. Without a display try MUJOCO_GL=egl")
 
 
 def check_finite(args: Args, step: int, grad_norms: list[float], normalizer: Normalizer, failed: np.ndarray) -> None:
     """Mark in failed the agents whose loss is not finite, name each once, and end when none is left."""
     for i in np.flatnonzero(~np.isfinite(grad_norms) & ~failed):
-        failed[i], reason = True, "the loss is not finite. Try a lower --learning-rate or a lower --beta"
-        if not all(np.isfinite(x[i]).all() for x in normalizer.statistics.values() if x.ndim):  # they have seen it all
+        failed[i] = True
+        statistics = [x[i] for x in normalizer.statistics.values() if x.ndim]  # of all that the agent has seen
+        if all(np.isfinite(x).all() for x in statistics):
+            reason = "the loss is not finite. Try a lower --learning-rate or a lower --beta"
+        else:
             reason = "the environment's observations or rewards are not finite"
         message = f"seed {args.seeds[i]} of {args.env_id} failed at step {step:,}: {reason}"
-        fail(message, code=1) if failed.all() else say(f"{message}; it leaves no result", sys.stderr)
+        if failed.all():
+            fail(message, code=1)
+        say(f"{message}; it leaves no result", sys.stderr)
 
 
 def write_atomic(path: Path, content: bytes | memoryview) -> None:
@@ -498,25 +574,24 @@ def write_atomic(path: Path, content: bytes | memoryview) -> None:
 
 
 class RunLog:
-    """TensorBoard and curves.csv of one agent. Rows after global_step, of a killed run, go."""
+    """TensorBoard and curves.csv of one agent. On resume, rows logged after the checkpoint are dropped."""
 
     def __init__(self, run_dir: str, global_step: int):
         self.writer = SummaryWriter(run_dir, purge_step=global_step + 1)
-        self.path, self.columns, self.rows = Path(run_dir, "curves.csv"), {}, []
+        self.path, self.columns, self.lines = Path(run_dir, "curves.csv"), ["global_step"], []
         if self.path.exists():
-            rows = csv.DictReader(self.path.read_text().splitlines())  # one that a kill cut short lacks its last values
-            self.rows = [row for row in rows if None not in row.values() and int(row["global_step"]) <= global_step]
+            header, *lines = self.path.read_text().splitlines()
+            self.columns = header.split(",")
+            self.lines = [line for line in lines if "," in line and int(line.partition(",")[0]) <= global_step]
 
     def write(self, global_step: int, metrics: dict[str, float]) -> None:
-        """Log {tag: value}, any tags. curves.csv gets one more row, and is written anew where a tag is new."""
-        self.rows.append({"global_step": global_step} | {tag: f"{x:.6g}" for tag, x in metrics.items()})
-        path, mode, rows = self.path, "a", self.rows[-1:]
-        if not rows[0].keys() <= self.columns.keys():
-            self.columns = {tag: tag for row in self.rows for tag in row}
-            path, mode, rows = self.path.with_name("curves.csv.tmp"), "w", [self.columns, *self.rows]
-        with path.open(mode, newline="") as file:
-            csv.DictWriter(file, self.columns, lineterminator="\n").writerows(rows)
-        path.replace(self.path)
+        """Log {tag: value}, any tags; a new one gets a column of curves.csv."""
+        new_tags = [tag for tag in metrics if tag not in self.columns]
+        self.columns += new_tags
+        self.lines = [line + "," * len(new_tags) for line in self.lines]
+        row = {"global_step": str(global_step)} | {tag: f"{x:.6g}" for tag, x in metrics.items()}
+        self.lines.append(",".join(row.get(tag, "") for tag in self.columns))
+        write_atomic(self.path, "\n".join([",".join(self.columns), *self.lines, ""]).encode())
         for tag, value in metrics.items():
             self.writer.add_scalar(tag, value, global_step)
         self.writer.flush()  # a kill loses nothing that a later checkpoint counts as written
@@ -552,73 +627,88 @@ def save_models(args: Args, agent: Agent, normalizer: Normalizer) -> None:
             write_atomic(Path(own_args.run_dir, "model.safetensors"), content)
 
 
-def save_results(args: Args, progress: dict, commit: str | None) -> None:
-    """result.json of every agent that has a model."""
-    versions = {d.name: d.version for d in metadata.distributions() if d.name in PACKAGES}
-    versions["python"], failed = sys.version.split()[0], []
+def save_results(args: Args, progress: dict, commit: str | None) -> list[dict]:
+    """Write result.json of every agent that has a model, and return what they hold."""
+    modules = {name: sys.modules.get(name.replace("-", "_")) for name in PACKAGES}
+    versions = {name: module.__version__ for name, module in modules.items() if module}
+    results, failed = [], []
     for own_args, returns, last in zip(args.split(), progress["eval_returns"], progress["last_returns"]):
-        folder, steps = Path(own_args.run_dir), progress["global_step"]
+        folder = Path(own_args.run_dir)
         if not (folder / "model.safetensors").exists():
-            failed.append(own_args.seed)
+            failed.append(str(own_args.seed))
             continue
-        result = {"script": SCRIPT, "env_id": args.env_id, "seed": own_args.seed, "args": asdict(own_args)}
-        result |= {"total_timesteps": steps, "eval_returns": returns, "eval_mean": np.mean(returns)}
-        result |= {"train_last10_mean": np.mean(last) if last else None, "sps": progress["sps"] or None}
-        result |= {"wall_seconds": progress["wall_seconds"], "versions": versions, "commit": commit}
-        result["device"] = torch.cuda.get_device_name() if args.device == "cuda" else "cpu"
+        result = {
+            "script": SCRIPT,
+            "env_id": args.env_id,
+            "seed": own_args.seed,
+            "args": asdict(own_args),
+            "total_timesteps": progress["global_step"],
+            "eval_returns": returns,
+            "eval_mean": np.mean(returns),
+            "train_last10_mean": np.mean(last) if last else None,
+            "sps": progress["sps"] or None,
+            "wall_seconds": progress["wall_seconds"],
+            "versions": versions | {"python": sys.version.split()[0]},
+            "commit": commit,
+            "device": torch.cuda.get_device_name() if args.device == "cuda" else "cpu",
+        }
         write_atomic(folder / "result.json", (json.dumps(result, indent=2) + "\n").encode())
         say(f"everything is in {folder}")
+        results.append(result)
     if failed:
-        fail(f"no result of seed {', '.join(map(str, failed))}: the loss is not finite", code=1)
+        fail(f"no result of seed {', '.join(failed)}: the loss is not finite", code=1)
+    return results
 
 
 def git_commit() -> str | None:
-    """Commit of the repository this file is in, with "-dirty" when this file differs; None outside a repository."""
-    git = f"git rev-parse HEAD && git status --porcelain -- {shlex.quote(__file__)} | grep -q . && echo -dirty"
-    done = subprocess.run(git, shell=True, cwd=Path(__file__).parent, capture_output=True, text=True)
-    return "".join(done.stdout.split()) or None
+    """Commit of the repository that tracks this file, with "-dirty" when this file differs; None without one."""
+    path = Path(__file__).resolve()
+    file = shlex.quote(path.name)
+    git = f"""unset $(git rev-parse --local-env-vars)
+        git ls-files --error-unmatch {file} >&2 && git rev-parse HEAD && git diff --quiet HEAD {file} || echo -dirty"""
+    done = subprocess.run(git, shell=True, cwd=path.parent, capture_output=True, text=True)
+    return "".join(done.stdout.split()).removeprefix("-dirty") or None
 
 
 def saved_args(path: Path, script: str | None, saved: dict) -> Args:
-    """Arguments of the run or model in path: new ones have their defaults, those that are no more are ignored."""
+    """Arguments of the run or model in path; missing ones get their defaults, unknown ones are ignored."""
     if script != SCRIPT:
         fail(f"{path} is of {script or 'something else'}, not of {SCRIPT}")
     return Args(**{name: value for name, value in saved.items() if name in vars(Args())})
 
 
 def open_run(args: Args) -> Args:
-    """Arguments of the run to resume, or to begin in a new directory. No other process can write there."""
-    name = f"{args.env_id.replace('/', '-')}__{SCRIPT}__{args.seed}__{datetime.now():%Y%m%d-%H%M%S-%f}"
-    run_dir = Path(args.run_dir or f"runs/{name}" if args.resume is None else args.resume)
+    """Arguments of the run to resume, or to begin in args.run_dir. No other process can write there."""
+    run_dir = Path(args.resume or args.run_dir).absolute()
     try:
+        str(run_dir).encode()  # TensorBoard needs names in UTF-8
         if args.resume is None:
             run_dir.mkdir(parents=True, exist_ok=True)
             if any(run_dir.iterdir()):
                 fail(f"--run-dir {run_dir} is in use: name another, or try --resume {shlex.quote(str(run_dir))}")
         file = os.open(run_dir / "args.json", os.O_RDWR | (os.O_CREAT if args.resume is None else 0), 0o666)
-    except OSError as error:
-        fail(f"{run_dir} cannot be opened as a run directory: {error.strerror}")
+    except (OSError, UnicodeError) as error:
+        fail(f"{run_dir} cannot be opened as a run directory: {getattr(error, 'strerror', error)}")
     try:
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the system drops it with the process
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # released at the end of the process
     except OSError as error:
-        if error.errno in (errno.EACCES, errno.EAGAIN):  # and is no file system without locks
+        if error.errno in (errno.EACCES, errno.EAGAIN):  # other errors: this file system has no locks, go on without
             fail(f"{run_dir} is being trained by another process")
     if args.resume is None:
-        content = {"script": SCRIPT, "args": asdict(replace(args, run_dir=str(run_dir)))}
-        os.write(file, json.dumps(content, indent=2).encode())
+        os.write(file, json.dumps({"script": SCRIPT, "args": asdict(args)}, indent=2).encode())
     saved = json.loads(os.pread(file, 2**20, 0) or "{}")  # a kill in the first moment leaves it empty
     return replace(saved_args(run_dir, saved.get("script"), saved.get("args")), run_dir=str(run_dir))
 
 
-def evaluate_model(args: Args) -> None:
-    """--evaluate: the final evaluation again, of model.safetensors alone."""
-    path = Path(args.evaluate, "model.safetensors") if Path(args.evaluate).is_dir() else Path(args.evaluate)
-    if path.suffix != ".safetensors" or not path.is_file():
-        fail(f"--evaluate {path}: no such .safetensors file. A run leaves it at its end, a batch one in every seed<k>/")
-    with safetensors.safe_open(path, "pt") as file:
-        saved, tensors = file.metadata() or {}, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    saved = saved_args(path, saved.get("script"), json.loads(saved.get("args", "{}")))
-    args = replace(saved, run_dir=str(path.parent), capture_video=args.capture_video, cuda=args.cuda)
+def load_model(path: str, capture_video: bool = False, cuda: bool = False) -> tuple[Args, Agent, Normalizer]:
+    """An agent that was trained, from its run directory or model.safetensors, as evaluate takes it."""
+    file = Path(path, "model.safetensors") if Path(path).is_dir() else Path(path)
+    if file.suffix != ".safetensors" or not file.is_file():
+        fail(f"--evaluate {file}: no such .safetensors file. A run leaves it at its end, a batch one in every seed<k>/")
+    with safetensors.safe_open(file, "pt") as model:
+        saved, tensors = model.metadata() or {}, {name: model.get_tensor(name) for name in model.keys()}  # noqa: SIM118
+    args = saved_args(file, saved.get("script"), json.loads(saved.get("args", "{}")))
+    args = replace(args, run_dir=str(file.parent.absolute()), capture_video=capture_video, cuda=cuda)
     check_args(args)
     torch.set_num_threads(args.num_threads)
     with closing(Envs(args, 1)) as envs:
@@ -627,38 +717,51 @@ def evaluate_model(args: Args) -> None:
     normalizer.load_state_dict({name: tensors.pop(name)[None, None] for name in ("obs_mean", "obs_var")}, strict=False)
     shapes = {name: x.shape for name, x in agent.state_dict().items()}  # a saved agent has no agent dimension
     agent.load_state_dict({name: x.reshape(shapes.get(name, x.shape)) for name, x in tensors.items()})
-    evaluate(args, agent, normalizer)
+    return args, agent, normalizer
 
 
-def main() -> None:
-    std = sys.stdin, sys.stdout, sys.stderr  # the number of a closed one must not go to a file of the run
-    sys.stdin, sys.stdout, sys.stderr = (file or open(os.devnull, "w") for file in std)  # noqa: SIM115
-    args = tyro.cli(Args, description=__doc__)
-    typed = {flag.partition("=")[0].replace("_", "-") for flag in sys.argv[1:] if flag.startswith("--")}
+def run(args: Args, given: set[str] | None = None) -> list[dict]:
+    """What the command line does: checks, run directory, training, results, which it returns; or --resume, --evaluate.
+    given are the flags that were given; without it those whose value is not the default."""
+    given = given or {f"--{name.replace('_', '-')}" for name, x in vars(args).items() if x != getattr(Args, name)}
     for flag, others in (("--resume", ()), ("--evaluate", ("--capture-video", "--cuda", "--no-cuda"))):
-        if flag in typed and (extra := typed - {flag, *others}):
+        if flag in given and (extra := given - {flag, *others}):
             fail(f"{flag} takes its arguments from the run: drop {', '.join(sorted(extra))}")
     if args.evaluate is not None:
-        return evaluate_model(args)
+        evaluated = evaluate(*load_model(args.evaluate, args.capture_video, args.cuda))
+        return [{"eval_returns": returns, "eval_mean": np.mean(returns)} for returns in evaluated.tolist()]
     if args.resume is not None:
         args = open_run(args)
-        if all(Path(own.run_dir, "result.json").exists() for own in args.split()):
-            return say(f"{args.run_dir} has finished; --evaluate plays its final evaluation again")
+        results = [Path(own.run_dir, "result.json") for own in args.split()]
+        if all(path.exists() for path in results):
+            say(f"{args.run_dir} has finished; --evaluate plays its final evaluation again")
+            return [json.loads(path.read_text()) for path in results]
     check_args(args)
+    name = f"{args.env_id.replace('/', '-')}__{SCRIPT}__{args.seed}__{datetime.now():%Y%m%d-%H%M%S-%f}"
+    args = replace(args, run_dir=os.path.abspath(args.run_dir or f"runs/{name}"))  # environments may change directory
     try:
+        seed_globals(args.seed)  # for constructors that draw
         with closing(Envs(args, args.num_envs)) as envs:
-            args = args if "--resume" in typed else open_run(args)
+            try_out(args, envs)
+            args = args if "--resume" in given else open_run(args)
             if args.track:
                 import_module("wandb").init(dir=args.run_dir, config=asdict(args), sync_tensorboard=True, resume="auto")
-            resume = [*sys.orig_argv[: len(sys.orig_argv) - len(sys.argv) + 1], "--resume", args.run_dir]
-            say(f"run directory {args.run_dir}; should it stop, go on with: {shlex.join(resume)}")
-            train(args, envs)
+            resume = shlex.join([sys.executable, __file__, "--resume", args.run_dir])
+            say(f"run directory {args.run_dir}; should it stop, go on with: {resume}")
+            return train(args, envs)
     except KeyboardInterrupt:
         fail("stopped", code=130)
     except (OSError, MemoryError, torch.OutOfMemoryError) as error:
         if getattr(error, "errno", errno.ENOSPC) not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise  # neither the disk nor the memory is full
-        fail(f"{args.run_dir}: {error}", code=1)
+        fail(f"{args.run_dir}: {str(error) or type(error).__name__}", code=1)
+
+
+def main() -> None:
+    files = sys.stdin, sys.stdout, sys.stderr  # reopen closed ones: no file of the run may get descriptor 0, 1 or 2
+    sys.stdin, sys.stdout, sys.stderr = (file or open(os.devnull, "w") for file in files)  # noqa: SIM115
+    args = tyro.cli(Args, description=__doc__)
+    run(args, {flag.partition("=")[0].replace("_", "-") for flag in sys.argv[1:] if flag.startswith("--")})
 
 
 if __name__ == "__main__":

@@ -31,10 +31,27 @@ LANGUAGE = ["sppo_rlhf_imdb", "sppo_rlhf_tldr"]
 SCRIPTS = [*CONTROL, *LANGUAGE]
 
 
+SMALL = {
+    "sppo_continuous_discretized": "--num-steps 32 --num-envs 2 --num-minibatches 2 --update-epochs 1",
+    "sa2c_continuous_discretized": "--num-steps 32 --num-envs 2",
+    "sppo_atari": "--num-steps 32 --num-envs 2 --num-minibatches 2 --update-epochs 1 --no-cuda --num-threads 1",
+    "sa2c_atari": "--num-steps 32 --num-envs 2 --no-cuda --num-threads 1",
+}
+ENV = {name: "strange_envs:Chatty-v0" if name in CONTINUOUS else "Breakout" for name in CONTROL}
+
+
 def import_scripts(pattern: str) -> list:
     """The scripts whose file name matches, as parameters for pytest.mark.parametrize; no other file of the folder."""
     names = sorted(name for name in SCRIPTS if fnmatch(f"{name}.py", pattern))
     return [pytest.param(importlib.import_module(name), id=name) for name in names]
+
+
+def small(script: str, env_id: str | None = None, total: int = 64) -> list[str]:
+    return [*SMALL[script].split(), "--env-id", env_id or ENV[script], "--total-timesteps", str(total)]
+
+
+def is_one_line(err: str) -> bool:
+    return "Traceback" not in err and [line[:7] for line in err.splitlines()].count("error: ") == 1
 
 
 def wait_for_the_next_second():
@@ -98,6 +115,26 @@ def ends_with(capsys):
         assert end.value.code == code and line.startswith("error: ") and re.search(pattern, line), line
 
     return ends_with
+
+
+@pytest.fixture
+def call(monkeypatch, capsys, tmp_path):
+    """Run a script's main in an empty folder; its exit code, standard output and standard error."""
+    monkeypatch.chdir(tmp_path)
+    import strange_envs
+
+    monkeypatch.setattr(strange_envs.Toy, "opened", 0)
+
+    def call(script, *flags: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", [f"{script.__name__}.py", *flags])
+        code = 0
+        try:
+            script.main()
+        except SystemExit as error:
+            code = error.code
+        return code, *capsys.readouterr()
+
+    return call
 
 
 @pytest.fixture(scope="session")

@@ -173,7 +173,8 @@ def main() -> None:
     language = hasattr(script, "accelerate")
     if name.endswith("atari"):
         make_eventful(script)
-    script.EVAL_EPISODES, script.LOG_EVERY, script.SAVE_EVERY = 1, 1, 0  # of control: a checkpoint of every rollout
+    script.LOG_EVERY, script.SAVE_EVERY = 1, 0  # of control: a checkpoint of every rollout
+    flags = flags if language else [*flags, "--eval-episodes", "1"]
     run(script, Path(folder, "cpu"), flags)
     with pretended_gpu(script):
         run(script, Path(folder, "gpu"), flags if language else [*flags, "--cuda"])

@@ -5,12 +5,15 @@ Importing this registers them. Each is the toy below but for one habit.
 
 import contextlib
 import os
+import random
 import subprocess
 import sys
+import tempfile
 import threading
 
 import gymnasium as gym
 import numpy as np
+import torch
 from gymnasium.spaces import Box
 
 LARGEST = np.finfo(np.float32).max
@@ -202,6 +205,158 @@ def bounded(*args, **kwargs):
     return Bounded
 
 
+class OldReset(Toy):
+    """As gym's before 2022: reset returns the observation alone."""
+
+    def reset(self, **kwargs):
+        return super().reset(**kwargs)[0]
+
+
+class Shrinking(Toy):
+    """After a while one number stands for three."""
+
+    def step(self, action):
+        obs, *rest = super().step(action)
+        return obs[:1] if self.steps > 3 else obs, *rest
+
+
+class ShortSeed(Toy):
+    """Takes the seed of a generator in C."""
+
+    def reset(self, *, seed=None, options=None):
+        np.zeros(1, np.int32).fill(seed or 0)
+        return super().reset(seed=seed)
+
+
+class Scenario(Toy):
+    """The seed is the number of a scenario."""
+
+    def reset(self, *, seed=None, options=None):
+        if seed is not None and not 0 <= seed < 1000:
+            raise ValueError(f"there is no scenario {seed}")
+        return super().reset(seed=seed)
+
+
+class GlobalDraws(Toy):
+    """Draws from the generators that the whole process shares, in its constructor as well."""
+
+    def __init__(self, render_mode=None):
+        super().__init__(render_mode)
+        self.size = random.random()
+
+    def see(self):
+        return np.array([random.random() * self.size, np.random.random(), torch.rand(1).item()], np.float32)
+
+    def step(self, action):
+        obs, reward, *rest = super().step(action)
+        return obs, reward + float(obs.sum()), *rest
+
+
+class Afterwards(Toy):
+    """Its later copies, those of the evaluation, come to an end at different times; what follows is worth nothing."""
+
+    def __init__(self, render_mode=None):
+        super().__init__(render_mode)
+        self.length, self.over, self.late = 3 + Toy.opened % 5, False, Toy.opened > 2
+
+    def reset(self, **kwargs):
+        if self.late and self.over:
+            raise RuntimeError("one episode was enough")
+        return super().reset(**kwargs)
+
+    def step(self, action):
+        obs, reward, _, _, info = super().step(action)
+        reward = float("nan") if self.late and self.over else 1.0
+        self.over = self.over or self.steps == self.length
+        return obs, reward, self.steps == self.length, False, info
+
+
+class NotClosable(Toy):
+    def close(self):
+        raise AttributeError("no window")
+
+
+class Wandering(Toy):
+    """Changes the working directory, as wrappers of simulators do."""
+
+    def __init__(self, render_mode=None):
+        super().__init__(render_mode)
+        os.chdir(tempfile.gettempdir())
+
+
+class Learning(Toy):
+    """Its reward is what a network has learned, and its physics a gradient."""
+
+    def __init__(self, render_mode=None):
+        super().__init__(render_mode)
+        self.net = torch.nn.Linear(3, 1)
+        self.optimizer = torch.optim.SGD(self.net.parameters(), 0.01)
+        self.mass = torch.ones(1, requires_grad=True) * 2
+
+    def reset(self, **kwargs):
+        torch.autograd.grad((self.mass**2).sum(), self.mass)
+        return super().reset(**kwargs)
+
+    def step(self, action):
+        obs, reward, *rest = super().step(action)
+        loss = self.net(torch.from_numpy(obs)).square().sum()
+        self.optimizer.zero_grad()
+        loss.backward()
+        self.optimizer.step()
+        return obs, reward + loss.item(), *rest
+
+
+class Mission(gym.Space):
+    """A space that gymnasium does not know."""
+
+
+class OwnSpace(Toy):
+    observation_space = gym.spaces.Dict(x=Box(-1, 1, (3,)), mission=Mission())
+
+
+class Pictures(Toy):
+    observation_space = Box(0, 255, (16, 16, 3), np.uint8)
+
+
+class PicturesToo(Toy):
+    observation_space = gym.spaces.Dict(x=Box(-1, 1, (3,)), picture=Box(0, 255, (16, 16), np.uint8))
+
+
+class Growing(Toy):
+    def render(self):
+        return np.zeros((64 + 2 * self.steps, 64, 3), np.uint8)
+
+
+class Gray(Toy):
+    def render(self):
+        return np.zeros((64, 64), np.uint8)
+
+
+class NoFps(Toy):
+    metadata = {"render_modes": ["rgb_array"], "render_fps": None}  # noqa: RUF012
+
+
+class Fragile(Toy):
+    """Cannot be rendered from its fifth step on."""
+
+    def render(self):
+        if self.steps > 4:
+            raise RuntimeError("the window was closed")
+        return super().render()
+
+
+class Scaled(Toy):
+    """Takes an argument."""
+
+    def __init__(self, scale=1.0, render_mode=None):
+        super().__init__(render_mode)
+        self.scale = scale
+
+    def step(self, action):
+        obs, _, *rest = super().step(action)
+        return obs, self.scale, *rest
+
+
 class NeedsArgument(Toy):
     def __init__(self, model, render_mode=None):
         super().__init__(render_mode)
@@ -244,7 +399,11 @@ TOYS = {
     "Empty": bounded(-1, 1, (0,)),
     "Point": bounded(-1, 1, ()),
     "NeedsArgument": NeedsArgument,
+    "TwoRewards": regular(wrap_reward=lambda x: np.array([x, 0.5])),
 }
+TOYS |= {toy.__name__: toy for toy in (OldReset, Shrinking, ShortSeed, Scenario, GlobalDraws, Afterwards, NotClosable)}
+TOYS |= {toy.__name__: toy for toy in (Wandering, Learning, OwnSpace, Pictures, PicturesToo)}
+TOYS |= {toy.__name__: toy for toy in (Growing, Gray, NoFps, Fragile, Scaled)}
 for name, toy in TOYS.items():
     gym.register("PlainToy-v0" if name == "Toy" else f"{name}-v0", entry_point=toy)
 gym.register("NoModule-v0", entry_point="no_such_module:Toy")

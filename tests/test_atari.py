@@ -319,8 +319,7 @@ def test_evaluation_plays_whole_games(script, monkeypatch):
         return result
 
     monkeypatch.setattr(script.Envs, "step", spy)
-    monkeypatch.setattr(script, "EVAL_EPISODES", 3)
-    args = script.Args(env_id="QbertNoFrameskip-v4", num_threads=1)
+    args = script.Args(env_id="QbertNoFrameskip-v4", num_threads=1, eval_episodes=3)
     scores = script.evaluate(args, script.Agent(6, torch.Generator()).to(args.device))
     assert np.stack(ends).any(0).all()  # every game came to its end, four lives each
     assert len(ends) > 100 and scores.shape == (3,)
@@ -398,10 +397,9 @@ def test_resume_takes_no_other_flag(finished, flag, capsys, monkeypatch):
 @one
 def test_killed_run_resumes_to_the_same_total(script, tmp_path, monkeypatch):
     run_dir = tmp_path / "run"
-    flags = [*SMALL, "--total-timesteps", 512, "--run-dir", run_dir]
+    flags = [*SMALL, "--total-timesteps", 512, "--eval-episodes", 1, "--run-dir", run_dir]
     interrupt(script, tmp_path, flags, "flip_rewards", 70, signal.SIGKILL)  # of 32 a rollout
     assert read_checkpoint(run_dir)["progress"]["global_step"] == 256 and not (run_dir / "result.json").exists()
-    monkeypatch.setattr(script, "EVAL_EPISODES", 1)
     main(script, monkeypatch, "--resume", run_dir)
     assert json.loads((run_dir / "result.json").read_text())["total_timesteps"] == 512
 
@@ -504,7 +502,7 @@ def test_full_disk_stops_the_run_in_one_line(script, tmp_path, monkeypatch, caps
         (["--beta", "-1"], "0 <= --beta < inf must hold"),
         (["--alpha", "0"], "0 < --alpha < inf must hold"),
         (["--Z", "0.5"], "-inf < --Z < 0 must hold"),
-        (["--total-timesteps", "10"], "--total-timesteps >= --num-envs * --num-steps must hold"),
+        (["--total-timesteps", "10"], "--num-envs * --num-steps <= --total-timesteps <= 10**12 must hold"),
         (["--resume", "nowhere"], "cannot be opened as a run directory"),
         (["--evaluate", "nowhere"], "no such .safetensors"),
     ],

@@ -258,8 +258,8 @@ def test_finished_run_has_said_where_it_is_how_it_went_and_what_came_out(script,
     progress = [line for line in lines if "%" in line]
     assert 1 <= len(progress) <= 1 + result["wall_seconds"] / 10  # seldom, and in any case the end
     first, *evaluations, last = [line for line in lines if line not in progress]
-    command = f"{sys.executable} {script.__file__} --resume run"
-    assert first == f"run directory run; should it stop, go on with: {command}"
+    command = f"{sys.executable} {script.__file__} --resume {cwd}/run"
+    assert first == f"run directory {cwd}/run; should it stop, go on with: {command}"
     assert evaluations[::2] == [
         f"evaluation, {x}: 10 episodes of every agent" for x in ("step2048", "step4096", "final")
     ]
@@ -268,7 +268,7 @@ def test_finished_run_has_said_where_it_is_how_it_went_and_what_came_out(script,
     number = r"[\d,.]+"
     end = rf"100%  step 5,120  return {number}  {number} steps/s per agent  0:00:00 left"
     assert re.fullmatch(end, progress[-1]) and f"  {result['sps']:,.0f} steps/s" in progress[-1]
-    assert last == "everything is in run"
+    assert last == f"everything is in {cwd}/run"
 
 
 @both
@@ -301,7 +301,7 @@ def test_curves_hold_the_same_values_as_tensorboard_and_the_last_step_once(scrip
 
 def test_evaluate_repeats_the_final_evaluation(script, finished, call, monkeypatch):
     run_dir, evaluate, seen = finished[0] / "run", script.evaluate, []
-    monkeypatch.setattr(script, "evaluate", lambda *inputs: seen.append(evaluate(*inputs)))
+    monkeypatch.setattr(script, "evaluate", lambda *inputs: seen.append(evaluate(*inputs)) or seen[-1])
     result, before = read_result(run_dir), snapshot(finished[0])
     said = f"evaluation, final: 10 episodes of every agent\n{returns_text(result)}\n"
     assert call("--evaluate", run_dir) == (0, said, "")
@@ -384,9 +384,9 @@ def test_box2d_run_records_a_playable_video(script, call, tmp_path):
 @pytest.mark.parametrize("env_id", TABLE_6)
 def test_every_environment_of_table_6_trains(script, call, monkeypatch, tmp_path, env_id):
     make_env = script.make_env
-    monkeypatch.setattr(script, "EVAL_EPISODES", 1)
     monkeypatch.setattr(script, "make_env", lambda *a: gym.wrappers.TimeLimit(make_env(*a), 12))
-    code, _, err = call("--env-id", env_id, *small(script), "--total-timesteps", 64, "--run-dir", "run")
+    flags = ("--env-id", env_id, *small(script), "--total-timesteps", 64, "--eval-episodes", 1)
+    code, _, err = call(*flags, "--run-dir", "run")
     assert (code, err) == (0, "")
     model = load_file(tmp_path / "run" / "model.safetensors")
     assert all(tensor.isfinite().all() for tensor in model.values())
@@ -476,7 +476,7 @@ def test_a_run_is_trained_by_one_process_and_its_first_line_says_how_to_go_on(sc
     process = launch(script, tmp_path, *flags)
     try:
         first = process.stdout.readline()
-        assert_refused(*call("--resume", "run")[::2], "run is being trained by another process")
+        assert_refused(*call("--resume", "run")[::2], "/run is being trained by another process")
     finally:
         process.kill()
     process.communicate()
@@ -492,8 +492,8 @@ def test_kill_before_the_result_costs_no_second_evaluation(script, finished, unf
     result, expected = read_result(unfinished), read_result(finished[0] / "run")
     assert result.pop("args") == expected.pop("args") | {"run_dir": str(unfinished)}
     assert result == expected
-    assert {p: x for p, x in snapshot(unfinished).items() if p in before and "events" not in p.name} == {
-        p: x for p, x in before.items() if "events" not in p.name
+    assert {p: x for p, (x, _) in snapshot(unfinished).items() if p in before and "events" not in p.name} == {
+        p: x for p, (x, _) in before.items() if "events" not in p.name
     }
 
 
@@ -514,9 +514,8 @@ def test_round_trip_through_a_checkpoint_is_exact(script, call, monkeypatch, tmp
     """With environments that have no state a resumed run trains what one without a stop does, bit for bit."""
 
     class Stateless(script.Envs):
-        t = 0
-
         def reset(self, seeds, *stream):
+            self.t = 0 if seeds else self.t
             return np.ones((*self.shape, self.obs_dim))
 
         def step(self, actions):
@@ -643,7 +642,7 @@ FLAGS = [
     ("--resume run --num-bins 12 --gae_lambda=0.9 --compile", "drop --compile, --gae-lambda, --num-bins"),
     ("--resume run --run-dir new", "drop --run-dir"),
     ("--resume missing", "missing cannot be opened as a run directory: No such file"),
-    ("--run-dir run", "--run-dir run is in use: name another, or try --resume run"),
+    ("--run-dir run", "/run is in use: name another, or try --resume /"),
     ("--run-dir run/args.json", "run/args.json cannot be opened as a run directory: File exists"),
     ("--run-dir run/args.json/new", "run/args.json/new cannot be opened as a run directory: Not a directory"),
     ("--evaluate run --seed 5", "--evaluate takes its arguments from the run: drop --seed"),
@@ -737,9 +736,10 @@ BROKEN_RULES = {
         "--num-envs 1 --num-steps 32",
         "1 * 32 > 32 or not True",
     ),
-    "--total-timesteps >= --num-envs * --num-steps": (
+    "--eval-episodes >= 1": ("--eval-episodes 0", "0 >= 1"),
+    "--num-envs * --num-steps <= --total-timesteps <= 10**12": (
         "--total-timesteps 63 --num-envs 2 --num-steps 32",
-        "63 >= 2 * 32",
+        "2 * 32 <= 63 <= 10**12",
     ),
 }
 
@@ -780,7 +780,7 @@ def test_bad_input_is_refused_in_one_line_before_anything_is_written(call, monke
 
 
 def test_minibatches_of_one_sample_are_fine_without_advantage_normalization(script, call, monkeypatch, tmp_path):
-    monkeypatch.setattr(script, "PACKAGES", ("torch", "no-such-package"))
+    monkeypatch.setattr(script, "PACKAGES", ("torch", "no-such-package"))  # one that was not imported
     flags = (*PENDULUM, "--num-steps", 4, "--num-minibatches", 4, "--update-epochs", 1, "--total-timesteps", 8)
     assert call(*flags, "--no-norm-adv", "--run-dir", "run")[0] == 0
     result = read_result(tmp_path / "run")
@@ -823,7 +823,7 @@ def test_runs_are_tracked_through_their_tensorboard_files(script, call, monkeypa
     assert call(*flags, "--run-dir", "run")[0] == 0
     monkeypatch.delitem(sys.modules, "wandb")
     args = json.loads((tmp_path / "run/args.json").read_text())["args"]
-    expected = {"dir": "run", "config": args, "sync_tensorboard": True, "resume": "auto"}
+    expected = {"dir": f"{tmp_path}/run", "config": args, "sync_tensorboard": True, "resume": "auto"}
     assert json.loads((tmp_path / "tracked").read_text()) == expected
 
 
@@ -875,7 +875,7 @@ def test_full_disk_stops_the_run_in_one_line_and_keeps_the_last_checkpoint(scrip
     with monkeypatch.context() as patch:
         patch.setattr(script, "save_checkpoint", save_until_full)
         code, _, err = call(*PENDULUM, *small(script), "--total-timesteps", 96, "--run-dir", "run")
-    assert code == 1 and err == "error: run: [Errno 27] File too large\n"
+    assert code == 1 and err == f"error: {tmp_path}/run: [Errno 27] File too large\n"
     assert checkpoint_step(tmp_path / "run") == 32
     assert call("--resume", "run")[0] == 0
     assert read_result(tmp_path / "run")["total_timesteps"] == 96 and not list(tmp_path.rglob("*.tmp"))

@@ -77,6 +77,88 @@ TARGET_KL = [
 """,
     ),
 ]
+NOW = "        now = replace(args, beta=torch.tensor(args.beta * global_step / total_timesteps, device=args.device))\n"
+SCHEDULE = {
+    "sppo": [
+        (
+            "        for _ in range(args.update_epochs):\n",
+            NOW + "        for _ in range(args.update_epochs):\n",
+        ),
+        ("compiled_backward(agent, minibatch, args)", "compiled_backward(agent, minibatch, now)"),
+    ],
+    "sa2c": [
+        (
+            "        stats.append(compiled_backward(agent, batch, args))\n",
+            NOW + "        stats.append(compiled_backward(agent, batch, now))\n",
+        )
+    ],
+}
+GAUSSIAN = [
+    (
+        "        self.actor = mlp(action_dim * num_bins, 0.01)\n",
+        "        self.actor = mlp(action_dim, 0.01)\n"
+        "        self.log_std = nn.Parameter(torch.zeros(len(generators), 1, action_dim))\n",
+    ),
+    (
+        "        return self.actor(obs).unflatten(-1, self.action_shape)\n",
+        "        mean = self.actor(obs)\n        return torch.stack([mean, self.log_std.expand_as(mean)], -1)\n",
+    ),
+    (
+        """\
+    logp = logits.log_softmax(-1)
+    logprob = logp.gather(-1, actions.unsqueeze(-1)).squeeze(-1).sum(-1)
+    return logprob, -(logp.exp() * logp).sum((-2, -1))
+""",
+        """\
+    normal = torch.distributions.Normal(logits[..., 0], logits[..., 1].exp(), validate_args=False)
+    return normal.log_prob(actions).sum(-1), normal.entropy().sum(-1)
+""",
+    ),
+    (
+        "        values = self.bins[actions, np.arange(self.action_dim)].reshape(-1, *self.action_space.shape)\n",
+        "        values = actions.reshape(-1, *self.action_space.shape)"
+        ".clip(self.action_space.low, self.action_space.high)\n",
+    ),
+    ("envs.action_dim), np.int64)", "envs.action_dim), np.float32)"),
+    ("        shape = (T, E, envs.action_dim, args.num_bins)\n", "        shape = (T, E, envs.action_dim)\n"),
+    (
+        "        gumbel = -torch.stack([torch.empty(shape).exponential_(generator=g) for g in generators])"
+        ".log().numpy()\n",
+        "        noise = torch.stack([torch.randn(shape, generator=g) for g in generators]).numpy()\n",
+    ),
+    (
+        "            actions = (agent.logits(tensor(obs)).cpu().numpy() + gumbel[:, t]).argmax(-1)\n",
+        "            mean, log_std = np.moveaxis(agent.logits(tensor(obs)).cpu().numpy(), -1, 0)\n"
+        "            actions = mean + np.exp(log_std) * noise[:, t]\n",
+    ),
+    ("actions = agent.logits(obs).argmax(-1).cpu().numpy()", "actions = agent.logits(obs)[..., 0].cpu().numpy()"),
+]
+STACKED = (
+    "    space, flat = env.observation_space, None\n",
+    "    env = gym.wrappers.FrameStackObservation(env, 8)\n    space, flat = env.observation_space, None\n",
+)
+RECURRENT = [
+    STACKED,
+    (
+        "        self.actor = mlp(action_dim * num_bins, 0.01)\n",
+        "        self.gru = nn.GRU(obs_dim // 8, 64, batch_first=True)\n"
+        "        self.actor = mlp(action_dim * num_bins, 0.01)\n",
+    ),
+    ("sizes = (obs_dim, 64, 2**0.5)", "sizes = (64, 64, 2**0.5)"),
+    ("return self.actor(obs)", "return self.actor(self.summary(obs))"),
+    ("return self.critic(obs)", "return self.critic(self.summary(obs))"),
+    (
+        "    def logits(self, obs: Tensor) -> Tensor:\n",
+        """\
+    def summary(self, obs: Tensor) -> Tensor:
+        sequences = obs.flatten(0, 1).unflatten(-1, (8, -1))
+        return self.gru(sequences)[0][:, -1].unflatten(0, obs.shape[:2])
+
+    def logits(self, obs: Tensor) -> Tensor:
+""",
+    ),
+]
+DROPOUT = ("nn.Tanh(), second, nn.Tanh()", "nn.Tanh(), nn.Dropout(0.5), second, nn.Tanh()")
 DISCRETE = (
     "    if isinstance(space, gym.spaces.Box) and np.issubdtype",
     "    if isinstance(space, gym.spaces.Discrete) and space.n == num_bins:\n"
@@ -116,7 +198,6 @@ def copy(original, folder, name, *edits):
     spec = importlib.util.spec_from_file_location(name, folder / f"{name}.py")
     module = sys.modules[name] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    module.EVAL_EPISODES = 1
     return module
 
 
@@ -134,6 +215,7 @@ def train(module, original, run_dir, *flags) -> dict:
     """Two rollouts with one update of one minibatch each; the model."""
     env = "Breakout" if "atari" in original else "InvertedPendulum-v4"
     small = ["--env-id", env, "--num-envs", 2, "--num-steps", 8, "--total-timesteps", 32, "--num-threads", 1]
+    small += ["--eval-episodes", 1]
     small += ["--num-minibatches", 1, "--update-epochs", 1] if original.startswith("sppo") else []
     call(module, *small, "--run-dir", run_dir, *flags)
     return load_file(run_dir / "model.safetensors") if (run_dir / "model.safetensors").exists() else {}
@@ -271,6 +353,7 @@ def test_an_agent_stopped_by_its_kl_stays_as_it_is_while_another_goes_on(tmp_pat
     changed.backward = spy
     hook = register_optimizer_step_pre_hook(state)
     flags = "--env-id InvertedPendulum-v4 --num-seeds 2 --num-steps 64 --total-timesteps 128 --num-minibatches 4"
+    flags += " --eval-episodes 1"
     call(changed, *flags.split(), "--target-kl", 0.01, "--learning-rate", 0.003, "--run-dir", tmp_path / "run")
     hook.remove()
     assert len(states) == 2 * 40  # two rollouts of 10 epochs of 4 minibatches
@@ -325,7 +408,82 @@ def stop_at_call(function, n):
     return stopping
 
 
+@pytest.mark.parametrize("original", CONTROL)
+def test_a_scheduled_coefficient_reaches_the_loss_and_not_the_result(original, tmp_path):
+    edits = SCHEDULE[original.split("_")[0]]
+    if original == "sppo_atari":
+        edits = [edits[0], ("clip_coef, args))", "clip_coef, now))")]
+    changed, betas = copy(original, tmp_path, "my_copy", *edits), []
+    name = f"symmetric_{'ppo' if original.startswith('sppo') else 'a2c'}_loss"
+    loss = getattr(changed, name)
+    setattr(changed, name, lambda *inputs: betas.append(inputs[-2].item()) or loss(*inputs))
+    train(changed, original, tmp_path / "run", "--beta", 3)
+    assert betas == [1.5, 3.0] and result_of(tmp_path / "run")["args"]["beta"] == 3
+
+
+@continuous
+def test_a_gaussian_policy_learns(original, tmp_path):
+    changed = copy(original, tmp_path, "my_copy", *GAUSSIAN)
+    assert train(changed, original, tmp_path / "run", "--alpha", 1, "--beta", 0)["log_std"].item() != 0
+    call(changed, "--evaluate", tmp_path / "run")
+    learn = (
+        "--num-steps 512 --num-minibatches 8" if original.startswith("sppo") else "--num-envs 4 --learning-rate 2e-3"
+    )
+    flags = "--env-id InvertedPendulum-v4 --total-timesteps 12288 --alpha 1 --beta 0 --num-seeds 2"
+    call(changed, *flags.split(), *learn.split(), "--run-dir", tmp_path / "two")
+    assert max(result_of(tmp_path / f"two/seed{i}")["eval_mean"] for i in (1, 2)) > 60  # untrained: at most 31
+
+
+@continuous
+def test_stacked_observations_and_a_recurrent_policy_of_one_agent(original, tmp_path):
+    stacked = copy(original, tmp_path, "my_stack", STACKED)
+    assert train(stacked, original, tmp_path / "stacked", "--num-seeds", 2) == {}  # in seed<k>
+    assert load_file(tmp_path / "stacked/seed2/model.safetensors")["obs_mean"].shape == (32,)
+    recurrent = copy(original, tmp_path, "my_gru", *RECURRENT)
+    model = train(recurrent, original, tmp_path / "run")
+    assert model["gru.weight_ih_l0"].shape == (192, 4)
+    call(recurrent, "--evaluate", tmp_path / "run")
+    again = train(recurrent, original, tmp_path / "again")
+    assert all(torch.equal(x, again[name]) for name, x in model.items())  # the seed is that of any layer
+    with pytest.raises(AssertionError, match="the first dimension of parameters is the agent's"):
+        train(recurrent, original, tmp_path / "batch", "--num-seeds", 2)
+
+
+@continuous
+def test_a_layer_that_draws_goes_on_after_a_stop_as_if_there_had_been_none(original, tmp_path):
+    class Stateless:
+        """Environments without a state, whose only observation is one."""
+
+        def reset(self, seeds, *stream):
+            return torch.ones(*self.shape, self.obs_dim).numpy()
+
+        def step(self, actions, running=None):
+            end = torch.ones(self.shape, dtype=torch.bool).numpy()
+            return self.reset(None), actions.mean(-1), end, end, self.reset(None)
+
+    changed = copy(original, tmp_path, "my_copy", DROPOUT)
+    changed.Envs, changed.LOG_EVERY = type("Envs", (Stateless, changed.Envs), {}), 1
+    changed.Normalizer.count = lambda *_: None  # which counts the observations of a reset
+    whole = train(changed, original, tmp_path / "whole")
+    with patch.object(changed, "gae", stop_at_call(changed.gae, 2)), pytest.raises(SystemExit):
+        train(changed, original, tmp_path / "run", "--eval-every", 16)
+    call(changed, "--resume", tmp_path / "run")
+    resumed = load_file(tmp_path / "run/model.safetensors")
+    assert all(torch.equal(x, resumed[name]) for name, x in whole.items())
+
+
+def test_the_lines_of_python_on_the_page_run_one_after_another(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    text = (ROOT / "docs/changing-a-script.md").read_text()
+    names = {}
+    for block in re.findall(r"```py\n(.*?)```", text, re.DOTALL):
+        exec(block, names)
+    assert names["returns"].shape == (1, 10) and names["logits"].shape == (1, 1, 1, 11)
+    assert (tmp_path / "curve.png").stat().st_size > 5000
+
+
 @pytest.mark.parametrize("line", page(), ids=str.strip)
 def test_every_line_of_code_on_the_page_is_in_a_copy_that_is_trained_here(line):
     copies = [edits_of("sppo_continuous_discretized"), TARGET_KL, [DISCRETE], [*AVERAGE, UPDATE["sppo"]]]
+    copies += [SCHEDULE["sppo"], GAUSSIAN, [STACKED], RECURRENT]
     assert any(line in edited("sppo_continuous_discretized", edits).splitlines() for edits in copies)

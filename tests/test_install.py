@@ -28,11 +28,10 @@ sys.meta_path[sys.meta_path.index(PathFinder)] = Finder
 sys.argv[0] = script
 sys.path[0] = os.path.dirname(script)
 script = importlib.import_module(os.path.basename(script)[:-3])
-script.EVAL_EPISODES = 1
 sys.exit(script.main())
 """
-CONTINUOUS = "--env-id InvertedDoublePendulum-v4 --num-envs 1 --num-steps 16 --total-timesteps 32"
-ATARI = "--env-id Breakout --num-envs 1 --num-threads 1 --num-steps 16 --total-timesteps 32"
+CONTINUOUS = "--env-id InvertedDoublePendulum-v4 --num-envs 1 --num-steps 16 --total-timesteps 32 --eval-episodes 1"
+ATARI = "--env-id Breakout --num-envs 1 --num-threads 1 --num-steps 16 --total-timesteps 32 --eval-episodes 1"
 
 
 def normalized(name: str) -> str:

@@ -546,8 +546,8 @@ def test_symmetric_update_equals_that_of_ppo_with_the_policy_loss_times_alpha_mi
     def trained(alpha: float, beta: float) -> torch.Tensor:
         run_dir = tmp_path / f"{alpha} {beta}"
         run_dir.mkdir()
-        args = script.Args(env_id="InvertedDoublePendulum-v4", total_timesteps=2048, alpha=alpha, beta=beta)
-        args.run_dir = str(run_dir)
+        settings = {"total_timesteps": 2048, "alpha": alpha, "beta": beta, "run_dir": str(run_dir)}
+        args = script.Args(env_id="InvertedDoublePendulum-v4", **settings)
         with closing(script.Envs(args, 1)) as envs:
             script.train(args, envs)
         model = load_file(run_dir / "model.safetensors")

@@ -88,6 +88,11 @@ def record(script, patch):
                 env.reset = lambda seed=None, reset=env.reset: (self.seen["seeds"].append(seed), reset(seed=seed))[1]
                 env.step = lambda action, step=env.step: (self.seen["actions"].append(action.copy()), step(action))[1]
 
+        def reset(self, *inputs):
+            for recorded in self.seen.values():
+                recorded.clear()  # of the step that is tried before training
+            return super().reset(*inputs)
+
     patch.setattr(script, "Envs", Envs)
     patch.setattr(script, "LOG_EVERY", 32)
     return seen
@@ -223,10 +228,10 @@ def test_sps_of_a_batch_is_each_agents_own_in_results_and_on_the_screen(runs):
 
 def test_evaluate_repeats_the_evaluation_of_each_agent_of_a_batch(script, runs, capsys, monkeypatch):
     evaluate, seen = script.evaluate, []
-    monkeypatch.setattr(script, "evaluate", lambda *inputs: seen.append(evaluate(*inputs).tolist()))
+    monkeypatch.setattr(script, "evaluate", lambda *inputs: seen.append(evaluate(*inputs)) or seen[-1])
     for seed, ours, _ in pairs(runs):
         assert run_main(script, "--evaluate", ours) == 0
-        assert seen.pop() == [read_json(ours / "result.json")["eval_returns"]]
+        assert seen.pop().tolist() == [read_json(ours / "result.json")["eval_returns"]]
         line = capsys.readouterr().out.splitlines()[-1]
         assert line.startswith(f"seed {seed}: ") and line in runs["batch"][2].splitlines()
 

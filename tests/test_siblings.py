@@ -16,7 +16,7 @@ backward train RULES
 """
 DOMAIN = """
 docstring Import ImportFrom LOG_EVERY PACKAGES Envs Agent logprob_and_entropy backward train evaluate RULES check_args
-evaluate_model main
+load_model run
 """
 # symmetric_ppo_loss is 2-D and masked here: test_loss.py compares it with the others.
 LANGUAGE_DOMAIN = """

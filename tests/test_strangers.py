@@ -9,26 +9,17 @@ import sys
 from contextlib import closing, suppress
 from pathlib import Path
 
+import gymnasium as gym
 import numpy as np
 import pytest
 import strange_envs
-from conftest import CONTINUOUS, CONTROL, ROOT, import_scripts, wait_for_the_next_second
+import torch
+from conftest import CONTROL, ROOT, import_scripts, is_one_line, small, wait_for_the_next_second
 
-SMALL = {
-    "sppo_continuous_discretized": "--num-steps 32 --num-envs 2 --num-minibatches 2 --update-epochs 1",
-    "sa2c_continuous_discretized": "--num-steps 32 --num-envs 2",
-    "sppo_atari": "--num-steps 32 --num-envs 2 --num-minibatches 2 --update-epochs 1 --no-cuda --num-threads 1",
-    "sa2c_atari": "--num-steps 32 --num-envs 2 --no-cuda --num-threads 1",
-}
-ENV = {name: "strange_envs:Chatty-v0" if name in CONTINUOUS else "Breakout" for name in CONTROL}
 continuous = pytest.mark.parametrize("script", import_scripts("*_continuous_discretized.py"))
 atari = pytest.mark.parametrize("script", import_scripts("*_atari.py"))
 control = pytest.mark.parametrize("script", import_scripts("s*2c_*.py") + import_scripts("sppo_[ac]*.py"))
 by_name = pytest.mark.parametrize("script", CONTROL)
-
-
-def small(script: str, env_id: str | None = None, total: int = 64) -> list[str]:
-    return [*SMALL[script].split(), "--env-id", env_id or ENV[script], "--total-timesteps", str(total)]
 
 
 @pytest.fixture
@@ -48,28 +39,6 @@ def start(tmp_path):
     for process in processes:
         with suppress(ProcessLookupError):  # behind head the script outlives the shell
             os.killpg(process.pid, signal.SIGKILL)
-
-
-@pytest.fixture
-def call(monkeypatch, capsys, tmp_path):
-    """Run a script's main in an empty folder; its exit code, standard output and standard error."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(strange_envs.Toy, "opened", 0)
-
-    def call(script, *flags: str) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", [f"{script.__name__}.py", *flags])
-        code = 0
-        try:
-            script.main()
-        except SystemExit as error:
-            code = error.code
-        return code, *capsys.readouterr()
-
-    return call
-
-
-def is_one_line(err: str) -> bool:
-    return "Traceback" not in err and [line[:7] for line in err.splitlines()].count("error: ") == 1
 
 
 # Regular numbers
@@ -117,14 +86,13 @@ def test_model_survives_an_evaluation_that_cannot_be_played(script, call, capsys
 def test_model_survives_a_game_that_cannot_be_opened(script, call, capsys, monkeypatch):
     class Unopened(script.Envs):
         def __init__(self, args, num_envs, **options):
-            if num_envs == script.EVAL_EPISODES:
+            if num_envs == args.eval_episodes:
                 raise RuntimeError("no memory for the games")
             super().__init__(args, num_envs, **options)
 
-    monkeypatch.setattr(script, "EVAL_EPISODES", 3)
     with monkeypatch.context() as patch, pytest.raises(RuntimeError):
         patch.setattr(script, "Envs", Unopened)
-        call(script, *small(script.__name__), "--run-dir", "run")
+        call(script, *small(script.__name__), "--eval-episodes", "3", "--run-dir", "run")
     assert "evaluation, final" in capsys.readouterr().out
     code, out, err = call(script, "--evaluate", "run")
     assert code == 0 and "seed 1: " in out, err
@@ -142,9 +110,9 @@ def test_seeds_beside_one_that_fails_leave_their_results(script, call):
 
 
 @by_name
-def test_a_run_has_one_writer_until_its_process_is_gone(script, start):
+def test_a_run_has_one_writer_until_its_process_is_gone(script, start, tmp_path):
     first = start(script, *small(script, total=10**7), "--run-dir", "run")
-    assert "run directory run" in first.stdout.readline()
+    assert f"run directory {tmp_path}/run;" in first.stdout.readline()
     for flags in (["--resume", "run"], [*small(script), "--run-dir", "run"]):
         second = start(script, *flags)
         _, err = second.communicate(timeout=300)
@@ -152,7 +120,7 @@ def test_a_run_has_one_writer_until_its_process_is_gone(script, start):
     first.kill()  # there may be no checkpoint yet
     first.wait()
     third = start(script, "--resume", "run")
-    assert "run directory run" in third.stdout.readline()
+    assert f"run directory {tmp_path}/run;" in third.stdout.readline()
     third.send_signal(signal.SIGINT)
     assert third.wait(300) == 130
 
@@ -174,7 +142,8 @@ def test_a_folder_that_a_kill_or_another_program_left_is_refused_in_one_line(scr
 def test_runs_of_the_same_second_have_names_of_their_own(script, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     wait_for_the_next_second()
-    assert len({script.open_run(script.Args()).run_dir for _ in range(3)}) == 3
+    monkeypatch.setattr(script, "train", lambda args, envs: args.run_dir)
+    assert len({script.run(script.Args()) for _ in range(3)}) == 3
 
 
 # Environments are closed however the script ends
@@ -328,8 +297,8 @@ def test_an_empty_folder_is_no_package(script, flag, package, monkeypatch, tmp_p
 
 
 @by_name
-def test_hints_can_be_pasted(script, start):
-    run_dir = "it's ü $HOME"
+def test_hints_can_be_pasted(script, start, tmp_path):
+    run_dir = f"{tmp_path}/it's ü $HOME"
     process = start(script, *small(script, total=10**7), "--run-dir", run_dir)
     hint = process.stdout.readline().partition("go on with: ")[2].strip()
     process.kill()
@@ -343,12 +312,16 @@ def test_hints_can_be_pasted(script, start):
 
 
 @continuous
-def test_one_environment_of_all_is_recorded(script, tmp_path):
+def test_one_environment_of_all_is_rendered_in_its_first_episode(script, tmp_path, monkeypatch):
     pytest.importorskip("moviepy")
-    args = script.Args(env_id="strange_envs:PlainToy-v0", num_seeds=3)
-    with closing(script.Envs(args, 4, tmp_path)) as envs:
-        envs.reset(args.seeds, 0)
+    args = script.Args(env_id="strange_envs:PlainToy-v0", num_seeds=3, capture_video=True, run_dir=str(tmp_path))
+    with closing(script.Envs(args, 4)) as envs:
         assert [env.render_mode for env in envs.envs] == ["rgb_array"] + 11 * [None]
-        for _ in range(25):
-            envs.step(np.zeros((3, 4, 2), int))
-        assert len(envs.envs[0].recorded_frames) <= 11  # of its first episode at most
+    frames, save_video = [], script.import_module("gymnasium.utils.save_video").save_video
+    monkeypatch.setattr(
+        gym.utils.save_video, "save_video", lambda x, *a, **k: (frames.extend(x), save_video(x, *a, **k))
+    )
+    agent = script.Agent([torch.Generator().manual_seed(seed) for seed in args.seeds], 3, 2, 11)
+    script.evaluate(args, agent, script.Normalizer(3, 4, 3, 0.99))
+    assert [frame[0, 0, 0] for frame in frames] == list(range(10))
+    assert (tmp_path / "videos/final/rl-video-episode-0.mp4").stat().st_size > 1000
