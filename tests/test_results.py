@@ -69,6 +69,14 @@ def test_the_pages_snippets_read_scores_csv(monkeypatch):
     assert f"# {names['chance']:.2f} [{names['interval'].low:.2f}, {names['interval'].high:.2f}]" in code
 
 
+def test_the_readmes_snippet_prints_a_table(monkeypatch, capsys):
+    monkeypatch.chdir(ROOT)
+    (code,) = snippets("README.md")
+    exec(code, {})
+    (line,) = (line for line in capsys.readouterr().out.splitlines() if line.startswith("DSPPO"))
+    assert line.split()[-1] == "5"
+
+
 def write_curve(run_dir, tag, every):
     run_dir.mkdir(parents=True)
     lines = [f"{step},{step / 10},{step if step % every == 0 else ''}\n" for step in range(1, 1001)]
