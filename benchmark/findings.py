@@ -10,7 +10,8 @@ from comparisons import CELL, OURS, PAPERS, chance, pairs, plain, symmetric_of, 
 from runs import FAMILY, GROUP, MODELS, TASKS, UNNORMALIZED, Found, bin_means, by_group, read_cells, series
 from tables import last_texts
 
-TRAINING = {"approx_kl": "KL", "clipfrac": "Clipped share", "entropy": "Entropy", "grad_norm": "Gradient norm"}
+TRAINING = {"approx_kl": "KL", "clipfrac": "Clip fraction", "entropy": "Entropy", "value_loss": "Value loss"}
+TRAINING |= {"grad_norm": "Gradient norm"}
 
 
 def means(folders: list[str], tag: str, part: tuple[float, float] = (0, 1)) -> np.ndarray:
@@ -26,7 +27,7 @@ def means(folders: list[str], tag: str, part: tuple[float, float] = (0, 1)) -> n
 def weight_in_training(cells: pd.DataFrame) -> pd.DataFrame:
     """What SPPO's weight changes in continuous control: DSPPO over DPPO, means over the run and the seeds.
 
-    A row per cell: ratios of KL estimate, clipped share, entropy and gradient norm before the clip, and DPPO's norm.
+    A row per cell: ratios of KL, clip fraction, entropy, value loss and gradient norm before the clip, and DPPO's norm.
     """
     rows = []
     for x in pairs(cells, "DSPPO", "DPPO").itertuples():
@@ -43,9 +44,9 @@ def weight_text(found: Found) -> str:
     frame = {"Environment": some.environment.map(plain), "Noise": some.noise}
     frame |= {f"{title}, DSPPO / DPPO": some[name].map("{:.2f}".format) for name, title in TRAINING.items()}
     return (
-        f"DSPPO over DPPO in {len(some)} cells, means over the run and the seeds: KL estimate {spans['approx_kl']}, "
-        f"clipped share {spans['clipfrac']}, entropy {spans['entropy']}; the gradient norm before the clip is "
-        f"{spans['grad_norm']} times as large. DPPO's own norm is {spans['norm']}, the clip is at 0.5.\n\n"
+        f"DSPPO over DPPO in {len(some)} cells, means over the run and the seeds: KL {spans['approx_kl']}, clip fraction "
+        f"{spans['clipfrac']}, entropy {spans['entropy']}, value loss {spans['value_loss']}. The gradient norm "
+        f"before the clip is {spans['grad_norm']} times as large. DPPO's own norm is {spans['norm']}, the clip is at 0.5.\n\n"
         f"{stats.markdown(pd.DataFrame(frame | {'Gradient norm, DPPO': some.norm.map('{:.2f}'.format)}))}\n"
     )
 
@@ -60,18 +61,19 @@ def sign_flips(cells: pd.DataFrame) -> pd.DataFrame:
         if set(some.noise == "none") == {True, False}:
             some = some.sort_values("noise", key=lambda noise: noise != "none")
             sppo, ppo = ([100 * means(x, "losses/sign_flips") for x in some[f"folders_{side}"]] for side in "ab")
-            row = [environment, ppo[0].mean(), ppo[1].mean(), sppo[0].mean(), sppo[1].mean()]
+            row = [environment, ppo[0].mean(), ppo[1].mean(), sppo[0].mean(), sppo[1].mean(), min(map(len, ppo + sppo))]
             rows.append([*row, ppo[1].max() < ppo[0].min(), stats.welch_of(*ppo)[1]])
     names = ["DPPO", "DPPO, noise", "DSPPO", "DSPPO, noise"]
-    return pd.DataFrame(rows, columns=["environment", *names, "all_below", "p"]).dropna(subset=names)
+    return pd.DataFrame(rows, columns=["environment", *names, "n", "all_below", "p"]).dropna(subset=names)
 
 
 def flips_text(found: Found) -> str:
     some = sign_flips(found.cells)
     if some.empty:
         return ""
-    shares = some.drop(columns=["environment", "all_below", "p"]).map("{:.1f}".format)
-    frame = {"Sign flips (%)": some.environment.map(plain), **shares, "Welch's p, DPPO": some.p.map(stats.p_text)}
+    shares = some.drop(columns=["environment", "n", "all_below", "p"]).map("{:.1f}".format)
+    frame = {"Sign flips (%)": some.environment.map(plain), "Seeds, at least": some.n, **shares}
+    frame |= {"Welch's p, DPPO": some.p.map(stats.p_text)}
     lower, below = (some["DPPO, noise"] < some.DPPO).sum(), some.all_below.sum()
     return (
         f"Reward noise lowers DPPO's sign flips in {lower} of {len(some)} environments; in {below} of them every seed "
@@ -112,6 +114,15 @@ def sample_weight_text(found: Found) -> str:
     )
 
 
+def rise(both: pd.DataFrame, values: tuple[str, str, str]) -> tuple[np.ndarray, np.ndarray]:
+    """(z, p) of the gain with noise minus the gain without, an element per environment that has both."""
+    quiet, noisy = (both[(both.noise == "none") == x].set_index("environment") for x in (True, False))
+    both = noisy.join(quiet, lsuffix="_noisy", rsuffix="_quiet", how="inner")
+    gains = [[both[f"{name}_{side}_{which}"] for side in "ab" for name in values] for which in ("noisy", "quiet")]
+    _, p, z = stats.welch(*stats.difference(*gains[0]), *stats.difference(*gains[1]))
+    return z, p
+
+
 def claims(found: Found) -> pd.DataFrame:
     """The paper's claim, symmetric above baseline, tested alike on its own cells and on ours: a row per set of cells.
 
@@ -123,22 +134,24 @@ def claims(found: Found) -> pd.DataFrame:
         printed = pairs(found.cells[found.cells.family == family], symmetric, baseline, PAPERS)
         ours = pairs(found.pooled[found.pooled.family == family], symmetric, baseline)
         both = ours[ours.z.notna()].merge(printed, on=CELL, suffixes=("", "_printed"))
-        sets = {"the paper's": (printed.z, printed.p)}
+        sets = {"the paper's": (printed.z, printed.p), "the paper's, with noise minus without": rise(printed, PAPERS)}
         if len(both):
             gains = [stats.difference(*(both[f"{name}_{side}"] for side in "ab" for name in x)) for x in (OURS, PAPERS)]
             _, p, z = stats.welch(*gains[0], *gains[1])
             sets["the paper's, cells that were run here"] = both.z_printed, both.p_printed
             sets |= {"ours": (both.z, both.p), "ours minus the paper's": (z, p)}
+            sets["ours, with noise minus without"] = rise(ours, OURS)
         for whose, (z, p) in sets.items():
             row = [len(z), *stats.mean_interval(z), *stats.stouffer(z), int((np.asarray(p) < 0.05).sum())]
-            rows.append([f"{symmetric} minus {baseline}", whose, *row, np.min(p), np.min(stats.holm(p))])
+            where = " (Atari)" if family.startswith("atari") else ""
+            rows.append([f"{symmetric} minus {baseline}{where}", whose, *row, np.min(p), np.min(stats.holm(p))])
     names = ["cells", "mean", "low", "high", "z", "p", "below", "smallest", "smallest_holm"]
     return pd.DataFrame(rows, columns=["claim", "whose", *names])
 
 
 def claims_text(found: Found) -> str:
     some = claims(found)
-    frame = {"Cells of": some.claim, "Whose": some.whose, "Cells": some.cells}
+    frame = {"Difference": some.claim, "Whose": some.whose, "Cells": some.cells}
     frame |= {"Mean z [95 %]": map(stats.bracket_text, some["mean"], some.low, some.high)}
     frame |= {"z of all": some.z.map("{:+.1f}".format), "p of all": some.p.map(stats.p_text), "p < 0.05": some.below}
     frame |= {"Smallest p": some.smallest.map(stats.p_text), "by Holm": some.smallest_holm.map(stats.p_text)}
@@ -173,7 +186,7 @@ def algorithms_text(found: Found) -> str:
     frame = {"Algorithm": some.algorithm, "Cells run": some.run.astype(str) + " of " + some.cells.astype(str)}
     frame |= {"Ours minus the paper's, mean z [95 %]": map(stats.bracket_text, some.distance, some.low, some.high)}
     frame |= {"Gain over its baseline": gains[0], "the paper's, same cells": gains[1]}
-    frame |= {"Above its baseline with probability": some.chance, "with noise": some.noisy_chance}
+    frame |= {"Above its baseline with probability, without noise": some.chance, "with noise": some.noisy_chance}
     return stats.markdown(pd.DataFrame(frame)) + "\n"
 
 

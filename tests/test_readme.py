@@ -82,7 +82,9 @@ def test_make_targets_exist():
 
 
 def agent_in_numpy() -> str:
-    (block,) = re.findall(r"```py\n(import gymnasium.*?)```", (ROOT / "docs/changing-a-script.md").read_text(), re.DOTALL)
+    (block,) = re.findall(
+        r"```py\n(import gymnasium.*?)```", (ROOT / "docs/changing-a-script.md").read_text(), re.DOTALL
+    )
     return block
 
 

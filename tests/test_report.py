@@ -413,7 +413,7 @@ def test_arms_of_one_setting_each_stand_beside_each_other(tmp_path):
 
 
 def test_findings_of_hand_made_runs(tmp_path):
-    training = {"losses/approx_kl": 0.02, "losses/clipfrac": 0.2, "losses/entropy": 1.0, "losses/grad_norm": 1.0}
+    training = {"losses/approx_kl": 0.02, "losses/clipfrac": 0.2, "losses/entropy": 1.0, "losses/value_loss": 1.0}
     for noise, flips in (({}, 0.2), ({"reward_noise_std": 0.05}, 0.1)):
         for name, args, norm in (("dppo", DPPO, 1.0), ("dsppo", DSPPO | {"beta": 25.0 if noise else 20.0}, 20.0)):
             curves = training | {"losses/grad_norm": norm, "losses/sign_flips": flips}
@@ -423,9 +423,8 @@ def test_findings_of_hand_made_runs(tmp_path):
         write_run(tmp_path / name, [100.0, 120.0], curves={"losses/entropy": math.log(10)}, **a2c, **args)
     found = Found([tmp_path])
     weight = findings.weight_in_training(found.cells)
-    assert weight[["approx_kl", "clipfrac", "entropy", "grad_norm", "norm"]].to_numpy() == pytest.approx(
-        np.array([[1, 1, 1, 20, 1]] * 2)
-    )
+    names = ["approx_kl", "clipfrac", "entropy", "value_loss", "grad_norm", "norm"]
+    assert weight[names].to_numpy() == pytest.approx(np.array([[1, 1, 1, 1, 20, 1]] * 2))
     flips = findings.sign_flips(found.cells).iloc[0]
     assert list(flips[["DPPO", "DPPO, noise", "DSPPO", "DSPPO, noise"]]) == pytest.approx([20, 10, 20, 10])
     assert flips.all_below
@@ -440,6 +439,8 @@ def test_findings_of_hand_made_runs(tmp_path):
     se = math.hypot(50, 50)
     t = [-87 / math.hypot(se, 101, 136), -184 / math.hypot(se, 61, 100)]
     assert ours.cells == 2 and ours.z == pytest.approx(sum(t) / 2**0.5, abs=0.05)  # almost normal numbers
+    rise = claims.loc["DSPPO minus DPPO", "ours, with noise minus without"]
+    assert rise.cells == 1 and rise.z == 0
     table = findings.algorithms(found).set_index("algorithm")
     assert tuple(table.loc["DSPPO", ["run", "cells"]]) == (2, 18) and table.loc["DSPPO", "gain"] == 0
     assert table.loc["DSPPO", "paper_gain"] == pytest.approx(100 * np.mean([87 / 8928, 184 / 8963]))
