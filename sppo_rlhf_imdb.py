@@ -16,7 +16,6 @@ An action is a token, an episode one response; policy, value model and frozen re
 
 import errno
 import fcntl
-import io
 import json
 import os
 import re
@@ -56,10 +55,14 @@ TRAINING, EVALUATION = 0, 1  # streams of random numbers
 MAY_CHANGE = {"micro_batch_size", "rollout_batch_size"}  # on resume and for an evaluation
 OOM_HINT = "lower --micro-batch-size and --rollout-batch-size, which --resume takes as well"
 TOKENIZERS = {"rajkumarrrk/gpt2-fine-tuned-on-imdb-positive-reviews": "lvwerra/gpt2-imdb"}  # where the authors took it
-DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+DISK_FULL, LOCKED = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG), (errno.EACCES, errno.EAGAIN)
 PACKAGES = ("torch", "transformers", "datasets", "accelerate", "numpy")  # their versions go into result.json
 FILES = {".csv": "csv", ".parquet": "parquet", ".json": "json", ".jsonl": "json"}  # data files, and datasets' readers
-CONFIGURATIONS = ("tokenizer_config.json", "adapter_config.json", "config.json")  # by which the commit in the cache is found
+CONFIGURATIONS = (
+    "tokenizer_config.json",
+    "adapter_config.json",
+    "config.json",
+)  # by which the commit in the cache is found
 
 
 @dataclass
@@ -163,16 +166,22 @@ def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, gae_lambda:
     return advantages, advantages + values
 
 
-def positions(attention_mask: Tensor) -> Tensor:
-    """Position of every token in its own sequence, (batch, length): the first real one is at 0."""
-    return (attention_mask.cumsum(-1) - 1).clamp(min=0)
+def run_network(network: Callable, tokens: Tensor, attention_mask: Tensor, **options):
+    """A network's output for padded sequences, in which the first real token is at position 0."""
+    positions = (attention_mask.cumsum(-1) - 1).clamp(min=0)
+    return network(tokens, attention_mask=attention_mask, position_ids=positions, use_cache=False, **options)
 
 
 def response_logprobs(lm: Callable, tokens: Tensor, attention_mask: Tensor, num_actions: int) -> Tensor:
     """Log-probabilities (batch, num_actions), float32, of the last tokens, each from the logits one token before."""
-    options = {"position_ids": positions(attention_mask), "use_cache": False, "logits_to_keep": num_actions + 1}
-    logits = lm(tokens, attention_mask=attention_mask, **options).logits[:, -num_actions - 1 : -1]
+    logits = run_network(lm, tokens, attention_mask, logits_to_keep=num_actions + 1).logits[:, -num_actions - 1 : -1]
     return logits.float().log_softmax(-1).gather(-1, tokens[:, -num_actions:].unsqueeze(-1)).squeeze(-1)
+
+
+@torch.no_grad()
+def hidden_size(model: PreTrainedModel) -> int:
+    """Width of the last hidden states, which need not be the one inside the model."""
+    return model.base_model(torch.zeros(1, 1, dtype=torch.long, device=model.device)).last_hidden_state.shape[-1]
 
 
 class ActorCritic(nn.Module):
@@ -181,13 +190,12 @@ class ActorCritic(nn.Module):
     def __init__(self, policy: PreTrainedModel, value_model: PreTrainedModel):
         super().__init__()
         self.policy, self.value_model = policy, value_model
-        self.value_head = nn.Linear(policy.get_output_embeddings().weight.shape[1], 1)
+        self.value_head = nn.Linear(hidden_size(policy), 1)
 
     def forward(self, tokens: Tensor, attention_mask: Tensor, num_actions: int, num_rows: int | None = None):
         """Log-probabilities of the last num_actions tokens, and values before them of the first num_rows sequences."""
         logprob = response_logprobs(self.policy, tokens, attention_mask, num_actions)
-        tokens, mask = tokens[:num_rows], attention_mask[:num_rows]
-        out = self.value_model(tokens, attention_mask=mask, position_ids=positions(mask), use_cache=False)
+        out = run_network(self.value_model, tokens[:num_rows], attention_mask[:num_rows])
         hidden = out.last_hidden_state[:, -num_actions - 1 : -1].float()
         return logprob, self.value_head(hidden).squeeze(-1)
 
@@ -460,7 +468,7 @@ class Classifier:
         self.max_length = min(self.tokenizer.model_max_length, num_positions(self.model))
         self.model.to(device).eval().requires_grad_(False)
         beside, alone = self.logits(["a b", longest])[:1], self.logits(["a b"])
-        check_same(flag, name, BESIDE, beside, alone, 1e-3 * (1 + alone.abs().max().item()))
+        check_same(flag, name, beside, alone, 1e-3 * (1 + alone.abs().max().item()))
         labels, kind = self.model.config.id2label, self.model.config.problem_type
         positive = [i for i, label in labels.items() if str(label).lower() in ("positive", "pos")]
         require(positive, f"--{flag} {name} has no label positive, only {', '.join(map(str, labels.values()))}")
@@ -495,10 +503,10 @@ def load_function(name: str) -> Callable:
     try:
         with unchanged(flag):
             found = getattr(import_module(module), function, None)
-    except ModuleNotFoundError as error:
-        if not module.startswith(str(error.name)):  # but one that it imports
+    except ModuleNotFoundError as error:  # of the module, or of one that it imports
+        if not module.startswith(str(error.name)):
             raise
-        fail(f"{flag}: there is no module {module} in the working directory or installed (a name has no .py)")
+        require(False, f"{flag}: there is no module {module}, without .py, in the working directory or installed")
     require(callable(found), f"{flag}: {module} has no function {function}")
     return found
 
@@ -513,7 +521,7 @@ def unchanged(name: str) -> Iterator[None]:
         with torch.random.fork_rng():
             yield
     except SystemExit as end:
-        fail(f"{name} called sys.exit({end.code!r})", code=1)
+        require(False, f"{name} called sys.exit({end.code!r})", code=1)
     changed = [setting for setting, get in settings.items() if get() != before[setting]]
     require(not changed, f"{name} changed {' and '.join(changed)}", code=1)
 
@@ -536,23 +544,28 @@ class Learner:
         self.rows, self.validation = ([row for row in rows if len(row["text"].split()) > 1] for rows in splits)
         sizes = len(self.rows), len(self.validation)
         require(min(sizes) >= WORLD_SIZE, f"--dataset {args.dataset} has {sizes} reviews of at least two words")
-        longest = max((row["text"] for row in self.rows + self.validation), key=len)
         if args.evaluate is not None:
             args = replace(args, policy=f"{args.run_dir}/policy", tokenizer=None)
             require(Path(args.policy).exists(), f"{args.run_dir} holds no policy: it is written at the end of training")
         self.reward_name, function = args.reward_function or args.reward_model, args.reward_function
+        longest = max((row["text"] for row in self.rows + self.validation), key=len)
         # All load models at once: of what has to be downloaded, huggingface_hub lets one process fetch each file.
         self.reward = load_function(function) if function else Classifier(args, self.device, longest)
         auto_class, tolerance = transformers.AutoModelForCausalLM, 0.5 if args.tf32 else 1e-3
         policy, self.tokenizer = load_network(args, "policy", args.policy, auto_class, dtype=torch.float32)
-        check_policy(args, policy, args.prompt_length, tolerance)
+        quantized = f"--policy {args.policy} is quantized: weights of so few bits cannot be trained"
+        require(not getattr(policy, "is_quantized", False), quantized)
+        check_policy(args, policy.to(self.device), args.prompt_length, tolerance)
         self.hub_commits = {args.dataset: data_commit} if data_commit else {}
         names = args.policy, self.tokenizer.name_or_path, *([] if function else [args.reward_model])
         hub_ids = [name for name in names if not Path(name).exists()]
         for name, file in product(hub_ids, CONFIGURATIONS):
             path = huggingface_hub.try_to_load_from_cache(name, file, revision=args.revision.get(name))
             self.hub_commits |= {name: Path(path).parent.name} if isinstance(path, str) else {}
-        self.own_generation_config, self.ends = policy.generation_config, end_tokens(policy, self.tokenizer)
+        listed = policy.generation_config.eos_token_id  # chat models also end a response with the end of a turn
+        ends = {self.tokenizer.eos_token_id, *(listed if isinstance(listed, list) else [listed])}
+        self.ends = sorted(ends.intersection(range(policy.get_input_embeddings().num_embeddings)))
+        self.own_generation_config = policy.generation_config
         policy.generation_config = generation_config(args, self.ends)
         value_model = deepcopy(policy.base_model)
         self.reference = deepcopy(policy).to(self.device).eval().requires_grad_(False)
@@ -601,60 +614,54 @@ RULES = """
 """  # of arguments, in the flags' spelling: the one that does not hold is the error message
 
 
-def fail(message: object, code: int = 2) -> None:
-    """End in one line: code 2 for a wrong argument, 1 for what a run can meet. A bug keeps Python's traceback."""
-    process = f"process {RANK}: " if RANK else ""
-    say(f"error: {process}{' '.join(str(message).split())}", sys.stderr, RANK)
-    raise SystemExit(code)
-
-
 def require(condition: object, message: object, code: int = 2) -> None:
+    """End in one line where the condition does not hold: code 2 for a wrong argument, 1 for what a run can meet."""
     if not condition:
-        fail(message, code)
+        process = f"process {RANK}: " if RANK else ""
+        print(f"error: {process}{' '.join(str(message).split())}", file=sys.stderr)
+        raise SystemExit(code)
 
 
-def say(text: str, file=None, rank: int = 0) -> None:
-    """Print, in one process. A reader that has gone, as behind | head, does not stop a run."""
+def say(text: str, file=None) -> None:
+    """Print, in the first process. A reader that has gone, as behind | head, does not stop a run."""
     try:
-        print(text, file=file, flush=True) if rank == RANK else None
+        print(text, file=file, flush=True) if RANK == 0 else None
     except OSError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), (file or sys.stdout).fileno())
 
 
-def find_run(args: Args) -> Args:
-    """The arguments of the run in --resume or --evaluate, with what may change; else args and a free place."""
+def parse_args(args: Args) -> Args:
+    """Checks arguments; those of the run in --resume or --evaluate stay what they were, but for MAY_CHANGE."""
     require(args.resume is None or args.evaluate is None, "give --resume or --evaluate, not both")
     run = args.resume if args.evaluate is None else args.evaluate
-    if run is None:  # before models are loaded, which may take minutes
+    if run is None:
         name = f"{Path(args.dataset).name}__{SCRIPT}__{args.seed}__{datetime.now():%Y%m%d-%H%M%S-%f}"
-        run_dir = Path(args.run_dir or f"runs/{name}")
-        unused = not run_dir.exists() or (run_dir.is_dir() and not any(run_dir.iterdir()))
-        require(unused, f"--run-dir {run_dir} is in use: name another, or try --resume {shlex.quote(str(run_dir))}")
-        return replace(args, run_dir=str(run_dir))
-    path = Path(run, "args.json")
-    require(run and path.exists(), f"{run or 'an empty name'}: there is no run, no args.json")
-    content = json.loads(path.read_text() or "{}")  # a kill in the first moment leaves it empty
-    require(content.get("script") == SCRIPT, f"{run} is of {content.get('script')}, not of {SCRIPT}")
-    saved = {name: x for name, x in content["args"].items() if name in vars(args) and x is not None}  # others are gone
-    saved = Args(**saved | {"run_dir": str(path.parent), "resume": args.resume, "evaluate": args.evaluate})
-    args = tyro.cli(Args, default=saved)
-    changed = {name for name, x in vars(args).items() if x != getattr(saved, name)} - MAY_CHANGE
-    drop = ", ".join(f"--{name.replace('_', '-')}" for name in sorted(changed))
-    require(not drop, f"{run} keeps its arguments: drop {drop}")
-    return args
-
-
-def check_args(args: Args) -> None:
+        args = replace(args, run_dir=args.run_dir or f"runs/{name}")
+        unused = not os.path.exists(args.run_dir) or (os.path.isdir(args.run_dir) and not os.listdir(args.run_dir))
+        require(
+            unused, f"--run-dir {args.run_dir} is in use: name another, or try --resume {shlex.quote(args.run_dir)}"
+        )
+    else:
+        path = Path(run, "args.json")
+        require(run and path.exists(), f"{run or 'an empty name'}: there is no run, no args.json")
+        content = json.loads(path.read_text() or "{}")  # a kill in the first moment leaves it empty
+        require(content.get("script") == SCRIPT, f"{run} is of {content.get('script')}, not of {SCRIPT}")
+        known = {name: x for name, x in content["args"].items() if name in vars(args) and x is not None}
+        saved = Args(**known | {"run_dir": run, "resume": args.resume, "evaluate": args.evaluate})
+        args = tyro.cli(Args, default=saved)
+        changed = {name for name, x in vars(args).items() if x != getattr(saved, name)} - MAY_CHANGE
+        drop = ", ".join(f"--{name.replace('_', '-')}" for name in sorted(changed))
+        require(not drop, f"{run} keeps its arguments: drop {drop}")
     for rule in RULES.strip().replace("\n", ", ").split(", "):
         values = re.sub(r"--([\w-]+)", lambda flag: str(getattr(args, flag[1].replace("-", "_"))), rule)
         holds = eval(values, {"inf": np.inf, "nan": np.nan, "WORLD_SIZE": WORLD_SIZE})
         require(holds, f"{rule} must hold, and {values} does not".replace("WORLD_SIZE", f"{WORLD_SIZE} processes"))
-    hub_ids = {args.policy, args.tokenizer or TOKENIZERS.get(args.policy), args.reward_model, args.dataset}
-    for name in args.revision:
-        used = name in hub_ids and not Path(name).exists()
-        require(used, f"--revision {name} is no hub id among --policy, --tokenizer, --reward-model and --dataset")
-    has_wandb = any(metadata.distributions(name="wandb"))  # an empty folder could be imported
-    require(has_wandb or not args.track, "--track needs wandb: pip install wandb")
+    hub_ids = {args.policy, args.tokenizer, *TOKENIZERS.values(), args.reward_model, args.dataset}
+    unused = [name for name in args.revision if name not in hub_ids or Path(name).exists()]
+    require(not unused, f"--revision: {', '.join(unused)} is no hub id of the policy, tokenizer, reward model or data")
+    installed = any(metadata.distributions(name="wandb"))  # an empty folder could be imported
+    require(installed or not args.track, "--track needs wandb: pip install wandb")
+    return args
 
 
 @contextmanager
@@ -662,23 +669,25 @@ def loading(flag: str, name: str) -> Iterator[None]:
     """Ends in one line, which says what to give instead, where a library cannot load what a user names."""
     try:
         yield
+    except torch.OutOfMemoryError:
+        raise
     except Exception as error:
-        if isinstance(error, torch.OutOfMemoryError):
-            raise
         reason = " ".join(str(error.__cause__ or error).split())[:300] or repr(error)
         instead = "a hub id that can be reached from here, or a local folder, such as benchmark/rlhf_assets.py makes"
-        fail(f"--{flag} {name} cannot be loaded ({reason}): give {instead}")
+        require(False, f"--{flag} {name} cannot be loaded ({reason}): give {instead}")
 
 
 def load_network(args: Args, flag: str, name: str, auto_class: type, **options) -> tuple:
     """A model and its tokenizer. Ends where weights are missing, or the tokenizer is not one for this model."""
-    options |= {"output_loading_info": True, "trust_remote_code": False}  # code that comes with a model is never run
+    options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}  # which it tells as well
     with loading(flag, name):
         adapter = transformers.utils.find_adapter_config_file(name, revision=args.revision.get(name))
         require(not adapter, f"--{flag} {name} is an adapter: give a model that it has been merged into")
-        model, info = auto_class.from_pretrained(name, revision=args.revision.get(name), **options)
-    missing = ", ".join(sorted(info["missing_keys"])[:5])  # transformers draws them at random
-    require(not missing, f"--{flag} {name} has no weights for {missing} of {type(model).__name__}")
+        options |= {"revision": args.revision.get(name), "trust_remote_code": False}  # runs no code of a model's folder
+        model, info = auto_class.from_pretrained(name, **options)
+    missing = sorted({*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])})  # drawn at random
+    wrong = f"--{flag} {name} has no weights of the configuration's shape for {', '.join(missing[:5])} of"
+    require(not missing, f"{wrong} {type(model).__name__}")
     if flag == "policy" and (other := args.tokenizer or TOKENIZERS.get(name)):
         flag, name = "tokenizer", other
     with loading(flag, name):
@@ -693,22 +702,12 @@ def load_network(args: Args, flag: str, name: str, auto_class: type, **options) 
     return model, tokenizer
 
 
-def end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Tokens that end a response: the tokenizer's and those that the model lists, as chat models the end of a turn."""
-    listed = model.generation_config.eos_token_id
-    ends = {tokenizer.eos_token_id, *(listed if isinstance(listed, list) else [listed])}
-    return sorted(ends.intersection(range(model.get_input_embeddings().num_embeddings)))
-
-
 def num_positions(model: PreTrainedModel) -> int:
     """Tokens that the model has room for. RoBERTa and its like number them from behind their padding token's id on."""
     sizes = (getattr(model.config.get_text_config(), name, None) for name in ("max_position_embeddings", "max_seq_len"))
     tables = [module for name, module in model.named_modules() if name.endswith("position_embeddings")]
-    first = [table.padding_idx + 1 for table in tables if getattr(table, "padding_idx", None) is not None]
-    return next(filter(None, sizes), sys.maxsize) - sum(first[:1])
-
-
-BESIDE = "padding, or a longer text beside it,"
+    paddings = (getattr(table, "padding_idx", None) for table in tables)
+    return next(filter(None, sizes), sys.maxsize) - next((i + 1 for i in paddings if i is not None), 0)
 
 
 @torch.no_grad()
@@ -716,22 +715,27 @@ def check_policy(args: Args, model: PreTrainedModel, prompt_length: int, toleran
     """Ends where a text of the run may be too long for the model, or where a short one has other log-probabilities
     when it goes on, or when it is padded beside one as long as any of the run, than when the bare model reads it."""
     length, room = prompt_length + args.response_length, num_positions(model)
-    require(length <= room, f"--prompt-length plus --response-length is {length}; the policy has {room} positions")
+    require(
+        length <= room,
+        f"--prompt-length and --response-length come to {length} tokens; the policy has {room} positions",
+    )
+    require(
+        model.base_model is not model,
+        f"--policy {args.policy}: transformers has no {type(model).__name__} without head",
+    )
     p, r, rows = min(prompt_length, 3), min(args.response_length, 4), model.get_input_embeddings().num_embeddings
     text = [3 * (i % 19 + 1) % rows for i in range(max(length, 20))]
-    tokens, mask, _ = pad([text[:p], text[:prompt_length]], [text[p : p + r], text[prompt_length:length]], model.device)
-    beside = response_logprobs(model, tokens, mask, args.response_length)[0, :r]
-
-    def bare(tokens: Tensor, **_):
-        return model(tokens, use_cache=False)
-
     texts = (torch.tensor([text[:n]], device=model.device) for n in (p + r, min(room, 20)))
-    alone, longer = (response_logprobs(bare, x, torch.ones_like(x), x.shape[1] - p)[0, :r] for x in texts)
-    check_same("policy", args.policy, BESIDE, beside, alone, tolerance)
-    check_same("policy", args.policy, "what comes after a token", longer, alone, tolerance)
+    logits = (model(x, use_cache=False).logits[:, p - 1 : p + r - 1].float().log_softmax(-1) for x in texts)
+    tokens = torch.tensor([text[p : p + r]], device=model.device).unsqueeze(-1)
+    alone, longer = (x.gather(-1, tokens).squeeze(-1) for x in logits)
+    check_same("policy", args.policy, longer, alone, tolerance, what="what comes after a token")
+    tokens, mask, _ = pad([text[:p], text[:prompt_length]], [text[p : p + r], text[prompt_length:length]], model.device)
+    beside = response_logprobs(model, tokens, mask, args.response_length)[:1, :r]
+    check_same("policy", args.policy, beside, alone, tolerance)
 
 
-def check_same(flag: str, name: str, what: str, changed: Tensor, alone: Tensor, tolerance: float) -> None:
+def check_same(flag, name, changed: Tensor, alone: Tensor, tolerance: float, what="padding or a longer text beside it"):
     error, others = (changed - alone).abs().max().item(), "docs/language-models.md names models for which it does not"
     require(error <= tolerance, f"--{flag} {name}: {what} changes its numbers by {error:.2g}; {others}")
 
@@ -751,35 +755,19 @@ def load_rows(args: Args, columns: list[str]) -> tuple[list[dict], list[dict], s
         data = data if isinstance(data, datasets.DatasetDict) else {"train": data}
         require("train" in data, f"--dataset {name} has no split train, only {', '.join(data)}")
         train, validation = data["train"], data.get("validation", data.get("valid"))
-        for number, row in enumerate([*train, *(validation or ())], 1):
-            wrong = [column for column in columns if not isinstance(row.get(column), str)]
-            csv = "; pandas takes CSV cells such as None, null and N/A for missing" * (kind == "csv")
-            require(
-                not wrong,
-                f"--dataset {name}: {wrong[:1]} of row {number} is no text; its columns are {', '.join(row)}{csv}",
-            )
+        rows = train.to_list() + (validation.to_list() if validation else [])
+    csv = "; pandas takes CSV cells such as None, null and N/A for missing" if kind == "csv" else ""
+    for number, row in enumerate(rows, 1):
+        wrong = " and ".join(column for column in columns if not isinstance(row.get(column), str))
+        what = f"whose {wrong} is no text; its columns are {', '.join(row)}{csv}"
+        require(not wrong, f"--dataset {name} has a row (number {number}) {what}")
     commit = re.search(r"/([0-9a-f]{40})/", str(train.cache_files))  # names a folder of the cache
     if validation is None:
-        others = ", ".join(split for split in data if split != "train")
-        if others:
+        if others := ", ".join(split for split in data if split != "train"):
             say(f"--dataset {name} has no split validation: a fifth of train is; {others} is not used")
         require(len(train) > 1, f"--dataset {name} has {len(train)} rows: too few for training and validation")
         train, validation = train.train_test_split(test_size=0.2, seed=args.seed).values()
     return train.to_list(), validation.to_list(), commit and commit[1]
-
-
-def git_commit() -> str | None:
-    """Commit of the repository this file is in, with "-dirty" when this file differs; None outside a repository."""
-    git = f"git rev-parse HEAD && git status --porcelain -- {shlex.quote(__file__)} | grep -q . && echo -dirty"
-    done = subprocess.run(git, shell=True, cwd=Path(__file__).parent, capture_output=True, text=True)
-    return "".join(done.stdout.split()) or None
-
-
-def write_atomic(path: Path, write: Callable[[Path], None]) -> None:
-    """Write, then rename: a kill or a full disk leaves the old file or the new one."""
-    temporary = path.with_name(path.name + ".tmp")
-    write(temporary)
-    temporary.replace(path)
 
 
 class Run:
@@ -789,7 +777,7 @@ class Run:
     def __init__(self, args: Args, learner: Learner):
         """A new directory, or that of --resume and its last checkpoint. No other process can write there."""
         self.args, self.learner, self.folder = replace(args, resume=None), learner, Path(args.run_dir)
-        self.rows, self.num_processes_from, wall_seconds, self.signals = [], {}, 0.0, []
+        self.rows, self.num_processes_from, wall_seconds = [], {}, 0.0
         if RANK == 0:
             self.open(args)
         if (path := self.folder / "checkpoint.pt").exists():
@@ -804,26 +792,30 @@ class Run:
             self.rows, self.num_processes_from, wall_seconds = state["progress"]
         if [*self.num_processes_from.values()][-1:] != [WORLD_SIZE]:
             self.num_processes_from[str(max(0, len(self.rows) - 1))] = WORLD_SIZE
-        self.start_time, self.commit = time.monotonic() - wall_seconds, git_commit()
+        self.start_time, self.signals = time.monotonic() - wall_seconds, []
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self.stop)
+        git = f"git rev-parse HEAD && git status --porcelain -- {shlex.quote(__file__)} | grep -q . && echo -dirty"
+        done = subprocess.run(git, shell=True, cwd=Path(__file__).parent, capture_output=True, text=True)
+        self.commit = "".join(done.stdout.split()) or None  # dirty: this file has been changed
         if RANK == 0 and args.track:
             import_module("wandb").init(dir=args.run_dir, config=asdict(args), sync_tensorboard=True, resume="auto")
         self.writer = SummaryWriter(args.run_dir, purge_step=len(self.rows)) if RANK == 0 else None
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self.stop)
 
     def open(self, args: Args) -> None:
         """Make the directory with args.json, or take that of --resume, and lock it."""
+        new = os.O_CREAT | os.O_EXCL if args.resume is None else 0
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            file = os.open(self.folder / "args.json", os.O_RDWR | (0 if args.resume else os.O_CREAT | os.O_EXCL), 0o666)
+            file = os.open(self.folder / "args.json", os.O_RDWR | new, 0o666)
         except OSError as error:
-            fail(f"--run-dir {self.folder} cannot be made: {error}", code=1 if error.errno in DISK_FULL else 2)
+            require(error.errno in DISK_FULL, f"--run-dir {self.folder} cannot be made: {error.strerror}")
+            raise
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the system drops it with the process
-        except OSError as error:  # others: this file system has no locks, go on without
-            locked = error.errno in (errno.EACCES, errno.EAGAIN)
-            require(not locked, f"{self.folder} is being trained by another process")
-        if args.resume is None:
+        except OSError as error:  # another error: this file system has no locks, go on without
+            require(error.errno not in LOCKED, f"{self.folder} is being trained by another process")
+        if new:
             os.write(file, json.dumps({"script": SCRIPT, "args": asdict(args)}, indent=2).encode())
         resume = [*sys.orig_argv[: len(sys.orig_argv) - len(sys.argv) + 1], "--resume", args.run_dir]
         say(f"run directory {args.run_dir}; should it stop, go on with: {shlex.join(resume)}")
@@ -842,7 +834,8 @@ class Run:
         if RANK == 0:
             columns = {tag: [row.get(tag) for row in self.rows] for row in self.rows for tag in row}
             table = datasets.Dataset.from_dict(columns)
-            write_atomic(self.folder / "curves.csv", lambda path: table.to_csv(path, float_format="%.6g"))
+            table.to_csv(temporary := self.folder / "curves.csv.tmp", float_format="%.6g")
+            temporary.replace(self.folder / "curves.csv")
             for tag, value in metrics.items():
                 self.writer.add_scalar(tag, value, update)
             if samples:
@@ -854,9 +847,9 @@ class Run:
             state = {"version": VERSION, "model": {name: p.detach() for name, p in self.learner.trained.items()}}
             state["optimizer"] = self.learner.optimizer.state_dict()
             state["progress"] = self.rows, self.num_processes_from, time.monotonic() - self.start_time
-            buffer = io.BytesIO()
-            torch.save(state, buffer)
-            write_atomic(self.folder / "checkpoint.pt", lambda path: path.write_bytes(buffer.getbuffer()))
+            with (temporary := self.folder / "checkpoint.pt.tmp").open("wb") as file:
+                torch.save(state, file)
+            temporary.replace(self.folder / "checkpoint.pt")
 
     def save_policy(self) -> None:
         """The policy as a folder that from_pretrained() loads: weights (safetensors), configuration, tokenizer."""
@@ -893,9 +886,9 @@ class Run:
         result |= {"commit": self.commit, "hub_commits": self.learner.hub_commits}
         versions = {d.name: d.version for d in metadata.distributions() if d.name in PACKAGES}
         result["versions"] = versions | {"python": sys.version.split()[0]}
-        lines = "".join(json.dumps(sample) + "\n" for sample in samples)
-        write_atomic(self.folder / "eval_samples.jsonl", lambda path: path.write_text(lines))
-        write_atomic(self.folder / "result.json", lambda path: path.write_text(json.dumps(result, indent=2) + "\n"))
+        (self.folder / "eval_samples.jsonl").write_text("".join(json.dumps(sample) + "\n" for sample in samples))
+        (temporary := self.folder / "result.json.tmp").write_text(json.dumps(result, indent=2) + "\n")
+        temporary.replace(self.folder / "result.json")
         (self.folder / "checkpoint.pt").unlink()  # it is several times as large as the policy
         say(f"everything is in {self.folder}")
 
@@ -908,8 +901,7 @@ def main() -> None:
         library.logging.set_verbosity(library.logging.CRITICAL)  # errors come as exceptions
     transformers.utils.logging.disable_progress_bar()
     datasets.disable_progress_bars()
-    args = find_run(tyro.cli(Args, description=__doc__))
-    check_args(args)
+    args = parse_args(tyro.cli(Args, description=__doc__))
     if args.resume is not None and Path(args.run_dir, "result.json").exists():
         return say(f"{args.run_dir} has finished; --evaluate evaluates its policy again")
     try:
@@ -922,13 +914,13 @@ def main() -> None:
             run.log(0, before or evaluate(learner, args)[0])
         train(args, learner, run)
     except KeyboardInterrupt:
-        fail("stopped", code=130)
+        require(False, "stopped", code=130)
     except torch.OutOfMemoryError:
-        fail(f"the GPU is out of memory: {OOM_HINT}", code=1)
+        require(False, f"the GPU is out of memory: {OOM_HINT}", code=1)
     except (OSError, SafetensorError) as error:
         if getattr(error, "errno", errno.ENOSPC) not in DISK_FULL:
             raise
-        fail(f"{args.run_dir}: {error}", code=1)
+        require(False, f"{args.run_dir}: {error}", code=1)
 
 
 if __name__ == "__main__":
