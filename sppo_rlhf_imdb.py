@@ -14,6 +14,7 @@ Diverse Tasks and Model Scales". docs/paper-notes.md says where the paper is sil
 An action is a token, an episode one response; policy, value model and frozen reference are separate networks.
 """
 
+import csv
 import errno
 import fcntl
 import json
@@ -637,10 +638,9 @@ def parse_args(args: Args) -> Args:
     if run is None:
         name = f"{Path(args.dataset).name}__{SCRIPT}__{args.seed}__{datetime.now():%Y%m%d-%H%M%S-%f}"
         args = replace(args, run_dir=args.run_dir or f"runs/{name}")
-        unused = not os.path.exists(args.run_dir) or (os.path.isdir(args.run_dir) and not os.listdir(args.run_dir))
-        require(
-            unused, f"--run-dir {args.run_dir} is in use: name another, or try --resume {shlex.quote(args.run_dir)}"
-        )
+        used = os.path.isfile(args.run_dir) or (os.path.isdir(args.run_dir) and os.listdir(args.run_dir))
+        hint = f"name another, or try --resume {shlex.quote(args.run_dir)}"
+        require(not used, f"--run-dir {args.run_dir} is in use: {hint}")
     else:
         path = Path(run, "args.json")
         require(run and path.exists(), f"{run or 'an empty name'}: there is no run, no args.json")
@@ -669,8 +669,6 @@ def loading(flag: str, name: str) -> Iterator[None]:
     """Ends in one line, which says what to give instead, where a library cannot load what a user names."""
     try:
         yield
-    except torch.OutOfMemoryError:
-        raise
     except Exception as error:
         reason = " ".join(str(error.__cause__ or error).split())[:300] or repr(error)
         instead = "a hub id that can be reached from here, or a local folder, such as benchmark/rlhf_assets.py makes"
@@ -685,9 +683,12 @@ def load_network(args: Args, flag: str, name: str, auto_class: type, **options) 
         require(not adapter, f"--{flag} {name} is an adapter: give a model that it has been merged into")
         options |= {"revision": args.revision.get(name), "trust_remote_code": False}  # runs no code of a model's folder
         model, info = auto_class.from_pretrained(name, **options)
-    missing = sorted({*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])})  # drawn at random
-    wrong = f"--{flag} {name} has no weights of the configuration's shape for {', '.join(missing[:5])} of"
-    require(not missing, f"{wrong} {type(model).__name__}")
+    missing = {
+        *info["missing_keys"],
+        *(key for key, *_ in info["mismatched_keys"]),
+    }  # transformers draws them at random
+    names = f"{', '.join(sorted(missing)[:5])} of {type(model).__name__}"
+    require(not missing, f"--{flag} {name} has no weights, of the configuration's shape, for {names}")
     if flag == "policy" and (other := args.tokenizer or TOKENIZERS.get(name)):
         flag, name = "tokenizer", other
     with loading(flag, name):
@@ -716,13 +717,10 @@ def check_policy(args: Args, model: PreTrainedModel, prompt_length: int, toleran
     when it goes on, or when it is padded beside one as long as any of the run, than when the bare model reads it."""
     length, room = prompt_length + args.response_length, num_positions(model)
     require(
-        length <= room,
-        f"--prompt-length and --response-length come to {length} tokens; the policy has {room} positions",
+        length <= room, f"--prompt-length and --response-length are {length} tokens; the policy has {room} positions"
     )
-    require(
-        model.base_model is not model,
-        f"--policy {args.policy}: transformers has no {type(model).__name__} without head",
-    )
+    has_body, kind = model.base_model is not model, type(model).__name__
+    require(has_body, f"--policy {args.policy}: transformers has no {kind} without its head")
     p, r, rows = min(prompt_length, 3), min(args.response_length, 4), model.get_input_embeddings().num_embeddings
     text = [3 * (i % 19 + 1) % rows for i in range(max(length, 20))]
     texts = (torch.tensor([text[:n]], device=model.device) for n in (p + r, min(room, 20)))
@@ -756,10 +754,10 @@ def load_rows(args: Args, columns: list[str]) -> tuple[list[dict], list[dict], s
         require("train" in data, f"--dataset {name} has no split train, only {', '.join(data)}")
         train, validation = data["train"], data.get("validation", data.get("valid"))
         rows = train.to_list() + (validation.to_list() if validation else [])
-    csv = "; pandas takes CSV cells such as None, null and N/A for missing" if kind == "csv" else ""
+    why = "; pandas takes CSV cells such as None, null and N/A for missing" if kind == "csv" else ""
     for number, row in enumerate(rows, 1):
         wrong = " and ".join(column for column in columns if not isinstance(row.get(column), str))
-        what = f"whose {wrong} is no text; its columns are {', '.join(row)}{csv}"
+        what = f"whose {wrong} is no text; its columns are {', '.join(row)}{why}"
         require(not wrong, f"--dataset {name} has a row (number {number}) {what}")
     commit = re.search(r"/([0-9a-f]{40})/", str(train.cache_files))  # names a folder of the cache
     if validation is None:
@@ -783,9 +781,7 @@ class Run:
         if (path := self.folder / "checkpoint.pt").exists():
             state = torch.load(path, map_location="cpu", weights_only=True)
             version = state.get("version", 1)
-            require(
-                version == VERSION, f"{path} was written by version {version} of {SCRIPT}.py: continue it with that"
-            )
+            require(version == VERSION, f"{path} is of version {version} of {SCRIPT}.py: continue it with that one")
             model = {name: state["model"][name] for name in learner.trained}
             learner.actor_critic.load_state_dict(model, strict=False)
             learner.optimizer.load_state_dict(state["optimizer"])
@@ -832,9 +828,10 @@ class Run:
             self.rows.append({"update": update})
         self.rows[update] |= metrics
         if RANK == 0:
-            columns = {tag: [row.get(tag) for row in self.rows] for row in self.rows for tag in row}
-            table = datasets.Dataset.from_dict(columns)
-            table.to_csv(temporary := self.folder / "curves.csv.tmp", float_format="%.6g")
+            columns = {tag: tag for row in self.rows for tag in row}
+            rows = [{tag: f"{x:.6g}" for tag, x in row.items()} for row in self.rows]
+            with (temporary := self.folder / "curves.csv.tmp").open("w", newline="") as file:
+                csv.DictWriter(file, columns, lineterminator="\n").writerows([columns, *rows])
             temporary.replace(self.folder / "curves.csv")
             for tag, value in metrics.items():
                 self.writer.add_scalar(tag, value, update)
@@ -876,14 +873,12 @@ class Run:
         result = {"script": SCRIPT, "policy": args.policy, "dataset": args.dataset, "seed": args.seed}
         result |= {"args": asdict(args), "reward_model": self.learner.reward_name, "num_updates": len(updates)} | scores
         result |= {"eval_scores": [round(sample["score"], 6) for sample in samples], "before": before}
-        result |= {
-            "rollout_tokens_per_second": tokens / rollout,
-            "generation_time_share": generation / (rollout + update),
-        }
-        result |= {"update_tokens_per_second": args.update_epochs * tokens / update, "peak_memory_gib": memory}
-        result |= {"device": torch.cuda.get_device_name() if on_gpu else "cpu", "num_processes": WORLD_SIZE}
+        result |= {"rollout_tokens_per_second": tokens / rollout, "peak_memory_gib": memory}
+        result["update_tokens_per_second"] = args.update_epochs * tokens / update
+        result |= {"generation_time_share": generation / (rollout + update), "num_processes": WORLD_SIZE}
         result |= {"num_processes_from": self.num_processes_from, "wall_seconds": time.monotonic() - self.start_time}
-        result |= {"commit": self.commit, "hub_commits": self.learner.hub_commits}
+        result |= {"device": torch.cuda.get_device_name() if on_gpu else "cpu", "commit": self.commit}
+        result["hub_commits"] = self.learner.hub_commits
         versions = {d.name: d.version for d in metadata.distributions() if d.name in PACKAGES}
         result["versions"] = versions | {"python": sys.version.split()[0]}
         (self.folder / "eval_samples.jsonl").write_text("".join(json.dumps(sample) + "\n" for sample in samples))

@@ -99,13 +99,12 @@ mixtral qwen2 qwen2_moe qwen3 qwen3_moe gemma gemma2 gemma3_text gemma3 phi phi3
 granite cohere cohere2 persimmon smollm3 nemotron glm4 gpt_oss deepseek_v3 mamba mamba2 falcon_mamba jamba qwen3_next
 qwen3_5_text
 """.split()
-FAMILIES = (
-    *FAMILIES,
+FAMILIES += [
     "falcon with ALiBi",
     "opt with projections",
     "bert as a decoder",
     *REFUSED,
-)  # types of models, perhaps with a variant
+]  # types of models, and variants
 LENGTHS = ((3, 17, 9), (7, 5, 2)), ((3, 40, 9), (7, 20, 2))  # of prompts and responses: short, long
 
 
@@ -162,7 +161,7 @@ def accepted(policy: PreTrainedModel, prompt_lengths: tuple, response_lengths: t
 
 @dataclass
 class Args:
-    families: tyro.conf.Positional[tuple[str, ...]] = FAMILIES
+    families: tyro.conf.Positional[tuple[str, ...]] = tuple(FAMILIES)
     """families to compare; default all"""
 
 

@@ -738,7 +738,7 @@ def test_updates_have_prompts_of_their_own_and_gradients_that_are_clipped_togeth
     learner.optimizer.optimizer.step = spy
     args = replace(args, run_dir=str(tmp_path / "run"))
     run = script.Run(args, learner)
-    run.log(0, {})
+    run.log(0, script.evaluate(learner, args)[0])
     script.train(args, learner, run)
     rows = learner.rows
     assert seen == [[rows[i] for i in script.prompt_indices(len(rows), update, 8, args.seed)] for update in (0, 1)]

@@ -818,8 +818,8 @@ BAD_FLAGS = [
     ({"policy": "other_tokens"}, "--policy other_tokens", "tokens", "different models"),
     ({"policy": "no_end"}, "--policy no_end", "no end-of-text token"),
     ({"policy": "adapter"}, "--policy adapter", "is an adapter", "merged"),
-    ({"policy": "no_norm"}, "--policy no_norm", "no weights for transformer.h.1.ln_1.bias of GPT2LMHeadModel"),
-    ({"reward_model": "gpt2"}, "--reward-model gpt2", "no weights for score.weight"),
+    ({"policy": "no_norm"}, "--policy no_norm", "for transformer.h.1.ln_1.bias of GPT2LMHeadModel"),
+    ({"reward_model": "gpt2"}, "--reward-model gpt2", "for score.weight"),
     ({"tokenizer": "missing"}, "--tokenizer missing", "local folder"),
 ]
 BAD_IMDB_FLAGS = [
@@ -1010,9 +1010,9 @@ FOREIGN = {
     "no args": (lambda d: (d / "args.json").unlink(), "run: there is no run, no args.json"),
     "version 1": (
         lambda d: change_checkpoint(d, lambda c: c.pop("version")),
-        "run/checkpoint.pt was written by version 1",
+        "run/checkpoint.pt is of version 1",
     ),
-    "version 3": (lambda d: change_checkpoint(d, lambda c: c.update(version=3)), "was written by version 3"),
+    "version 3": (lambda d: change_checkpoint(d, lambda c: c.update(version=3)), "is of version 3"),
 }
 
 
@@ -1076,7 +1076,7 @@ def test_evaluate_refuses_a_policy_with_weights_missing(script, finished, tmp_pa
     shutil.copytree(finished.run_dir, tmp_path / "run")
     without(tmp_path / "run" / "policy", "transformer.h.0.attn.c_attn.bias")
     code, out, err = call(script, tmp_path, ["--evaluate", "run"])
-    assert_refused(code, err, "run/policy", "no weights for transformer.h.0.attn.c_attn.bias")
+    assert_refused(code, err, "run/policy", "for transformer.h.0.attn.c_attn.bias")
     assert out == ""
 
 

@@ -493,7 +493,7 @@ def quantized(method):
 UNLOADABLE = {
     "configuration and weights disagree": (
         lambda folder: edit_config(folder, vocab_size=321),
-        "no weights of the configuration's shape for .*weight of",
+        "has no weights, of the configuration's shape, for .*weight of",
     ),
     "gptq": (quantized("gptq"), "cannot be loaded .*(optimum|gptq)"),
     "awq": (quantized("awq"), "cannot be loaded .*(?i:awq|package|device)"),
@@ -534,7 +534,7 @@ def test_positions_of_mpt_are_counted(script, assets, make_learner, tmp_path, en
     changes |= {"reward_model": str(assets / "scalar"), "lora_targets": ("Wqkv",)} if script is TLDR else {}
     around = 0 if script is IMDB else len(AutoTokenizer.from_pretrained(assets / "gpt2")("\nTL;DR:").input_ids)
     make_learner(script, **changes, prompt_length=14 - around)
-    with ends_with("come to 21 tokens; the policy has 20 positions"):
+    with ends_with("are 21 tokens; the policy has 20 positions"):
         make_learner(script, **changes, prompt_length=15 - around)
 
 
@@ -543,7 +543,7 @@ def test_policy_whose_body_transformers_does_not_give_is_refused(script, assets,
     config = Llama4TextConfig(**SMALL, intermediate_size_mlp=32, head_dim=8, num_local_experts=2)
     save_policy(config, assets, tmp_path)
     changes = {"reward_model": str(assets / "scalar")} if script is TLDR else {}
-    with ends_with("--policy .*transformers has no Llama4ForCausalLM without head"):
+    with ends_with("--policy .*transformers has no Llama4ForCausalLM without its head"):
         make_learner(script, policy=str(tmp_path), **changes)
 
 
@@ -566,7 +566,7 @@ def test_a_chat_template_counts_among_the_positions(assets, make_learner, tmp_pa
     learner, args = make_learner(TLDR, **fits)
     rows = [{"prompt": "good " * 200, "label": " fine"}] * 8
     assert len(TLDR.rollout(learner, rows, args)[0].prompts[0]) == 90
-    with ends_with("come to 97 tokens; the policy has 96"):
+    with ends_with("are 97 tokens; the policy has 96"):
         make_learner(TLDR, **fits | {"prompt_length": fits["prompt_length"] + 1})
 
 
