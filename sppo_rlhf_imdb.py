@@ -83,7 +83,7 @@ class Args:
     kl_coef: float = 0.001  # charge per token on log pi - log pi_ref, fixed
     target_coef: float = 0.0  # weight of a cross-entropy on the review's first tokens (authors' runs: 0.1)
 
-    prompt_length: int = 64  # tokens of a prompt at most; the prompt is the first half of a review, cut off at its left
+    prompt_length: int = 64  # maximum tokens of a prompt, which is the end of a review's first half
     response_length: int = 48  # tokens of a response at most
     min_response_length: int = 48  # tokens before the end-of-text token may be sampled
     top_k: int = 50  # sample among the k most likely tokens; 0: all. Log-probabilities are always of the full softmax
@@ -92,7 +92,7 @@ class Args:
     update_epochs: int = 5  # epochs per rollout
     minibatch_size: int = 28  # responses per optimizer step, over all processes
     micro_batch_size: int = 28  # responses per forward and backward pass of a process; changes memory, not the result
-    rollout_batch_size: int = 56  # responses generated and scored at once by a process; changes memory alone
+    rollout_batch_size: int = 56  # responses generated and scored at once by a process; changes memory and the draws
     learning_rate: float = 5e-6  # AdamW's learning rate
     weight_decay: float = 1e-6  # AdamW's weight decay, not of biases and norms
     gamma: float = 0.99  # discount factor
@@ -168,7 +168,7 @@ def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, gae_lambda:
 
 
 def run_network(network: Callable, tokens: Tensor, attention_mask: Tensor, **options):
-    """A network's output for padded sequences, in which the first real token is at position 0."""
+    """Output of a network for padded sequences. Positions count from the first real token of each."""
     positions = (attention_mask.cumsum(-1) - 1).clamp(min=0)
     return network(tokens, attention_mask=attention_mask, position_ids=positions, use_cache=False, **options)
 
@@ -201,7 +201,7 @@ class ActorCritic(nn.Module):
         return logprob, self.value_head(hidden).squeeze(-1)
 
 
-# Trajectories of one process. Targets are for --target-coef; mask, of the real tokens, logprob, of pi_old, and what
+# Trajectories of one process. Targets are for --target-coef. mask (True on real tokens), logprob (of pi_old) and what
 # follows are (trajectories, response_length), 0 past the last real token.
 Rollout = namedtuple("Rollout", "prompts responses targets mask logprob values advantages returns")
 
@@ -425,7 +425,7 @@ def pad(prompts: list[list[int]], responses: list[list[int]], device: torch.devi
 
 
 def padded_batches(prompts: list, responses: list, lengths: list, size: int, device: torch.device, padding: int = 0):
-    """Once around all sequences, those of like lengths together: their indices and what pad() makes of them."""
+    """Yields batches of sequences of similar length: their indices and the three outputs of pad()."""
     order = sorted(range(len(lengths)), key=lengths.__getitem__)
     for start in range(0, len(order), size):
         batch = order[start : start + size]
@@ -433,7 +433,7 @@ def padded_batches(prompts: list, responses: list, lengths: list, size: int, dev
 
 
 def generate(policy: PreTrainedModel, prompts: list[list[int]], batch_size: int, sample: bool) -> list[list[int]]:
-    """A response to each prompt, with the token that ends it where there is one; prompts of like length go together."""
+    """A response to each prompt, with its end token where it has one. Batches hold prompts of similar length."""
     responses, ends = [[] for _ in prompts], policy.generation_config.eos_token_id
     inputs = prompts, responses, [len(prompt) for prompt in prompts], batch_size, policy.device
     for batch, tokens, mask, _ in padded_batches(*inputs):
@@ -445,7 +445,7 @@ def generate(policy: PreTrainedModel, prompts: list[list[int]], batch_size: int,
 
 
 def prompt_indices(num_prompts: int, update: int, num_trajectories: int, seed: int) -> np.ndarray:
-    """Prompts of an update, (num_trajectories,): all in random order, again and again; the same when resumed."""
+    """Indices of an update's prompts, (num_trajectories,). Every epoch is a permutation that the seed determines."""
     start = update * num_trajectories
     epochs = range(start // num_prompts, (start + num_trajectories - 1) // num_prompts + 1)
     order = np.concatenate([np.random.default_rng([seed, epoch]).permutation(num_prompts) for epoch in epochs])
@@ -483,7 +483,7 @@ class Classifier:
 
     @torch.no_grad()
     def logits(self, texts: list[str]) -> Tensor:
-        """(text, label). Where a model reads the last token that is not padding, it is the last one of the text."""
+        """Logits (text, label). No text ends with the padding: some models read the last token that is not padding."""
         tokens = self.tokenizer(texts, truncation=True, max_length=self.max_length).input_ids
         ends, candidates = {text[-1] for text in tokens}, range(self.model.get_input_embeddings().num_embeddings)
         padding = next(i for i in (self.tokenizer.pad_token_id, *candidates) if i is not None and i not in ends)
@@ -514,7 +514,7 @@ def load_function(name: str) -> Callable:
 
 @contextmanager
 def unchanged(name: str) -> Iterator[None]:
-    """Runs code of a user, here called name, which must not end the program or change what the run computes."""
+    """Runs a user's code. Ends, naming it, where it exits or changes settings that the run depends on."""
     settings = {"torch's default dtype": torch.get_default_dtype, "torch's default device": torch.get_default_device}
     settings |= {"torch's grad mode": torch.is_grad_enabled, "the working directory": os.getcwd}
     before = {setting: get() for setting, get in settings.items()}
@@ -586,7 +586,7 @@ class Learner:
         return response_logprobs(self.reference, tokens, attention_mask, num_actions)
 
     def score(self, prompts: list[str], responses: list[str], rows: list[dict]) -> list[float]:
-        """Rewards, which are finite: what a reward does must not look like too high a learning rate."""
+        """Rewards as floats. Ends where one is not finite, which would later look like a diverging loss."""
         name = f"the reward {self.reward_name}"
         with unchanged(name):
             scores = self.reward(*deepcopy((prompts, responses, rows)))
@@ -612,7 +612,7 @@ RULES = """
 0 <= --vf-coef < inf, 0 < --max-grad-norm < inf, 0 < --learning-rate < inf, 0 <= --weight-decay < inf, 0 <= --gamma <= 1
 0 <= --gae-lambda <= 1, 0 <= --min-response-length <= --response-length, --num-trajectories % --minibatch-size == 0
 --minibatch-size % WORLD_SIZE == 0, --eval-samples == 0 or --eval-samples >= WORLD_SIZE
-"""  # of arguments, in the flags' spelling: the one that does not hold is the error message
+"""  # of arguments, in the flags' spelling; the message names the rule that is broken
 
 
 def require(condition: object, message: object, code: int = 2) -> None:
@@ -666,7 +666,7 @@ def parse_args(args: Args) -> Args:
 
 @contextmanager
 def loading(flag: str, name: str) -> Iterator[None]:
-    """Ends in one line, which says what to give instead, where a library cannot load what a user names."""
+    """Ends in one line, with the reason and what to give instead, where a library cannot load what a user names."""
     try:
         yield
     except Exception as error:
@@ -704,7 +704,7 @@ def load_network(args: Args, flag: str, name: str, auto_class: type, **options) 
 
 
 def num_positions(model: PreTrainedModel) -> int:
-    """Tokens that the model has room for. RoBERTa and its like number them from behind their padding token's id on."""
+    """Number of positions. Those of RoBERTa and its like begin behind the padding token's id, which leaves fewer."""
     sizes = (getattr(model.config.get_text_config(), name, None) for name in ("max_position_embeddings", "max_seq_len"))
     tables = [module for name, module in model.named_modules() if name.endswith("position_embeddings")]
     paddings = (getattr(table, "padding_idx", None) for table in tables)
@@ -713,8 +713,8 @@ def num_positions(model: PreTrainedModel) -> int:
 
 @torch.no_grad()
 def check_policy(args: Args, model: PreTrainedModel, prompt_length: int, tolerance: float) -> None:
-    """Ends where a text of the run may be too long for the model, or where a short one has other log-probabilities
-    when it goes on, or when it is padded beside one as long as any of the run, than when the bare model reads it."""
+    """Ends where a prompt and its response may be too long for the model, or where log-probabilities of a short text
+    change when the text goes on, or when it is padded beside a text of the run's full length."""
     length, room = prompt_length + args.response_length, num_positions(model)
     require(
         length <= room, f"--prompt-length and --response-length are {length} tokens; the policy has {room} positions"
@@ -773,7 +773,7 @@ class Run:
     eval_samples.jsonl and result.json. The first process writes. rows are those of curves.csv, at full precision."""
 
     def __init__(self, args: Args, learner: Learner):
-        """A new directory, or that of --resume and its last checkpoint. No other process can write there."""
+        """Make and lock the directory, or take that of --resume and load its last checkpoint."""
         self.args, self.learner, self.folder = replace(args, resume=None), learner, Path(args.run_dir)
         self.rows, self.num_processes_from, wall_seconds = [], {}, 0.0
         if RANK == 0:
