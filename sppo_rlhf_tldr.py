@@ -853,10 +853,7 @@ def load_network(args: Args, flag: str, name: str, auto_class: type, **options) 
         require(not adapter, f"--{flag} {name} is an adapter: give a model that it has been merged into")
         options |= {"revision": args.revision.get(name), "trust_remote_code": False}  # runs no code of a model's folder
         model, info = auto_class.from_pretrained(name, **options)
-    missing = {
-        *info["missing_keys"],
-        *(key for key, *_ in info["mismatched_keys"]),
-    }  # transformers draws them at random
+    missing = {*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])}  # drawn at random
     names = f"{', '.join(sorted(missing)[:5])} of {type(model).__name__}"
     require(not missing, f"--{flag} {name} has no weights, of the configuration's shape, for {names}")
     if flag == "policy" and (other := args.tokenizer or TOKENIZERS.get(name)):
