@@ -312,10 +312,8 @@ def train(args: Args, learner: "Learner", run: "Run") -> None:
         # Evaluate, log, save
         metrics |= {tag: float(np.mean([s[tag] for s in stats])) for tag in stats[0]}
         tokens = metrics["val/response_length"] * args.num_trajectories
-        metrics |= {
-            "perf/rollout_seconds": update_start - rollout_start,
-            "perf/update_seconds": update_end - update_start,
-        }
+        metrics["perf/rollout_seconds"] = update_start - rollout_start
+        metrics["perf/update_seconds"] = update_end - update_start
         metrics["perf/rollout_tokens_per_second"] = tokens / metrics["perf/rollout_seconds"]
         metrics["perf/update_tokens_per_second"] = args.update_epochs * tokens / metrics["perf/update_seconds"]
         if args.eval_every and update % args.eval_every == 0 and update < args.num_updates:
@@ -713,9 +711,7 @@ def check_policy(args: Args, model: PreTrainedModel, prompt_length: int, toleran
     """Ends where a prompt and its response may be too long for the model, or where log-probabilities of a short text
     change when the text goes on, or when it is padded beside a text of the run's full length."""
     length, room = prompt_length + args.response_length, num_positions(model)
-    require(
-        length <= room, f"--prompt-length and --response-length are {length} tokens; the policy has {room} positions"
-    )
+    require(length <= room, f"--prompt-length + --response-length are {length} tokens; the policy has {room} positions")
     has_body, kind = model.base_model is not model, type(model).__name__
     require(has_body, f"--policy {args.policy}: transformers has no {kind} without its head")
     p, r, rows = min(prompt_length, 3), min(args.response_length, 4), model.get_input_embeddings().num_embeddings

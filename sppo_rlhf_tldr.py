@@ -372,10 +372,8 @@ def train(args: Args, learner: "Learner", run: "Run") -> None:
         # Evaluate, log, save
         metrics |= {tag: float(np.mean([s[tag] for s in stats])) for tag in stats[0]}
         tokens = metrics["val/response_length"] * args.num_trajectories
-        metrics |= {
-            "perf/rollout_seconds": update_start - rollout_start,
-            "perf/update_seconds": update_end - update_start,
-        }
+        metrics["perf/rollout_seconds"] = update_start - rollout_start
+        metrics["perf/update_seconds"] = update_end - update_start
         metrics["perf/rollout_tokens_per_second"] = tokens / metrics["perf/rollout_seconds"]
         metrics["perf/update_tokens_per_second"] = args.update_epochs * tokens / metrics["perf/update_seconds"]
         if args.eval_every and update % args.eval_every == 0 and update < args.num_updates:
@@ -595,9 +593,7 @@ class AdapterReward:
         heads, biases = ([key for key in shapes if shapes[key] == shape] for shape in ((1, size), (1,)))
         require(len(heads) == 1, f"{flag} has {len(heads)} scalar heads; it needs one")
         extra = ", ".join(sorted(shapes.keys() - {*heads, *biases[:1]})[:3])
-        require(
-            not extra, f"{flag} has weights that are neither LoRA nor its head and would change the policy: {extra}"
-        )
+        require(not extra, f"{flag} has weights beside LoRA and its head, which would change the policy: {extra}")
         initial = config.init_lora_weights  # PiSSA and its like change the base, also for the policy
         require(isinstance(initial, bool) or initial == "gaussian", f"{flag}: LoRA from {initial} changes the policy")
         self.head = weights.pop(heads[0]).float()
@@ -825,10 +821,11 @@ def parse_args(args: Args) -> Args:
     hub_ids = {args.policy, args.tokenizer, *TOKENIZERS.values(), args.reward_model, args.dataset}
     unused = [name for name in args.revision if name not in hub_ids or Path(name).exists()]
     require(not unused, f"--revision: {', '.join(unused)} is no hub id of the policy, tokenizer, reward model or data")
-    for flag, wanted, package in (
-        ("--track", args.track, "wandb"),
-        ("--base-precision 4bit", args.base_precision == "4bit", "bitsandbytes"),
-    ):
+    packages = {
+        "--track": ("wandb", args.track),
+        "--base-precision 4bit": ("bitsandbytes", args.base_precision == "4bit"),
+    }
+    for flag, (package, wanted) in packages.items():
         installed = any(metadata.distributions(name=package))  # an empty folder could be imported
         require(installed or not wanted, f"{flag} needs {package}: pip install {package}")
     return args
@@ -883,9 +880,7 @@ def check_policy(args: Args, model: PreTrainedModel, prompt_length: int, toleran
     """Ends where a prompt and its response may be too long for the model, or where log-probabilities of a short text
     change when the text goes on, or when it is padded beside a text of the run's full length."""
     length, room = prompt_length + args.response_length, num_positions(model)
-    require(
-        length <= room, f"--prompt-length and --response-length are {length} tokens; the policy has {room} positions"
-    )
+    require(length <= room, f"--prompt-length + --response-length are {length} tokens; the policy has {room} positions")
     has_body, kind = model.base_model is not model, type(model).__name__
     require(has_body, f"--policy {args.policy}: transformers has no {kind} without its head")
     p, r, rows = min(prompt_length, 3), min(args.response_length, 4), model.get_input_embeddings().num_embeddings
