@@ -72,8 +72,8 @@ class Args:
     tokenizer: str | None = None  # hub id or folder; default the policy's own, or what TOKENIZERS has for it
     bfloat16: bool = False  # autocast policy, value model and reference to bfloat16; weights stay float32
     reward_model: str = "lvwerra/distilbert-imdb"  # classifier, its "positive" is the reward: hub id or folder
-    reward_function: str | None = None  # module:name of a function that is the reward instead; see load_function
-    dataset: str = "stanfordnlp/imdb"  # column "text": hub id, JSONL file, or folder (*.jsonl per split, save_to_disk)
+    reward_function: str | None = None  # module:name of a function (prompts, responses, rows) -> rewards
+    dataset: str = "stanfordnlp/imdb"  # column "text": hub id, file (csv, json, jsonl, parquet), or folder of splits
     revision: dict[str, str] = field(default_factory=dict)  # hub ids, each followed by its branch, tag or commit
     num_updates: int = 60  # rollouts, each with update_epochs passes over it
     seed: int = 1  # seed of everything random

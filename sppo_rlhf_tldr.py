@@ -82,16 +82,16 @@ CONFIGURATIONS = (
 class Args:
     policy: str = "CarperAI/openai_summarize_tldr_sft"  # model to start from, base of all adapters: hub id or folder
     tokenizer: str | None = None  # hub id or folder; default the policy's own, or what TOKENIZERS has for it
-    base_precision: Literal["4bit", "bfloat16", "float32"] = "4bit"  # of the base; 4bit: bitsandbytes
+    base_precision: Literal["4bit", "bfloat16", "float32"] = "4bit"  # of the base; 4bit needs bitsandbytes
     double_quant: bool = True  # quantize the scales of a 4bit base as well, as in the authors' files
-    gradient_checkpointing: bool = False  # keep no activations within layers but compute them again: less memory
+    gradient_checkpointing: bool = False  # recompute activations within layers in the backward pass: less memory
     lora_rank: int = 8  # rank r of the adapters
     lora_alpha: int = 64  # alpha of the adapters, whose output is multiplied by alpha / rank
     lora_targets: Sequence[str] = ("q_proj", "v_proj")  # names of the linear layers that get adapters
     reward_model: str = "jdchang/tldr_rm_adapter"  # adapter with a scalar head, or classifier with one label
-    reward_end: str = ""  # what a classifier reads after a summary, such as <|endoftext|>
-    reward_function: str | None = None  # module:name of a function that is the reward instead; see load_function
-    dataset: str = "CarperAI/openai_summarize_tldr"  # columns "prompt", "label": hub id, JSONL file or folder of splits
+    reward_end: str = ""  # text that follows a summary for a classifier, such as <|endoftext|>
+    reward_function: str | None = None  # module:name of a function (prompts, responses, rows) -> rewards
+    dataset: str = "CarperAI/openai_summarize_tldr"  # columns "prompt", "label": hub id, file or folder of splits
     revision: dict[str, str] = field(default_factory=dict)  # hub ids, each followed by its branch, tag or commit
     num_updates: int = 100  # rollouts, each with update_epochs passes over it
     seed: int = 1  # seed of everything random
@@ -101,8 +101,8 @@ class Args:
     kl_coef: float = 0.002  # charge per token on log pi - log pi_ref, fixed
     target_coef: float = 0.0  # weight of a cross-entropy on the human summary and its end (authors' runs: 0.1)
 
-    prompt_length: int = 495  # tokens of a post at most; its end is cut off
-    instruction: str | None = None  # ask by the tokenizer's chat template, with this before the post, not by "TL;DR:"
+    prompt_length: int = 495  # maximum tokens of a post; the rest is cut off
+    instruction: str | None = None  # prompt by the chat template with this before the post, not by "TL;DR:"
     response_length: int = 50  # tokens of a response at most
     min_response_length: int = 0  # tokens before the end-of-text token may be sampled
     top_k: int = 50  # sample among the k most likely tokens; 0: all. Evaluation is greedy; log-probabilities are of all
