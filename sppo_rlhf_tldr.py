@@ -731,7 +731,7 @@ class Learner:
             self.hub_commits |= {name: Path(path).parent.name} if isinstance(path, str) else {}
         eval_mode(self.actor_critic.to(self.device))
         if args.evaluate is not None:
-            with loading("evaluate", args.evaluate):
+            with loading("evaluate", str(saved)):
                 weights = peft.load_peft_weights(str(saved), device="cpu")
             self.actor_critic.load_adapter("policy_adapter", weights, str(saved))
         self.trained = {name: p for name, p in self.actor_critic.named_parameters() if p.requires_grad}
