@@ -66,7 +66,7 @@ CONFIGURATIONS = (
 )  # by which the commit in the cache is found
 
 
-@dataclass
+@dataclass(frozen=True)
 class Args:
     policy: str = "rajkumarrrk/gpt2-fine-tuned-on-imdb-positive-reviews"  # model to start from: hub id or folder
     tokenizer: str | None = None  # hub id or folder; default the policy's own, or what TOKENIZERS has for it

@@ -78,7 +78,7 @@ CONFIGURATIONS = (
 )  # by which the commit in the cache is found
 
 
-@dataclass
+@dataclass(frozen=True)
 class Args:
     policy: str = "CarperAI/openai_summarize_tldr_sft"  # model to start from, base of all adapters: hub id or folder
     tokenizer: str | None = None  # hub id or folder; default the policy's own, or what TOKENIZERS has for it
