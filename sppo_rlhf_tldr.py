@@ -19,7 +19,6 @@ memory, and the base with its adapters off is the reference.
 import csv
 import errno
 import fcntl
-import io
 import json
 import os
 import re
@@ -31,13 +30,15 @@ import subprocess
 import sys
 import time
 import warnings
-from collections import namedtuple
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext, suppress
-from dataclasses import asdict, dataclass, replace
+from collections import Counter, namedtuple
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from copy import deepcopy
+from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime, timedelta
 from functools import partial
-from importlib import import_module, metadata, util
+from importlib import import_module, metadata
+from itertools import product
 from pathlib import Path
 from typing import Literal
 
@@ -49,7 +50,6 @@ import peft
 import torch
 import transformers
 import tyro
-from huggingface_hub.errors import StrictDataclassError
 from rouge_score.rouge_scorer import RougeScorer
 from safetensors import SafetensorError
 from torch import Tensor, nn
@@ -59,34 +59,40 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 SCRIPT = Path(__file__).stem
-VERSION = 3  # of the format of checkpoint.pt
+VERSION = 4  # of the format of checkpoint.pt
 RANK, WORLD_SIZE = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1)))
 TRAINING, EVALUATION = 0, 1  # streams of random numbers
-MAY_CHANGE = ("--micro-batch-size", "--rollout-batch-size")  # on resume and for an evaluation
+MAY_CHANGE = {"micro_batch_size", "rollout_batch_size"}  # on resume and for an evaluation
 OOM_HINT = "lower --micro-batch-size and --rollout-batch-size, which --resume takes as well, or begin anew with "
 OOM_HINT += "--gradient-checkpointing or a smaller --base-precision"
 TOKENIZERS = {"CarperAI/openai_summarize_tldr_sft": "EleutherAI/gpt-j-6b"}  # where the authors took it
-DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+DISK_FULL, LOCKED = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG), (errno.EACCES, errno.EAGAIN)
 PACKAGES = ("torch", "transformers", "datasets", "accelerate", "peft", "numpy")  # their versions go into result.json
 PROMPT_END = "\nTL;DR:"
 ROUGE = RougeScorer(("rouge1", "rouge2", "rougeL"), use_stemmer=True)
+FILES = {".csv": "csv", ".parquet": "parquet", ".json": "json", ".jsonl": "json"}  # data files, and datasets' readers
+CONFIGURATIONS = (
+    "tokenizer_config.json",
+    "adapter_config.json",
+    "config.json",
+)  # by which the commit in the cache is found
 
 
-@dataclass
+@dataclass(frozen=True)
 class Args:
     policy: str = "CarperAI/openai_summarize_tldr_sft"  # model to start from, base of all adapters: hub id or folder
     tokenizer: str | None = None  # hub id or folder; default the policy's own, or what TOKENIZERS has for it
-    base_precision: Literal["4bit", "bfloat16", "float32"] = "4bit"  # of the base; 4bit: bitsandbytes
+    base_precision: Literal["4bit", "bfloat16", "float32"] = "4bit"  # of the base; 4bit needs bitsandbytes
     double_quant: bool = True  # quantize the scales of a 4bit base as well, as in the authors' files
-    gradient_checkpointing: bool = False  # keep no activations within layers but compute them again: less memory
+    gradient_checkpointing: bool = False  # recompute activations within layers in the backward pass: less memory
     lora_rank: int = 8  # rank r of the adapters
     lora_alpha: int = 64  # alpha of the adapters, whose output is multiplied by alpha / rank
     lora_targets: Sequence[str] = ("q_proj", "v_proj")  # names of the linear layers that get adapters
     reward_model: str = "jdchang/tldr_rm_adapter"  # adapter with a scalar head, or classifier with one label
-    reward_end: str = ""  # what a classifier reads after a summary, such as <|endoftext|>
-    reward_function: str | None = None  # module:name of a function that is the reward instead; see load_function
-    dataset: str = "CarperAI/openai_summarize_tldr"  # columns "prompt", "label": hub id, JSONL file or folder of splits
-    revision: dict[str, str] | None = None  # hub ids, each followed by its branch, tag or commit
+    reward_end: str = ""  # text that follows a summary for a classifier, such as <|endoftext|>
+    reward_function: str | None = None  # module:name of a function (prompts, responses, rows) -> rewards
+    dataset: str = "CarperAI/openai_summarize_tldr"  # columns "prompt", "label": hub id, file or folder of splits
+    revision: dict[str, str] = field(default_factory=dict)  # hub ids, each followed by its branch, tag or commit
     num_updates: int = 100  # rollouts, each with update_epochs passes over it
     seed: int = 1  # seed of everything random
     alpha: float = 0.5  # weight of the PPO loss in Eq. 9
@@ -95,8 +101,8 @@ class Args:
     kl_coef: float = 0.002  # charge per token on log pi - log pi_ref, fixed
     target_coef: float = 0.0  # weight of a cross-entropy on the human summary and its end (authors' runs: 0.1)
 
-    prompt_length: int = 495  # tokens of a post at most; its end is cut off
-    instruction: str | None = None  # ask by the tokenizer's chat template, with this before the post, not by "TL;DR:"
+    prompt_length: int = 495  # maximum tokens of a post; the rest is cut off
+    instruction: str | None = None  # prompt by the chat template with this before the post, not by "TL;DR:"
     response_length: int = 50  # tokens of a response at most
     min_response_length: int = 0  # tokens before the end-of-text token may be sampled
     top_k: int = 50  # sample among the k most likely tokens; 0: all. Evaluation is greedy; log-probabilities are of all
@@ -105,7 +111,7 @@ class Args:
     update_epochs: int = 4  # epochs per rollout
     minibatch_size: int = 32  # responses per optimizer step, over all processes
     micro_batch_size: int = 4  # responses per forward and backward pass of a process; changes memory, not the result
-    rollout_batch_size: int = 32  # responses generated and scored at once by a process; changes memory alone
+    rollout_batch_size: int = 32  # responses generated and scored at once by a process; changes memory and the draws
     learning_rate: float = 5e-6  # AdamW's learning rate
     weight_decay: float = 0.01  # AdamW's weight decay, not of biases and norms
     gamma: float = 1.0  # discount factor
@@ -126,258 +132,6 @@ class Args:
     tf32: bool = False  # on CUDA, multiply float32 matrices in TF32: faster, with 10 bits of mantissa
     cpu: bool = False  # stay on the CPU where there is a GPU
     num_threads: int = 0  # CPU threads of torch; 0: as torch chooses
-
-
-def begin_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """What the tokenizer puts before a text. What some put behind it, an end token, would be read as the text's end."""
-    text, whole = tokenizer("a", add_special_tokens=False).input_ids, tokenizer("a").input_ids
-    return next((whole[:i] for i in range(len(whole)) if whole[i : i + len(text)] == text), [])
-
-
-def encode_inside(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
-    """Tokens of texts that follow others: without the space that SentencePiece puts before a text's first word."""
-    result = []
-    for text in texts:
-        before = "a" if text[:1].isspace() else "\n"  # merges with nothing that may follow
-        three = [text, before, before + text]
-        alone, before, both = tokenizer(three, add_special_tokens=False, verbose=False).input_ids
-        result.append(both[len(before) :] if both[: len(before)] == before else alone)
-    return result
-
-
-def encode_labels(tokenizer: PreTrainedTokenizerBase, rows: list[dict], max_length: int) -> list[list[int]]:
-    """Human summaries as responses, with the end-of-text token where they leave room for it."""
-    labels = encode_inside(tokenizer, [" " + row["label"].strip() for row in rows])
-    return [[*label, tokenizer.eos_token_id][:max_length] for label in labels]
-
-
-def encode_prompts(
-    tokenizer: PreTrainedTokenizerBase, rows: list[dict], max_length: int, instruction: str | None = None
-) -> list[list[int]]:
-    """Posts, their end cut off at max_length tokens, and "TL;DR:"; with an instruction, chats of it and a post."""
-    posts = [row["prompt"].strip().removesuffix("TL;DR:").strip() for row in rows]
-    if instruction is None:
-        before, (after,) = begin_tokens(tokenizer), encode_inside(tokenizer, [PROMPT_END])
-        posts = tokenizer(posts, add_special_tokens=False, verbose=False).input_ids
-    else:
-        chat = [{"role": "user", "content": f"{instruction}\n\n{PROMPT_END}"}]  # PROMPT_END marks the post's place
-        chat = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True).rsplit(PROMPT_END, 1)
-        before = tokenizer(chat[0], add_special_tokens=False).input_ids  # a chat template brings its special tokens
-        after, *posts = encode_inside(tokenizer, [chat[1], *posts])
-    return [before + post[:max_length] + after for post in posts]
-
-
-def continuation(tokenizer: PreTrainedTokenizerBase, prompt: list[int], response: list[int], ends: list[int]) -> str:
-    """The response as text; decoded together with its prompt, since some tokenizers drop a leading space."""
-    response = response[:-1] if response[-1:] and response[-1] in ends else response  # not all ends count as special
-    before = tokenizer.decode(prompt, skip_special_tokens=True)
-    return tokenizer.decode(prompt + response, skip_special_tokens=True)[len(before) :]
-
-
-def pad(prompts: list[list[int]], responses: list[list[int]], device: torch.device, padding: int = 0) -> tuple:
-    """Tokens and mask, prompts padded on the left and responses on the right, and the mask of the responses alone."""
-    P, R = max(map(len, prompts)), max(map(len, responses))
-    tokens = [[padding] * (P - len(p)) + p + r + [padding] * (R - len(r)) for p, r in zip(prompts, responses)]
-    mask = [[0] * (P - len(p)) + [1] * (len(p) + len(r)) + [0] * (R - len(r)) for p, r in zip(prompts, responses)]
-    tokens, mask = torch.tensor(tokens, device=device), torch.tensor(mask, device=device)  # (batch, P + R)
-    return tokens, mask, mask[:, P:].bool()  # the masks keep padding out of everything, whatever token it is
-
-
-def batches(lengths: list[int], size: int) -> list[list[int]]:
-    """Indices of sequences of these lengths, size at a time, like lengths together."""
-    order = sorted(range(len(lengths)), key=lengths.__getitem__)
-    return [order[start : start + size] for start in range(0, len(order), size)]
-
-
-def positions(attention_mask: Tensor) -> Tensor:
-    """Position of every token in its own sequence, (batch, length): the first real one is at 0."""
-    return (attention_mask.cumsum(-1) - 1).clamp(min=0)
-
-
-def token_logprobs(logits: Tensor, tokens: Tensor) -> Tensor:
-    """Log-probabilities (batch, length), float32, of tokens (batch, length) by logits (batch, length, vocabulary)."""
-    return logits.float().log_softmax(-1).gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
-
-
-def response_logprobs(lm: nn.Module, tokens: Tensor, attention_mask: Tensor, num_actions: int) -> Tensor:
-    """Log-probabilities (batch, num_actions) of the last num_actions tokens, each from the logits one token before."""
-    options = {"position_ids": positions(attention_mask), "use_cache": False, "logits_to_keep": num_actions + 1}
-    logits = lm(tokens, attention_mask=attention_mask, **options).logits
-    return token_logprobs(logits[:, -num_actions - 1 : -1], tokens[:, -num_actions:])
-
-
-def num_positions(model: PreTrainedModel) -> int:
-    """Tokens that the model has room for. RoBERTa and its like number them from behind their padding token's id on."""
-    room = getattr(model.config.get_text_config(), "max_position_embeddings", None) or sys.maxsize
-    tables = [module for name, module in model.named_modules() if name.endswith("position_embeddings")]
-    first = [table.padding_idx + 1 for table in tables if getattr(table, "padding_idx", None) is not None]
-    return room - sum(first[:1])
-
-
-@torch.no_grad()
-def hidden_size(model: PreTrainedModel) -> int:
-    """Width of the last hidden states, which need not be the one inside the model."""
-    return model.base_model(torch.zeros(1, 1, dtype=torch.long, device=model.device)).last_hidden_state.shape[-1]
-
-
-@torch.no_grad()
-def check_padding(flag: str, name: str, model: PreTrainedModel, tolerance: float) -> None:
-    """Refuse a causal model that gives a short text other log-probabilities when it is padded than when it is alone."""
-    text = [i % model.get_input_embeddings().num_embeddings for i in range(3, 60, 3)]
-    tokens, mask, _ = pad([text[:3], text[:9]], [text[3:7], text[9:]], model.device)
-    padded = response_logprobs(model, tokens, mask, 10)[0, :4]
-    alone = tokens[:1, 6:13]
-    alone = token_logprobs(model(alone, use_cache=False).logits[:, 2:-1], alone[:, 3:])[0]
-    check_same(flag, name, padded, alone, tolerance)
-
-
-def check_same(flag: str, name: str, padded: Tensor, alone: Tensor, tolerance: float) -> None:
-    error, others = (padded - alone).abs().max().item(), "docs/language-models.md names models for which it does not"
-    require(error <= tolerance, f"--{flag} {name}: padding changes its numbers by {error:.2g}; {others}")
-
-
-class ActorCritic(nn.Module):
-    """One base model with LoRA adapters for policy, value and perhaps reward; with all off, it is the reference."""
-
-    def __init__(self, base: PreTrainedModel, args: Args):
-        super().__init__()
-        lora = peft.LoraConfig(r=args.lora_rank, lora_alpha=args.lora_alpha, target_modules=list(args.lora_targets))
-        self.lm = base  # the adapters are put into it; peft finds them by names that no module of it may have
-        self.adapters = peft.get_peft_model(base, lora, adapter_name="policy_adapter")
-        self.adapters.add_adapter("value_adapter", lora)
-        self.value_head = nn.Linear(hidden_size(base), 1)
-        self.switch_to("policy_adapter")
-        for layer in base.modules() if args.gradient_checkpointing else ():
-            if isinstance(layer, GradientCheckpointingLayer):  # transformers' own way needs training mode, with dropout
-                layer.forward = partial(self.checkpoint_layer, layer.forward)
-
-    def checkpoint_layer(self, forward: Callable, *inputs, **options):
-        """A layer's forward pass, which the backward pass repeats with the adapter that it had."""
-        options |= {"use_reentrant": False, "preserve_rng_state": False}
-        return checkpoint(self.forward_as, self.active, forward, *inputs, **options)
-
-    def forward_as(self, adapter: str, forward: Callable, *inputs, **options):
-        if self.active != adapter:
-            self.switch_to(adapter)
-        return forward(*inputs, **options)
-
-    def switch_to(self, adapter: str) -> PreTrainedModel:
-        """The base model, which computes with that adapter until the next switch."""
-        self.adapters.set_adapter(adapter)  # also freezes the others
-        self.adapters.set_requires_grad(["policy_adapter", "value_adapter"])
-        self.active = adapter
-        return self.lm
-
-    def load_adapter(self, adapter: str, weights: dict[str, Tensor], source: str) -> None:
-        """Take over the weights of an adapter. Ends when they are another's."""
-        try:
-            keys = peft.set_peft_model_state_dict(self.adapters, weights, adapter)
-            wrong = [*keys.unexpected_keys, *(key for key in keys.missing_keys if f".{adapter}." in key)]
-        except RuntimeError as error:  # tensors of other shapes
-            wrong = [error]
-        require(not wrong, f"{source} does not fit this model: {', '.join(map(str, wrong[:3]))}")
-
-    def hidden(self, adapter: str, tokens: Tensor, attention_mask: Tensor) -> Tensor:
-        """Last hidden states with an adapter: (batch, length) -> (batch, length, hidden size), float32."""
-        options = {"attention_mask": attention_mask, "position_ids": positions(attention_mask), "use_cache": False}
-        return self.switch_to(adapter).base_model(tokens, **options).last_hidden_state.float()
-
-    def reference_logprobs(self, tokens: Tensor, attention_mask: Tensor, num_actions: int) -> Tensor:
-        """Log-probabilities (batch, num_actions) of the last num_actions tokens by the model without its adapters."""
-        with self.adapters.disable_adapter():
-            return response_logprobs(self.lm, tokens, attention_mask, num_actions)
-
-    def forward(self, tokens: Tensor, attention_mask: Tensor, num_actions: int, num_rows: int | None = None):
-        """Log-probabilities of the last num_actions tokens, and values before them of the first num_rows sequences."""
-        logprob = response_logprobs(self.switch_to("policy_adapter"), tokens, attention_mask, num_actions)
-        hidden = self.hidden("value_adapter", tokens[:num_rows], attention_mask[:num_rows])
-        return logprob, self.value_head(hidden[:, -num_actions - 1 : -1]).squeeze(-1)
-
-
-class Classifier:
-    """Logit of a classifier with one label on prompt + summary + --reward-end. Long texts lose their start."""
-
-    def __init__(self, args: Args, device: torch.device):
-        flag, name, auto_class = "reward-model", args.reward_model, transformers.AutoModelForSequenceClassification
-        self.model, self.tokenizer = load_network(args, flag, name, auto_class, dtype=torch.float32)  # not the file's
-        self.batch_size, self.tokenizer.truncation_side = args.rollout_batch_size, "left"
-        self.max_length = min(self.tokenizer.model_max_length, num_positions(self.model))
-        self.model.to(device).eval().requires_grad_(False)
-        padded, alone = self.logits(["a b", "a b " * 9])[:1], self.logits(["a b"])
-        check_same(flag, name, padded, alone, 1e-3 * (1 + alone.abs().max().item()))
-        require(self.model.config.num_labels == 1, f"--{flag} {name} has several labels; a reward is one number")
-        self.end, end = args.reward_end, self.tokenizer.eos_token_id
-        if self.tokenizer(self.end).input_ids[-2:] == [end, end]:  # the tokenizer adds one itself
-            self.end = self.end.removesuffix(self.tokenizer.eos_token)
-
-    def __call__(self, prompts: list[str], responses: list[str], rows: list[dict]) -> list[float]:
-        texts = [f"{prompt} {response.strip()}{self.end}" for prompt, response in zip(prompts, responses)]
-        return self.logits(texts).squeeze(-1).tolist()
-
-    @torch.no_grad()
-    def logits(self, texts: list[str]) -> Tensor:
-        """(text, label). Where a model reads the last token that is not padding, it is the last one of the text."""
-        tokens = self.tokenizer(texts, truncation=True, max_length=self.max_length).input_ids
-        unusable = {None, *(text[-1] for text in tokens)}
-        candidates = self.tokenizer.pad_token_id, *range(self.model.get_input_embeddings().num_embeddings)
-        padding = next(i for i in candidates if i not in unusable)
-        self.model.config.get_text_config().pad_token_id = padding
-        logits = torch.zeros(len(texts), self.model.config.num_labels)
-        for batch in batches([len(text) for text in texts], self.batch_size):
-            padded, mask, _ = pad([[]] * len(batch), [tokens[i] for i in batch], self.model.device, padding)
-            logits[batch] = self.model(padded, attention_mask=mask).logits.cpu()
-        return logits
-
-
-class AdapterReward:
-    """Scalar head of an adapter at the end of <|startoftext|> + text + <|endoftext|>; long texts lose their start."""
-
-    def __init__(self, args: Args, learner: "Learner"):
-        actor_critic, self.tokenizer = learner.actor_critic, learner.tokenizer
-        self.actor_critic, self.batch_size = actor_critic, args.rollout_batch_size
-        name, flag = args.reward_model, f"--reward-model {args.reward_model}"
-        config = load_pretrained(args, "reward-model", name, peft.PeftConfig.from_pretrained)
-        weights = load_pretrained(args, "reward-model", name, peft.load_peft_weights, device="cpu")
-        weights = {key: x for key, x in weights.items() if ".original_module." not in key}  # the head before training
-        config.modules_to_save, config.inference_mode = None, True  # the head is not a module of the base model
-        try:
-            actor_critic.adapters.add_adapter("reward_adapter", config)
-        except ValueError as error:
-            fail(f"{flag} does not fit --policy {args.policy}: {error}")
-        shapes, size = {key: x.shape for key, x in weights.items() if "lora_" not in key}, hidden_size(actor_critic.lm)
-        heads, biases = ([key for key in shapes if shapes[key] == shape] for shape in ((1, size), (1,)))
-        require(len(heads) == 1, f"{flag} has {len(heads)} scalar heads; it needs one")
-        self.head = weights.pop(heads[0]).float()
-        self.bias = weights.pop(biases[0]).item() if biases else 0.0
-        actor_critic.load_adapter("reward_adapter", weights, f"{flag} on --policy {args.policy}")
-        actor_critic.switch_to("policy_adapter")
-
-    @torch.no_grad()
-    def __call__(self, prompts: list[str], responses: list[str], rows: list[dict]) -> list[float]:
-        lm, room = self.actor_critic.lm, num_positions(self.actor_critic.lm)
-        begin, end = begin_tokens(self.tokenizer), self.tokenizer.eos_token_id
-        texts = [f"<|startoftext|>{prompt} {response.strip()}" for prompt, response in zip(prompts, responses)]
-        texts = self.tokenizer(texts, add_special_tokens=False, verbose=False).input_ids
-        texts = [[*begin, *text, end][-room:] for text in texts]  # the beginning goes, the summary stays
-        scores = torch.zeros(len(texts))
-        for batch in batches([len(text) for text in texts], self.batch_size):
-            tokens, mask, _ = pad([texts[i] for i in batch], [[]] * len(batch), lm.device)
-            last = self.actor_critic.hidden("reward_adapter", tokens, mask)[:, -1]
-            scores[batch] = (last @ self.head.to(lm.device).T + self.bias).squeeze(-1).cpu()
-        return scores.tolist()
-
-
-def load_function(name: str) -> Callable:
-    """The function module:name, of a module in the working directory or installed.
-    Lists of prompts, responses (in an evaluation also empty ones) and rows of the data set -> as many numbers."""
-    flag, (module, _, function) = f"--reward-function {name}", name.partition(":")
-    require(module and function, f"{flag}: give a module and a function in it, module:name")
-    sys.path.append(os.getcwd())
-    found = util.find_spec(module.partition(".")[0]) and util.find_spec(module)  # which imports the packages above it
-    require(found, f"{flag}: there is no module {module} in the working directory or installed")
-    result = getattr(import_module(module), function, None)
-    require(callable(result), f"{flag}: {module} has no function {function}")
-    return result
 
 
 def symmetric_ppo_loss(logprob, old_logprob, advantages, clip_coef, alpha, beta, Z, mask) -> Tensor:
@@ -432,12 +186,343 @@ def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, gae_lambda:
     return advantages, advantages + values
 
 
-def generate(policy: PreTrainedModel, prompts: list[list[int]], batch_size: int, greedy: bool) -> list[list[int]]:
-    """A response to each prompt, with the token that ends it where there is one; prompts of like length go together."""
+def run_network(network: Callable, tokens: Tensor, attention_mask: Tensor, **options):
+    """Output of a network for padded sequences. Positions count from the first real token of each."""
+    positions = (attention_mask.cumsum(-1) - 1).clamp(min=0)
+    return network(tokens, attention_mask=attention_mask, position_ids=positions, use_cache=False, **options)
+
+
+def response_logprobs(lm: Callable, tokens: Tensor, attention_mask: Tensor, num_actions: int) -> Tensor:
+    """Log-probabilities (batch, num_actions), float32, of the last tokens, each from the logits one token before."""
+    logits = run_network(lm, tokens, attention_mask, logits_to_keep=num_actions + 1).logits[:, -num_actions - 1 : -1]
+    return logits.float().log_softmax(-1).gather(-1, tokens[:, -num_actions:].unsqueeze(-1)).squeeze(-1)
+
+
+@torch.no_grad()
+def hidden_size(model: PreTrainedModel) -> int:
+    """Width of the last hidden states, which need not be the one inside the model."""
+    return model.base_model(torch.zeros(1, 1, dtype=torch.long, device=model.device)).last_hidden_state.shape[-1]
+
+
+class ActorCritic(nn.Module):
+    """One base model with LoRA adapters for policy, value and perhaps reward; with all off, it is the reference."""
+
+    def __init__(self, base: PreTrainedModel, args: Args):
+        super().__init__()
+        lora = peft.LoraConfig(r=args.lora_rank, lora_alpha=args.lora_alpha, target_modules=list(args.lora_targets))
+        self.lm = base  # the adapters are put into it; peft finds them by names that no module of it may have
+        self.adapters = peft.get_peft_model(base, lora, adapter_name="policy_adapter")
+        self.adapters.add_adapter("value_adapter", lora)
+        self.value_head = nn.Linear(hidden_size(base), 1)
+        self.switch_to("policy_adapter")
+        for layer in base.modules() if args.gradient_checkpointing else ():
+            if isinstance(layer, GradientCheckpointingLayer):  # transformers' own way needs training mode, with dropout
+                layer.forward = partial(self.checkpoint_layer, layer.forward)
+
+    def checkpoint_layer(self, forward: Callable, *inputs, **options):
+        """A layer's forward pass, which the backward pass repeats with the adapter that it had."""
+        options |= {"use_reentrant": False, "preserve_rng_state": False}
+        return checkpoint(self.forward_as, self.active, forward, *inputs, **options)
+
+    def forward_as(self, adapter: str, forward: Callable, *inputs, **options):
+        if self.active != adapter:
+            self.switch_to(adapter)
+        return forward(*inputs, **options)
+
+    def switch_to(self, adapter: str) -> PreTrainedModel:
+        """The base model, which computes with that adapter until the next switch."""
+        self.adapters.set_adapter(adapter)  # also freezes the others
+        self.adapters.set_requires_grad(["policy_adapter", "value_adapter"])
+        self.active = adapter
+        return self.lm
+
+    def load_adapter(self, adapter: str, weights: dict[str, Tensor], source: str) -> None:
+        """Take over the weights of an adapter. Ends when they are another's."""
+        try:
+            keys = peft.set_peft_model_state_dict(self.adapters, weights, adapter)
+            wrong = [*keys.unexpected_keys, *(key for key in keys.missing_keys if f".{adapter}." in key)]
+        except RuntimeError as error:  # tensors of other shapes
+            wrong = [error]
+        require(not wrong, f"{source} does not fit this model: {', '.join(map(str, wrong[:3]))}")
+
+    @property
+    def policy(self) -> PreTrainedModel:
+        return self.switch_to("policy_adapter")
+
+    def hidden(self, adapter: str, tokens: Tensor, attention_mask: Tensor) -> Tensor:
+        """Last hidden states with an adapter: (batch, length) -> (batch, length, hidden size), float32."""
+        network = self.switch_to(adapter).base_model
+        return run_network(network, tokens, attention_mask).last_hidden_state.float()
+
+    def forward(self, tokens: Tensor, attention_mask: Tensor, num_actions: int, num_rows: int | None = None):
+        """Log-probabilities of the last num_actions tokens, and values before them of the first num_rows sequences."""
+        logprob = response_logprobs(self.policy, tokens, attention_mask, num_actions)
+        hidden = self.hidden("value_adapter", tokens[:num_rows], attention_mask[:num_rows])
+        return logprob, self.value_head(hidden[:, -num_actions - 1 : -1]).squeeze(-1)
+
+
+# Trajectories of one process. Targets are for --target-coef. mask (True on real tokens), logprob (of pi_old) and what
+# follows are (trajectories, response_length), 0 past the last real token.
+Rollout = namedtuple("Rollout", "prompts responses targets mask logprob values advantages returns")
+
+
+@torch.no_grad()
+def rollout(learner: "Learner", rows: list[dict], args: Args) -> tuple[Rollout, dict[str, float], list[str]]:
+    """This process's trajectories, means over those of all processes as {tag: mean}, a few responses to look at."""
+    device, examples = learner.device, make_examples(learner.tokenizer, rows, args)
+    prompts, policy, start = examples.prompts, learner.actor_critic.policy, time.perf_counter()
+    responses = generate(policy, prompts, args.rollout_batch_size, sample=True)
+    generation_seconds = time.perf_counter() - start
+    texts = decode(learner, prompts, responses)
+    scores = torch.tensor(learner.score(examples.seen, texts, rows), device=device)
+
+    # pi_old, V and pi_ref from a fresh forward pass: generation has other log-probabilities (top-k) and other kernels.
+    mask = torch.zeros(len(prompts), args.response_length, dtype=torch.bool, device=device)
+    logprob, values, ref_logprob = torch.zeros(3, *mask.shape, device=device)
+    lengths = [len(prompt) + len(response) for prompt, response in zip(prompts, responses)]
+    for batch, *padded, real in padded_batches(prompts, responses, lengths, args.rollout_batch_size, device):
+        R = real.shape[1]
+        mask[batch, :R] = real
+        logprob[batch, :R], values[batch, :R] = learner.actor_critic(*padded, R)
+        ref_logprob[batch, :R] = learner.reference_logprobs(*padded, R)
+    logprob, values, ref_logprob = (torch.where(mask, x, 0.0) for x in (logprob, values, ref_logprob))
+
+    rewards = token_rewards(scores, logprob, ref_logprob, mask, args.kl_coef)
+    advantages, returns = gae(rewards, values, mask, args.gamma, args.gae_lambda)
+    kl, unexplained = (logprob - ref_logprob).sum(1).sum(), (returns - values)[mask].var() / returns[mask].var()
+    sums = {"objective/scores": scores.sum(), "objective/kl": kl, "objective/entropy": -logprob.sum()}
+    sums |= {"objective/non_score_reward": -args.kl_coef * kl, "objective/rlhf_reward": rewards.sum()}
+    sums |= {"val/response_length": mask.sum(), "losses/explained_variance": len(prompts) * (1 - unexplained)}
+    sums["val/eos_rate"] = torch.tensor(sum(response[-1] in learner.ends for response in responses))
+    means = learner.sum(torch.stack([x.float().to(device) for x in sums.values()])) / args.num_trajectories
+    metrics = dict(zip(sums, means.tolist())) | {"perf/generation_seconds": generation_seconds}
+    samples = [f"{score:.3f} | {p}{r}" for score, p, r in zip(scores.tolist()[:4], examples.seen, texts)]
+    return Rollout(prompts, responses, examples.targets, mask, logprob, values, advantages, returns), metrics, samples
+
+
+def backward(learner: "Learner", trajectories: Rollout, rows: list[int], args: Args) -> dict[str, float]:
+    """Gradients of a minibatch, this process's rows of its rollout, and its losses as {tag: mean over processes}."""
+    minibatch_mask, advantages = trajectories.mask[rows], trajectories.advantages[rows]
+    normalized = normalize(advantages, minibatch_mask, learner.sum) if args.norm_adv else advantages
+    num_tokens = learner.sum(minibatch_mask.sum())
+    num_target_tokens = learner.sum(sum(len(trajectories.targets[i]) for i in rows)).clamp(min=1)
+    weights, sums = (args.clip_coef, args.alpha, args.beta, args.Z), Counter()  # whose update() adds
+    for start in range(0, len(rows), args.micro_batch_size):
+        micro = rows[start : start + args.micro_batch_size]
+        prompts, responses = ([x[i] for i in micro] for x in (trajectories.prompts, trajectories.responses))
+        targets = [trajectories.targets[i] for i in micro] if args.target_coef else []
+        prompts += prompts[: len(targets)]  # one pass of the policy over responses and targets
+        tokens, attention_mask, mask = pad(prompts, responses + targets, learner.device)
+        mask, target_mask, R = mask[: len(micro)], mask[len(micro) :], mask.shape[1]
+        A, A_normalized = (x[start : start + args.micro_batch_size, :R] for x in (advantages, normalized))
+        old_logprob, old_values = trajectories.logprob[micro, :R], trajectories.values[micro, :R]
+        last = start + args.micro_batch_size >= len(rows)
+        with nullcontext() if last else learner.accelerator.no_sync(learner.model):
+            logprob, values = learner.model(tokens, attention_mask, R, len(micro))
+            logprob, target_logprob = logprob[: len(micro)], logprob[len(micro) :]
+            policy_loss = symmetric_ppo_loss(logprob, old_logprob, A_normalized, *weights, mask)
+            returns = trajectories.returns[micro, :R]
+            value_loss = clipped_value_loss(values, old_values, returns, args.clip_coef_value, mask)
+            share = mask.sum() / num_tokens  # every mean is over the real tokens of the whole minibatch
+            target_loss = -torch.where(target_mask, target_logprob, 0.0).sum() / num_target_tokens
+            loss = share * (policy_loss + args.vf_coef * value_loss) + args.target_coef * target_loss
+            learner.accelerator.backward(loss * WORLD_SIZE)  # which averages the gradients
+
+        with torch.no_grad():
+            logratio = torch.where(mask, logprob - old_logprob, 0.0)
+            ratio, value_change = logratio.exp(), (values - old_values).abs()
+            stats = {
+                "loss/policy_avg": share * policy_loss,
+                "loss/value_avg": share * value_loss,
+                "loss/target_avg": target_loss,
+                "policy/approxkl_avg": share * masked_mean(ratio - 1 - logratio, mask),  # TRL's: logratio^2 / 2
+                "policy/clipfrac_avg": share * masked_mean(((ratio - 1).abs() > args.clip_coef).float(), mask),
+                "val/clipfrac_avg": share * masked_mean((value_change > args.clip_coef_value).float(), mask),
+                "val/ratio": share * masked_mean(ratio, mask),
+                "losses/sign_flips": share * masked_mean(((A > 0) != (A_normalized > 0)).float(), mask),  # Figure 2
+            }
+            sums.update(stats)
+    return dict(zip(sums, learner.sum(torch.stack(list(sums.values()))).tolist()))
+
+
+def train(args: Args, learner: "Learner", run: "Run") -> None:
+    """Train from the update that run has come to, and leave a policy and result.json."""
+    for update in range(len(run.rows), args.num_updates + 1):  # row 0 is the evaluation before training
+        # Rollout
+        rollout_start = time.perf_counter()
+        torch.manual_seed(np.random.SeedSequence((args.seed, TRAINING, update - 1, RANK)).generate_state(1)[0].item())
+        indices = prompt_indices(len(learner.rows), update - 1, args.num_trajectories, args.seed)[RANK::WORLD_SIZE]
+        trajectories, metrics, samples = rollout(learner, [learner.rows[i] for i in indices], args)
+
+        # Update
+        update_start = time.perf_counter()
+        stats, rows_per_minibatch = [], args.minibatch_size // WORLD_SIZE
+        for _ in range(args.update_epochs):
+            order = torch.randperm(len(indices)).tolist()
+            for start in range(0, len(order), rows_per_minibatch):
+                learner.optimizer.zero_grad()
+                losses = backward(learner, trajectories, order[start : start + rows_per_minibatch], args)
+                grad_norm = learner.accelerator.clip_grad_norm_(learner.model.parameters(), args.max_grad_norm).item()
+                failed = f"seed {args.seed} of {args.dataset} failed in update {update}: the loss is not finite. "
+                require(np.isfinite(grad_norm), failed + "Try a lower --learning-rate or a lower --beta", code=1)
+                learner.optimizer.step()
+                stats.append(losses | {"losses/grad_norm": grad_norm})
+        update_end = time.perf_counter()
+
+        # Evaluate, log, save
+        metrics |= {tag: float(np.mean([s[tag] for s in stats])) for tag in stats[0]}
+        tokens = metrics["val/response_length"] * args.num_trajectories
+        metrics["perf/rollout_seconds"] = update_start - rollout_start
+        metrics["perf/update_seconds"] = update_end - update_start
+        metrics["perf/rollout_tokens_per_second"] = tokens / metrics["perf/rollout_seconds"]
+        metrics["perf/update_tokens_per_second"] = args.update_epochs * tokens / metrics["perf/update_seconds"]
+        if args.eval_every and update % args.eval_every == 0 and update < args.num_updates:
+            metrics |= evaluate(learner, args)[0]
+        stopped = learner.sum(len(run.signals)) > 0  # in any process
+        run.log(update, metrics, samples)
+        if update % args.checkpoint_every == 0 or update == args.num_updates or stopped:
+            run.save()
+        left = timedelta(seconds=int((update_end - rollout_start) * (args.num_updates - update)))
+        progress = f"score {metrics['objective/scores']:.4f}  KL {metrics['objective/kl']:.3f}"
+        say(f"update {update} of {args.num_updates}  {progress}  {left} left")
+        if stopped:
+            learner.accelerator.wait_for_everyone()  # a process that ends makes torchrun stop the one that writes
+            raise KeyboardInterrupt
+
+    run.save_policy()  # before the evaluation, in which a reward may fail
+    metrics, samples = evaluate(learner, args)
+    run.log(args.num_updates, metrics)
+    run.finish(metrics, samples)
+
+
+def evaluate(learner: "Learner", args: Args) -> tuple[dict[str, float], list[dict]]:
+    """Scores and perplexity of Table 3, and ROUGE, on the validation posts as {tag: value}, and what was scored."""
+    torch.manual_seed(np.random.SeedSequence((args.seed, EVALUATION, RANK)).generate_state(1)[0].item())
+    index = range(len(learner.validation))[: args.eval_samples or None][RANK::WORLD_SIZE]
+    rows = [learner.validation[i] for i in index]
+    examples = make_examples(learner.tokenizer, rows, args)
+    policy, prompts = learner.actor_critic.policy, examples.prompts
+    responses = generate(policy, prompts, args.rollout_batch_size, sample=False)
+    texts = {"score": decode(learner, prompts, responses)}
+    texts |= {"score_reference": examples.references, "score_empty": [""] * len(rows)}
+    texts["score_truncated"] = decode(learner, prompts, [response[: len(response) // 2] for response in responses])
+    scored = {name: learner.score(examples.whole, x, rows) for name, x in texts.items()}
+    rouge = [ROUGE.score(reference, text) for reference, text in zip(examples.references, texts["score"])]
+    scored |= {name: [scores[name].fmeasure for scores in rouge] for name in ROUGE.rouge_types}
+    columns = {"index": index, "prompt": examples.whole, "response": [text.strip() for text in texts["score"]]}
+    columns |= {"reference": examples.references} | scored
+    samples = [dict(zip(columns, values)) for values in zip(*columns.values())]
+    samples = sorted(accelerate.utils.gather_object(samples), key=lambda sample: sample["index"])
+    metrics = {f"eval/{name}": float(np.mean([sample[name] for sample in samples])) for name in scored}
+    for name in ("empty", "truncated"):  # how often these score above the policy's own (compare Figure 1, Table 15)
+        metrics[f"eval/{name}_wins"] = float(np.mean([s[f"score_{name}"] > s["score"] for s in samples]))
+    texts = [sample["reference"] for sample in samples]
+    metrics["eval/perplexity"] = perplexity(learner, learner.actor_critic.policy, texts)
+    rouge = " / ".join(f"{100 * metrics[f'eval/{name}']:.1f}" for name in ROUGE.rouge_types)
+    say(f"evaluation: score {metrics['eval/score']:.4f}, perplexity {metrics['eval/perplexity']:.2f}, ROUGE {rouge}")
+    return metrics, samples
+
+
+@torch.no_grad()
+def perplexity(learner: "Learner", policy: PreTrainedModel, texts: list[str]) -> float:
+    """Perplexity of texts, joined by blank lines: strides of 512 tokens after as many as the policy has room for."""
+    text = learner.tokenizer("\n\n".join(texts), add_special_tokens=False, verbose=False).input_ids
+    tokens = torch.tensor([begin_tokens(learner.tokenizer) + text], device=learner.device)
+    room = min(num_positions(policy), 2048)  # no more than GPT-J has
+    stride = min(512, room // 2)
+    loss = torch.zeros((), dtype=torch.float64, device=learner.device)
+    for start in range(0, tokens.shape[1], stride)[RANK::WORLD_SIZE]:
+        window = tokens[:, max(0, start + stride - room) : start + stride]
+        num_predicted = min(stride, tokens.shape[1] - start) - (start == 0)  # nothing predicts the first token
+        if num_predicted:
+            loss -= response_logprobs(policy, window, torch.ones_like(window), num_predicted).sum()
+    return (learner.sum(loss) / (tokens.shape[1] - 1)).exp().item()
+
+
+# Nothing below knows the algorithm: texts and tokens, rewards, what is loaded, files of a run.
+
+
+def begin_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Tokens that the tokenizer puts before a text. An end token, which some put behind it, would end a prompt."""
+    text, whole = tokenizer("a", add_special_tokens=False).input_ids, tokenizer("a").input_ids
+    return next((whole[:i] for i in range(len(whole)) if whole[i : i + len(text)] == text), [])
+
+
+# Lists with an item per row of the data set. Prompts and targets are tokens. A reward reads seen, the prompt as the
+# policy saw it, in training, and whole in an evaluation. A reference is the data set's own response.
+Examples = namedtuple("Examples", "prompts targets seen whole references")
+
+
+def encode_inside(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
+    """Tokens of texts that follow others: without the space that SentencePiece puts before a text's first word."""
+    result = []
+    for text in texts:
+        before = "a" if text[:1].isspace() else "\n"  # merges with nothing that may follow
+        three = [text, before, before + text]
+        alone, before, both = tokenizer(three, add_special_tokens=False, verbose=False).input_ids
+        result.append(both[len(before) :] if both[: len(before)] == before else alone)
+    return result
+
+
+def encode_prompts(
+    tokenizer: PreTrainedTokenizerBase, rows: list[dict], max_length: int, instruction: str | None = None
+) -> list[list[int]]:
+    """Posts, their end cut off at max_length tokens, and "TL;DR:"; with an instruction, chats of it and a post."""
+    posts = [row["prompt"].strip().removesuffix("TL;DR:").strip() for row in rows]
+    if instruction is None:
+        before, (after,) = begin_tokens(tokenizer), encode_inside(tokenizer, [PROMPT_END])
+        posts = tokenizer(posts, add_special_tokens=False, verbose=False).input_ids
+    else:
+        chat = [{"role": "user", "content": f"{instruction}\n\n{PROMPT_END}"}]  # PROMPT_END marks the post's place
+        chat = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True).rsplit(PROMPT_END, 1)
+        before = tokenizer(chat[0], add_special_tokens=False).input_ids  # a chat template brings its special tokens
+        after, *posts = encode_inside(tokenizer, [chat[1], *posts])
+    return [before + post[:max_length] + after for post in posts]
+
+
+def make_examples(tokenizer: PreTrainedTokenizerBase, rows: list[dict], args: Args) -> Examples:
+    """Posts; targets are the human summaries, with the end-of-text token where they leave room for it."""
+    prompts, plain = (encode_prompts(tokenizer, rows, args.prompt_length, x) for x in (args.instruction, None))
+    posts = [tokenizer.decode(post, skip_special_tokens=True) for post in plain]  # a reward reads no chat template
+    references = [row["label"].strip() for row in rows]
+    labels = encode_inside(tokenizer, [f" {text}" for text in references]) if args.target_coef else [None] * len(rows)
+    targets = [[*label, tokenizer.eos_token_id][: args.response_length] if args.target_coef else [] for label in labels]
+    return Examples(prompts, targets, posts, posts, references)
+
+
+def decode(learner: "Learner", prompts: list[list[int]], responses: list[list[int]]) -> list[str]:
+    """Responses as texts, each decoded together with its prompt, since some tokenizers drop a leading space."""
+    texts, to_text = [], learner.tokenizer.decode
+    for prompt, response in zip(prompts, responses):
+        response = response[:-1] if response[-1:] and response[-1] in learner.ends else response  # ends may be shown
+        before = to_text(prompt, skip_special_tokens=True)
+        texts.append(to_text(prompt + response, skip_special_tokens=True)[len(before) :])
+    return texts
+
+
+def pad(prompts: list[list[int]], responses: list[list[int]], device: torch.device, padding: int = 0) -> tuple:
+    """Tokens and mask, prompts padded on the left and responses on the right, and the mask of the responses alone."""
+    P, R = max(map(len, prompts)), max(map(len, responses))
+    tokens = [[padding] * (P - len(p)) + p + r + [padding] * (R - len(r)) for p, r in zip(prompts, responses)]
+    mask = [[0] * (P - len(p)) + [1] * (len(p) + len(r)) + [0] * (R - len(r)) for p, r in zip(prompts, responses)]
+    tokens, mask = torch.tensor(tokens, device=device), torch.tensor(mask, device=device)  # (batch, P + R)
+    return tokens, mask, mask[:, P:].bool()  # the masks keep padding out of everything, whatever token it is
+
+
+def padded_batches(prompts: list, responses: list, lengths: list, size: int, device: torch.device, padding: int = 0):
+    """Yields batches of sequences of similar length: their indices and the three outputs of pad()."""
+    order = sorted(range(len(lengths)), key=lengths.__getitem__)
+    for start in range(0, len(order), size):
+        batch = order[start : start + size]
+        yield batch, *pad([prompts[i] for i in batch], [responses[i] for i in batch], device, padding)
+
+
+def generate(policy: PreTrainedModel, prompts: list[list[int]], batch_size: int, sample: bool) -> list[list[int]]:
+    """A response to each prompt, with its end token where it has one. Batches hold prompts of similar length."""
     responses, ends = [[] for _ in prompts], policy.generation_config.eos_token_id
-    for batch in batches([len(prompt) for prompt in prompts], batch_size):
-        tokens, mask, _ = pad([prompts[i] for i in batch], [[]] * len(batch), policy.device)
-        output = policy.generate(tokens, attention_mask=mask, do_sample=not greedy)[:, tokens.shape[1] :].tolist()
+    inputs = prompts, responses, [len(prompt) for prompt in prompts], batch_size, policy.device
+    for batch, tokens, mask, _ in padded_batches(*inputs):
+        output = policy.generate(tokens, attention_mask=mask, do_sample=sample)[:, tokens.shape[1] :].tolist()
         for i, response in zip(batch, output):
             length = next((t + 1 for t, token in enumerate(response) if token in ends), len(response))
             responses[i] = response[:length]
@@ -445,7 +530,7 @@ def generate(policy: PreTrainedModel, prompts: list[list[int]], batch_size: int,
 
 
 def prompt_indices(num_prompts: int, update: int, num_trajectories: int, seed: int) -> np.ndarray:
-    """Prompts of an update, (num_trajectories,): all in random order, again and again; the same when resumed."""
+    """Indices of an update's prompts, (num_trajectories,). Every epoch is a permutation that the seed determines."""
     start = update * num_trajectories
     epochs = range(start // num_prompts, (start + num_trajectories - 1) // num_prompts + 1)
     order = np.concatenate([np.random.default_rng([seed, epoch]).permutation(num_prompts) for epoch in epochs])
@@ -453,15 +538,123 @@ def prompt_indices(num_prompts: int, update: int, num_trajectories: int, seed: i
 
 
 def generation_config(args: Args, ends: list[int]) -> transformers.GenerationConfig:
-    """Sampling as the arguments have it, and nothing of what the model's own folder says, but for the end tokens."""
+    """Sampling by the arguments. It replaces the model's own, which would fill in what is not given here."""
     options = {"max_new_tokens": args.response_length, "min_new_tokens": args.min_response_length}
     options |= {"eos_token_id": ends, "pad_token_id": ends[0], "remove_invalid_values": True}  # the loss shows NaNs
     return transformers.GenerationConfig(do_sample=True, top_k=args.top_k, **options)
 
 
-# Trajectories of one process. Targets are for --target-coef; mask, of the real tokens, logprob, of pi_old, and what
-# follows are (trajectories, response_length), 0 past the last real token.
-Rollout = namedtuple("Rollout", "prompts responses targets mask logprob values advantages returns")
+class Classifier:
+    """Logit of a classifier with one label on prompt, summary and --reward-end. Long texts are cut at the left."""
+
+    def __init__(self, args: Args, device: torch.device, longest: str):
+        flag, name, auto_class = "reward-model", args.reward_model, transformers.AutoModelForSequenceClassification
+        self.model, self.tokenizer = load_network(args, flag, name, auto_class, dtype=torch.float32)  # not the file's
+        self.batch_size, self.tokenizer.truncation_side = args.rollout_batch_size, "left"
+        self.max_length = min(self.tokenizer.model_max_length, num_positions(self.model))
+        self.model.to(device).eval().requires_grad_(False)
+        beside, alone = self.logits(["a b", longest])[:1], self.logits(["a b"])
+        check_same(flag, name, beside, alone, 1e-3 * (1 + alone.abs().max().item()))
+        require(self.model.config.num_labels == 1, f"--{flag} {name} has several labels; a reward is one number")
+        self.end, end = args.reward_end, self.tokenizer.eos_token_id
+        if self.tokenizer(self.end).input_ids[-2:] == [end, end]:  # the tokenizer adds one itself
+            self.end = self.end.removesuffix(self.tokenizer.eos_token)
+
+    def __call__(self, prompts: list[str], responses: list[str], rows: list[dict]) -> list[float]:
+        texts = [f"{prompt} {response.strip()}{self.end}" for prompt, response in zip(prompts, responses)]
+        return self.logits(texts).squeeze(-1).tolist()
+
+    @torch.no_grad()
+    def logits(self, texts: list[str]) -> Tensor:
+        """Logits (text, label). No text ends with the padding: some models read the last token that is not padding."""
+        tokens = self.tokenizer(texts, truncation=True, max_length=self.max_length).input_ids
+        ends, candidates = {text[-1] for text in tokens}, range(self.model.get_input_embeddings().num_embeddings)
+        padding = next(i for i in (self.tokenizer.pad_token_id, *candidates) if i is not None and i not in ends)
+        self.model.config.get_text_config().pad_token_id = padding
+        logits, lengths = torch.zeros(len(texts), self.model.config.num_labels), [len(text) for text in texts]
+        inputs = [[]] * len(texts), tokens, lengths, self.batch_size, self.model.device, padding
+        for batch, padded, mask, _ in padded_batches(*inputs):
+            logits[batch] = self.model(padded, attention_mask=mask).logits.cpu()
+        return logits
+
+
+class AdapterReward:
+    """Scalar head of an adapter at the end of <|startoftext|>, text, <|endoftext|>. Long texts are cut at the left."""
+
+    def __init__(self, args: Args, learner: "Learner", longest: str):
+        self.actor_critic, self.tokenizer = learner.actor_critic, learner.tokenizer
+        self.batch_size, name, flag = args.rollout_batch_size, args.reward_model, f"--reward-model {args.reward_model}"
+        with loading("reward-model", name):
+            config = peft.PeftConfig.from_pretrained(name, revision=args.revision.get(name))
+            weights = peft.load_peft_weights(name, device="cpu", revision=args.revision.get(name))
+        weights = {key: x for key, x in weights.items() if ".original_module." not in key}  # the head before training
+        size = hidden_size(self.actor_critic.lm)
+        shapes = {key: x.shape for key, x in weights.items() if "lora_" not in key}
+        heads, biases = ([key for key in shapes if shapes[key] == shape] for shape in ((1, size), (1,)))
+        require(len(heads) == 1, f"{flag} has {len(heads)} scalar heads; it needs one")
+        extra = ", ".join(sorted(shapes.keys() - {*heads, *biases[:1]})[:3])
+        require(not extra, f"{flag} has weights beside LoRA and its head, which would change the policy: {extra}")
+        initial = config.init_lora_weights  # PiSSA and its like change the base, also for the policy
+        require(isinstance(initial, bool) or initial == "gaussian", f"{flag}: LoRA from {initial} changes the policy")
+        self.head = weights.pop(heads[0]).float()
+        self.bias = weights.pop(biases[0]).item() if biases else 0.0
+        config.modules_to_save, config.inference_mode = None, True  # the head is not a module of the base model
+        try:
+            self.actor_critic.adapters.add_adapter("reward_adapter", config)
+        except ValueError as error:
+            require(False, f"{flag} does not fit --policy {args.policy}: {error}")
+        self.actor_critic.load_adapter("reward_adapter", weights, f"{flag} on --policy {args.policy}")
+        eval_mode(self.actor_critic)
+        beside, alone = self(["a b", longest], ["", ""], [])[:1], self(["a b"], [""], [])
+        tolerance = learner.tolerance * (1 + abs(alone[0]))
+        check_same("reward-model", name, torch.tensor(beside), torch.tensor(alone), tolerance)
+        self.actor_critic.switch_to("policy_adapter")  # which makes this one not trainable
+
+    @torch.no_grad()
+    def __call__(self, prompts: list[str], responses: list[str], rows: list[dict]) -> list[float]:
+        lm, room = self.actor_critic.lm, num_positions(self.actor_critic.lm)
+        begin, end = begin_tokens(self.tokenizer), self.tokenizer.eos_token_id
+        texts = [f"<|startoftext|>{prompt} {response.strip()}" for prompt, response in zip(prompts, responses)]
+        texts = self.tokenizer(texts, add_special_tokens=False, verbose=False).input_ids
+        texts = [[*begin, *text, end][-room:] for text in texts]  # the beginning goes, the summary stays
+        scores, lengths = torch.zeros(len(texts)), [len(text) for text in texts]
+        inputs = texts, [[]] * len(texts), lengths, self.batch_size, lm.device
+        for batch, tokens, mask, _ in padded_batches(*inputs):
+            last = self.actor_critic.hidden("reward_adapter", tokens, mask)[:, -1]
+            scores[batch] = (last @ self.head.to(lm.device).T + self.bias).squeeze(-1).cpu()
+        return scores.tolist()
+
+
+def load_function(name: str) -> Callable:
+    """The function module:name, of a module in the working directory or installed.
+    Lists of prompts, responses (in an evaluation also empty ones) and rows of the data set -> as many numbers."""
+    flag, (module, _, function) = f"--reward-function {name}", name.partition(":")
+    require(module and function, f"{flag}: give a module and a function in it, module:name")
+    sys.path.append(os.getcwd())
+    try:
+        with unchanged(flag):
+            found = getattr(import_module(module), function, None)
+    except ModuleNotFoundError as error:  # of the module, or of one that it imports
+        if not module.startswith(str(error.name)):
+            raise
+        require(False, f"{flag}: there is no module {module}, without .py, in the working directory or installed")
+    require(callable(found), f"{flag}: {module} has no function {function}")
+    return found
+
+
+@contextmanager
+def unchanged(name: str) -> Iterator[None]:
+    """Runs a user's code. Ends, naming it, where it exits or changes settings that the run depends on."""
+    settings = {"torch's default dtype": torch.get_default_dtype, "torch's default device": torch.get_default_device}
+    settings |= {"torch's grad mode": torch.is_grad_enabled, "the working directory": os.getcwd}
+    before = {setting: get() for setting, get in settings.items()}
+    try:
+        with torch.random.fork_rng():
+            yield
+    except SystemExit as end:
+        require(False, f"{name} called sys.exit({end.code!r})", code=1)
+    changed = [setting for setting, get in settings.items() if get() != before[setting]]
+    require(not changed, f"{name} changed {' and '.join(changed)}", code=1)
 
 
 def load_base(args: Args, device: torch.device) -> tuple:
@@ -498,39 +691,49 @@ class Learner:
             self.rows, self.validation, data_commit = load_rows(args, ["prompt", "label"])
         sizes = len(self.rows), len(self.validation)
         require(min(sizes) >= WORLD_SIZE, f"--dataset {args.dataset} has {sizes} rows")
-        self.reward_name = args.reward_function or args.reward_model
-        self.reward = load_function(self.reward_name) if args.reward_function else None
-        # All load models at once: of what has to be downloaded, huggingface_hub lets one process fetch each file.
-        adapter = load_pretrained(args, "policy", args.policy, transformers.utils.find_adapter_config_file)
-        require(not adapter, f"--policy {args.policy} is an adapter: give a model that it has been merged into")
-        base, self.tokenizer = load_base(args, self.device)
-        eval_mode(base)
-        rounding = args.tf32 or args.base_precision != "float32"
-        check_padding("policy", args.policy, base, tolerance=0.5 if rounding else 1e-3)
-        can_chat = args.instruction is None or self.tokenizer.chat_template
-        require(can_chat, f"--instruction needs a chat template, and the tokenizer of --policy {args.policy} has none")
-        torch.manual_seed(args.seed)  # the adapters and the value head are the same in every process
-        try:
-            self.actor_critic = ActorCritic(base, args)
-        except ValueError as error:  # peft names the layers it did not find
-            fail(f"--lora-targets {' '.join(args.lora_targets)}: {error}")
-        if not self.reward:
-            find = transformers.utils.find_adapter_config_file
-            adapter = load_pretrained(args, "reward-model", args.reward_model, find)
-            self.reward = AdapterReward(args, self) if adapter else Classifier(args, self.device)
-        models = args.policy, self.tokenizer.name_or_path, *([] if args.reward_function else [args.reward_model])
-        self.hub_commits = {name: hub_commit(args, name) for name in models} | {args.dataset: data_commit}
-        (frame,) = encode_prompts(self.tokenizer, [{"prompt": ""}], 0, args.instruction)
-        length, room = args.prompt_length + len(frame) + args.response_length, num_positions(base)
-        parts = f"--prompt-length plus --response-length is {length} with the {len(frame)} tokens around a post"
-        require(length <= room, f"{parts}; the policy has {room} positions")
         references = any(row["label"].strip() for row in self.validation[: args.eval_samples or None])
         require(references, f"--dataset {args.dataset}: its references are empty; perplexity would be that of nothing")
+        saved = Path(args.run_dir or "", "policy")
+        has_policy = args.evaluate is None or (saved / "adapter_model.safetensors").exists()
+        require(has_policy, f"{args.run_dir} holds no policy: it is written at the end of training")
+        self.reward_name, function = args.reward_function or args.reward_model, args.reward_function
+        self.reward = load_function(function) if function else None
+        # All load models at once: of what has to be downloaded, huggingface_hub lets one process fetch each file.
+        base, self.tokenizer = load_base(args, self.device)
+        eval_mode(nn.Module.to(base, self.device))  # PreTrainedModel.to refuses 4 bit
+        can_chat = args.instruction is None or self.tokenizer.chat_template
+        require(can_chat, f"--instruction needs a chat template, and the tokenizer of --policy {args.policy} has none")
+        (frame,) = encode_prompts(self.tokenizer, [{"prompt": ""}], 0, args.instruction)
+        self.tolerance = 0.5 if args.tf32 or args.base_precision != "float32" else 1e-3  # of rounding
+        check_policy(args, base, args.prompt_length + len(frame), self.tolerance)
         listed = base.generation_config.eos_token_id  # chat models also end a response with the end of a turn
         ends = {self.tokenizer.eos_token_id, *(listed if isinstance(listed, list) else [listed])}
         self.ends = sorted(ends.intersection(range(base.get_input_embeddings().num_embeddings)))
         base.generation_config = generation_config(args, self.ends)
+        torch.manual_seed(args.seed)  # the adapters and the value head are the same in every process
+        try:
+            self.actor_critic = ActorCritic(base, args)
+        except ValueError as error:  # peft names the layers it did not find
+            require(False, f"--lora-targets {' '.join(args.lora_targets)}: {error}")
+        if not function:
+            longest = max(self.rows + self.validation, key=lambda row: len(row["prompt"]))
+            (longest,) = make_examples(self.tokenizer, [longest], args).whole
+            longest += " " + max((row["label"] for row in self.rows + self.validation), key=len)
+            with loading("reward-model", args.reward_model):
+                find, revision = transformers.utils.find_adapter_config_file, args.revision.get(args.reward_model)
+                adapter = find(args.reward_model, revision=revision)
+            self.reward = AdapterReward(args, self, longest) if adapter else Classifier(args, self.device, longest)
+        self.hub_commits = {args.dataset: data_commit} if data_commit else {}
+        names = args.policy, self.tokenizer.name_or_path, *([] if function else [args.reward_model])
+        hub_ids = [name for name in names if not Path(name).exists()]
+        for name, file in product(hub_ids, CONFIGURATIONS):
+            path = huggingface_hub.try_to_load_from_cache(name, file, revision=args.revision.get(name))
+            self.hub_commits |= {name: Path(path).parent.name} if isinstance(path, str) else {}
         eval_mode(self.actor_critic.to(self.device))
+        if args.evaluate is not None:
+            with loading("evaluate", str(saved)):
+                weights = peft.load_peft_weights(str(saved), device="cpu")
+            self.actor_critic.load_adapter("policy_adapter", weights, str(saved))
         self.trained = {name: p for name, p in self.actor_critic.named_parameters() if p.requires_grad}
         matrices = [p for p in self.trained.values() if p.ndim > 1]
         others = [p for p in self.trained.values() if p.ndim <= 1]  # biases and norms
@@ -538,9 +741,16 @@ class Learner:
         optimizer = torch.optim.AdamW(groups, args.learning_rate, eps=1e-5, fused=True)
         self.model, self.optimizer = self.accelerator.prepare(self.actor_critic, optimizer)
 
+    def reference_logprobs(self, tokens: Tensor, attention_mask: Tensor, num_actions: int) -> Tensor:
+        """Log-probabilities (batch, num_actions) of the last num_actions tokens by the model without its adapters."""
+        with self.actor_critic.adapters.disable_adapter():
+            return response_logprobs(self.actor_critic.lm, tokens, attention_mask, num_actions)
+
     def score(self, prompts: list[str], responses: list[str], rows: list[dict]) -> list[float]:
-        """Rewards, which are finite: what a reward does must not look like too high a learning rate."""
-        scores, name = self.reward(prompts, responses, rows), f"the reward {self.reward_name}"
+        """Rewards as floats. Ends where one is not finite, which would later look like a diverging loss."""
+        name = f"the reward {self.reward_name}"
+        with unchanged(name):
+            scores = self.reward(*deepcopy((prompts, responses, rows)))
         scores = scores.tolist() if hasattr(scores, "tolist") else scores  # of numpy or torch
         is_list = isinstance(scores, (list, tuple)) and len(scores) == len(rows)
         require(is_list, f"{name} returned {scores!r:.100}, which is no list of {len(rows)} numbers", code=1)
@@ -555,227 +765,6 @@ class Learner:
         return self.accelerator.reduce(torch.as_tensor(x, device=self.device), "sum")
 
 
-@torch.no_grad()
-def rollout(learner: Learner, rows: list[dict], args: Args) -> tuple[Rollout, dict[str, float], list[str]]:
-    """This process's trajectories, means over those of all processes as {tag: mean}, a few summaries to look at."""
-    tokenizer, device = learner.tokenizer, learner.device
-    prompts = encode_prompts(tokenizer, rows, args.prompt_length, args.instruction)
-    policy, start = learner.actor_critic.switch_to("policy_adapter"), time.perf_counter()
-    responses = generate(policy, prompts, args.rollout_batch_size, greedy=False)
-    generation_seconds = time.perf_counter() - start
-    summaries = [continuation(tokenizer, p, r, learner.ends) for p, r in zip(prompts, responses)]
-    posts = encode_prompts(tokenizer, rows, args.prompt_length)  # what a reward reads has no chat in it
-    posts = [tokenizer.decode(post, skip_special_tokens=True) for post in posts]
-    scores = torch.tensor(learner.score(posts, summaries, rows), device=device)
-
-    # pi_old, V and pi_ref from a fresh forward pass: generation has other log-probabilities (top-k) and other kernels.
-    mask = torch.zeros(len(prompts), args.response_length, dtype=torch.bool, device=device)
-    logprob, values, ref_logprob = torch.zeros(3, *mask.shape, device=device)
-    for batch in batches([len(p) + len(r) for p, r in zip(prompts, responses)], args.rollout_batch_size):
-        tokens, attention_mask, batch_mask = pad([prompts[i] for i in batch], [responses[i] for i in batch], device)
-        R = batch_mask.shape[1]
-        mask[batch, :R] = batch_mask
-        logprob[batch, :R], values[batch, :R] = learner.actor_critic(tokens, attention_mask, R)
-        ref_logprob[batch, :R] = learner.actor_critic.reference_logprobs(tokens, attention_mask, R)
-    logprob, values, ref_logprob = (torch.where(mask, x, 0.0) for x in (logprob, values, ref_logprob))
-
-    rewards = token_rewards(scores, logprob, ref_logprob, mask, args.kl_coef)
-    advantages, returns = gae(rewards, values, mask, args.gamma, args.gae_lambda)
-    kl, unexplained = (logprob - ref_logprob).sum(1).sum(), (returns - values)[mask].var() / returns[mask].var()
-    sums = {"objective/scores": scores.sum(), "objective/kl": kl, "objective/entropy": -logprob.sum()}
-    sums |= {"objective/non_score_reward": -args.kl_coef * kl, "objective/rlhf_reward": rewards.sum()}
-    sums |= {"val/response_length": mask.sum(), "losses/explained_variance": len(prompts) * (1 - unexplained)}
-    sums["val/eos_rate"] = torch.tensor(sum(response[-1] in learner.ends for response in responses))
-    means = learner.sum(torch.stack([x.float().to(device) for x in sums.values()])) / args.num_trajectories
-    metrics = dict(zip(sums, means.tolist())) | {"perf/generation_seconds": generation_seconds}
-    targets = encode_labels(tokenizer, rows, args.response_length) if args.target_coef else [[] for _ in rows]
-    samples = [f"{score:.3f} | {p} {s.strip()}" for score, p, s in zip(scores.tolist()[:4], posts, summaries)]
-    return Rollout(prompts, responses, targets, mask, logprob, values, advantages, returns), metrics, samples
-
-
-def backward(learner: Learner, trajectories: Rollout, rows: list[int], args: Args) -> dict[str, float]:
-    """Gradients of a minibatch, this process's rows of its rollout, and its losses as {tag: mean over processes}."""
-    minibatch_mask, advantages = trajectories.mask[rows], trajectories.advantages[rows]
-    normalized = normalize(advantages, minibatch_mask, learner.sum) if args.norm_adv else advantages
-    num_tokens = learner.sum(minibatch_mask.sum())
-    num_target_tokens = learner.sum(sum(len(trajectories.targets[i]) for i in rows)).clamp(min=1)
-    weights, sums = (args.clip_coef, args.alpha, args.beta, args.Z), {}
-    for start in range(0, len(rows), args.micro_batch_size):
-        micro = rows[start : start + args.micro_batch_size]
-        prompts, responses = ([x[i] for i in micro] for x in (trajectories.prompts, trajectories.responses))
-        targets = [trajectories.targets[i] for i in micro] if args.target_coef else []
-        prompts += prompts[: len(targets)]  # one pass of the policy over responses and targets
-        tokens, attention_mask, mask = pad(prompts, responses + targets, learner.device)
-        mask, target_mask, R = mask[: len(micro)], mask[len(micro) :], mask.shape[1]
-        A, A_normalized = (x[start : start + args.micro_batch_size, :R] for x in (advantages, normalized))
-        old_logprob, old_values = trajectories.logprob[micro, :R], trajectories.values[micro, :R]
-        last = start + args.micro_batch_size >= len(rows)
-        with nullcontext() if last else learner.accelerator.no_sync(learner.model):
-            logprob, values = learner.model(tokens, attention_mask, R, len(micro))
-            logprob, target_logprob = logprob[: len(micro)], logprob[len(micro) :]
-            policy_loss = symmetric_ppo_loss(logprob, old_logprob, A_normalized, *weights, mask)
-            returns = trajectories.returns[micro, :R]
-            value_loss = clipped_value_loss(values, old_values, returns, args.clip_coef_value, mask)
-            share = mask.sum() / num_tokens  # every mean is over the real tokens of the whole minibatch
-            target_loss = -torch.where(target_mask, target_logprob, 0.0).sum() / num_target_tokens
-            loss = share * (policy_loss + args.vf_coef * value_loss) + args.target_coef * target_loss
-            learner.accelerator.backward(loss * WORLD_SIZE)  # which averages the gradients
-
-        with torch.no_grad():
-            logratio = torch.where(mask, logprob - old_logprob, 0.0)
-            ratio, value_change = logratio.exp(), (values - old_values).abs()
-            for tag, value in {
-                "loss/policy_avg": share * policy_loss,
-                "loss/value_avg": share * value_loss,
-                "loss/target_avg": target_loss,
-                "policy/approxkl_avg": share * masked_mean(ratio - 1 - logratio, mask),  # TRL's: logratio^2 / 2
-                "policy/clipfrac_avg": share * masked_mean(((ratio - 1).abs() > args.clip_coef).float(), mask),
-                "val/clipfrac_avg": share * masked_mean((value_change > args.clip_coef_value).float(), mask),
-                "val/ratio": share * masked_mean(ratio, mask),
-                "losses/sign_flips": share * masked_mean(((A > 0) != (A_normalized > 0)).float(), mask),  # Figure 2
-            }.items():
-                sums[tag] = sums.get(tag, 0) + value
-    return dict(zip(sums, learner.sum(torch.stack(list(sums.values()))).tolist()))
-
-
-def train(args: Args, learner: Learner) -> None:
-    """Train from the checkpoint in run_dir where there is one, and leave a result.json."""
-    names = "update rollout_tokens rollout_seconds generation_seconds update_seconds wall_seconds"
-    counters = dict.fromkeys(names.split(), 0) | {"num_processes_from": {}} | load_checkpoint(args, learner)
-    counters["commit"], update = git_commit(), counters["update"]
-    start_time = time.monotonic() - counters["wall_seconds"]  # with the time of the processes before
-    if [*counters["num_processes_from"].values()][-1:] != [WORLD_SIZE]:
-        counters["num_processes_from"][str(update)] = WORLD_SIZE
-    kept = min(update, args.num_updates - 1) if update else -1  # the last row comes with the final evaluation
-    log = RunLog(args.run_dir, kept) if RANK == 0 else None
-    stop_signals = collect_signals()
-    if update == 0:
-        counters["before"], _ = evaluate(learner, args)
-        if RANK == 0:
-            log.write(0, counters["before"])
-
-    while update < args.num_updates:
-        # Rollout
-        torch.manual_seed(np.random.SeedSequence((args.seed, TRAINING, update, RANK)).generate_state(1)[0].item())
-        rollout_start = time.perf_counter()
-        indices = prompt_indices(len(learner.rows), update, args.num_trajectories, args.seed)[RANK::WORLD_SIZE]
-        trajectories, metrics, samples = rollout(learner, [learner.rows[i] for i in indices], args)
-
-        # Update
-        update_start = time.perf_counter()
-        update += 1
-        stats, rows_per_minibatch = [], args.minibatch_size // WORLD_SIZE
-        for _ in range(args.update_epochs):
-            order = torch.randperm(len(indices)).tolist()
-            for start in range(0, len(order), rows_per_minibatch):
-                learner.optimizer.zero_grad()
-                losses = backward(learner, trajectories, order[start : start + rows_per_minibatch], args)
-                grad_norm = learner.accelerator.clip_grad_norm_(learner.model.parameters(), args.max_grad_norm).item()
-                failed = f"seed {args.seed} of {args.dataset} failed in update {update}: the loss is not finite. "
-                require(np.isfinite(grad_norm), failed + "Try a lower --learning-rate or a lower --beta", code=1)
-                learner.optimizer.step()
-                stats.append(losses | {"losses/grad_norm": grad_norm})
-        spent = {"rollout_seconds": update_start - rollout_start, "update_seconds": time.perf_counter() - update_start}
-        spent["rollout_tokens"] = metrics["val/response_length"] * args.num_trajectories
-        spent["generation_seconds"] = metrics["perf/generation_seconds"]
-        counters |= {name: counters[name] + x for name, x in spent.items()}
-        counters |= {"update": update, "wall_seconds": time.monotonic() - start_time}
-
-        # Evaluate, log, save
-        metrics |= {tag: float(np.mean([s[tag] for s in stats])) for tag in stats[0]}
-        for phase, passes in (("rollout", 1), ("update", args.update_epochs)):
-            metrics[f"perf/{phase}_tokens_per_second"] = passes * spent["rollout_tokens"] / spent[f"{phase}_seconds"]
-        if args.eval_every and update % args.eval_every == 0 and update < args.num_updates:
-            metrics |= evaluate(learner, args)[0]
-        counters["metrics"] = metrics
-        stopped = learner.sum(len(stop_signals)) > 0  # in any process
-        if RANK == 0:
-            log.writer.add_text("samples", "\n\n".join(samples), update)
-            if update < args.num_updates:  # the last row has the final evaluation as well
-                log.write(update, metrics)
-            if update % args.checkpoint_every == 0 or update == args.num_updates or stopped:
-                save_checkpoint(args, learner, counters)
-            seconds = (counters["rollout_seconds"] + counters["update_seconds"]) / update * (args.num_updates - update)
-            progress = f"score {metrics['objective/scores']:.4f}  KL {metrics['objective/kl']:.3f}"
-            say(f"update {update} of {args.num_updates}  {progress}  {timedelta(seconds=int(seconds))} left")
-        if stopped:
-            learner.accelerator.wait_for_everyone()  # a process that ends makes torchrun stop the one that writes
-            raise KeyboardInterrupt
-
-    for number in (signal.SIGINT, signal.SIGTERM):  # from here on a stop loses nothing
-        signal.signal(number, signal.default_int_handler)
-    if RANK == 0:  # before the evaluation, in which a reward may fail
-        save_policy(learner, args)
-        say("trained and saved; evaluating")
-    metrics, samples = evaluate(learner, args)
-    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-    memory = torch.cuda.max_memory_allocated() if learner.device.type == "cuda" else memory
-    counters |= {"peak_memory_gib": learner.sum(memory / 2**30).item(), "wall_seconds": time.monotonic() - start_time}
-    if RANK == 0:
-        log.write(args.num_updates, counters["metrics"] | metrics)
-        save_results(learner, args, metrics, samples, counters)
-
-
-def evaluate(learner: Learner, args: Args) -> tuple[dict[str, float], list[dict]]:
-    """Scores and perplexity of Table 3, and ROUGE, on the validation posts as {tag: value}, and what was scored."""
-    tokenizer, ends, policy = learner.tokenizer, learner.ends, learner.actor_critic.switch_to("policy_adapter")
-    torch.manual_seed(np.random.SeedSequence((args.seed, EVALUATION, RANK)).generate_state(1)[0].item())
-    index = range(len(learner.validation))[: args.eval_samples or None][RANK::WORLD_SIZE]
-    rows = [learner.validation[i] for i in index]
-    prompts = encode_prompts(tokenizer, rows, args.prompt_length, args.instruction)
-    responses = generate(policy, prompts, args.rollout_batch_size, greedy=True)
-    posts = encode_prompts(tokenizer, rows, args.prompt_length)  # what a reward reads has no chat in it
-    posts = [tokenizer.decode(post, skip_special_tokens=True) for post in posts]
-    references = [row["label"].strip() for row in rows]
-    texts = {"score": [continuation(tokenizer, p, r, ends) for p, r in zip(prompts, responses)]}
-    texts |= {"score_reference": references, "score_empty": [""] * len(rows)}
-    texts["score_truncated"] = [continuation(tokenizer, p, r[: len(r) // 2], ends) for p, r in zip(prompts, responses)]
-    scored = {name: learner.score(posts, x, rows) for name, x in texts.items()}
-    rouge = [ROUGE.score(reference, text) for reference, text in zip(references, texts["score"])]
-    scored |= {name: [scores[name].fmeasure for scores in rouge] for name in ROUGE.rouge_types}
-    columns = {"index": index, "prompt": posts, "response": [text.strip() for text in texts["score"]]}
-    columns |= {"reference": references} | scored
-    samples = [dict(zip(columns, values)) for values in zip(*columns.values())]
-    samples = sorted(accelerate.utils.gather_object(samples), key=lambda sample: sample["index"])
-    metrics = {f"eval/{name}": float(np.mean([sample[name] for sample in samples])) for name in scored}
-    for name in ("empty", "truncated"):  # how often these score above the policy's own (compare Figure 1, Table 15)
-        metrics[f"eval/{name}_wins"] = float(np.mean([s[f"score_{name}"] > s["score"] for s in samples]))
-    texts = [sample["reference"] for sample in samples]
-    metrics["eval/perplexity"] = perplexity(learner, learner.actor_critic.switch_to("policy_adapter"), texts)
-    rouge = " / ".join(f"{100 * metrics[f'eval/{name}']:.1f}" for name in ROUGE.rouge_types)
-    say(f"evaluation: score {metrics['eval/score']:.4f}, perplexity {metrics['eval/perplexity']:.2f}, ROUGE {rouge}")
-    return metrics, samples
-
-
-def evaluate_saved(args: Args) -> None:
-    """--evaluate: the final evaluation of a finished run's policy again."""
-    path = Path(args.run_dir, "policy")
-    has_adapter = (path / "adapter_model.safetensors").exists()
-    require(has_adapter, f"{args.run_dir} holds no policy: it is written at the end of training")
-    weights = load_pretrained(args, "evaluate", str(path), peft.load_peft_weights, device="cpu")
-    learner = Learner(args)
-    learner.actor_critic.load_adapter("policy_adapter", weights, str(path))
-    evaluate(learner, args)
-
-
-@torch.no_grad()
-def perplexity(learner: Learner, policy: PreTrainedModel, texts: list[str]) -> float:
-    """Perplexity of texts, joined by blank lines: strides of 512 tokens after as many as the policy has room for."""
-    text = learner.tokenizer("\n\n".join(texts), add_special_tokens=False, verbose=False).input_ids
-    tokens = torch.tensor([begin_tokens(learner.tokenizer) + text], device=learner.device)
-    room = min(num_positions(policy), 2048)  # no more than GPT-J has
-    stride = min(512, room // 2)
-    loss = torch.zeros((), dtype=torch.float64, device=learner.device)
-    for start in range(0, tokens.shape[1], stride)[RANK::WORLD_SIZE]:
-        window = tokens[:, max(0, start + stride - room) : start + stride]
-        num_predicted = min(stride, tokens.shape[1] - start) - (start == 0)  # nothing predicts the first token
-        if num_predicted:
-            loss -= response_logprobs(policy, window, torch.ones_like(window), num_predicted).sum()
-    return (learner.sum(loss) / (tokens.shape[1] - 1)).exp().item()
-
-
-# Nothing below knows the algorithm.
-
 RULES = """
 --num-updates >= 1, --prompt-length >= 1, --response-length >= 1, --num-trajectories >= 1, --update-epochs >= 1
 --minibatch-size >= 1, --micro-batch-size >= 1, --rollout-batch-size >= 1, --checkpoint-every >= 1, --lora-rank >= 1
@@ -785,18 +774,15 @@ RULES = """
 0 < --learning-rate < inf, 0 <= --weight-decay < inf, 0 <= --gamma <= 1, 0 <= --gae-lambda <= 1
 0 <= --min-response-length <= --response-length, --num-trajectories % --minibatch-size == 0
 --minibatch-size % WORLD_SIZE == 0, --eval-samples == 0 or --eval-samples >= WORLD_SIZE
-"""  # of arguments, in the flags' spelling: the one that does not hold is the error message
-
-
-def fail(message: object, code: int = 2) -> None:
-    """End in one line: code 2 for a wrong argument, 1 for what a run can meet. A bug keeps Python's traceback."""
-    say(f"error: {' '.join(str(message).split())}", sys.stderr)
-    raise SystemExit(code)
+"""  # of arguments, in the flags' spelling; the message names the rule that is broken
 
 
 def require(condition: object, message: object, code: int = 2) -> None:
+    """End in one line where the condition does not hold: code 2 for a wrong argument, 1 for what a run can meet."""
     if not condition:
-        fail(message, code)
+        process = f"process {RANK}: " if RANK else ""
+        print(f"error: {process}{' '.join(str(message).split())}", file=sys.stderr)
+        raise SystemExit(code)
 
 
 def say(text: str, file=None) -> None:
@@ -807,282 +793,293 @@ def say(text: str, file=None) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), (file or sys.stdout).fileno())
 
 
-def check_args(args: Args) -> None:
+def parse_args(args: Args) -> Args:
+    """Checks arguments; those of the run in --resume or --evaluate stay what they were, but for MAY_CHANGE."""
+    require(args.resume is None or args.evaluate is None, "give --resume or --evaluate, not both")
+    run = args.resume if args.evaluate is None else args.evaluate
+    if run is None:
+        name = f"{Path(args.dataset).name}__{SCRIPT}__{args.seed}__{datetime.now():%Y%m%d-%H%M%S-%f}"
+        args = replace(args, run_dir=args.run_dir or f"runs/{name}")
+        used = os.path.isfile(args.run_dir) or (os.path.isdir(args.run_dir) and os.listdir(args.run_dir))
+        hint = f"name another, or try --resume {shlex.quote(args.run_dir)}"
+        require(not used, f"--run-dir {args.run_dir} is in use: {hint}")
+    else:
+        path = Path(run, "args.json")
+        require(run and path.exists(), f"{run or 'an empty name'}: there is no run, no args.json")
+        content = json.loads(path.read_text() or "{}")  # a kill in the first moment leaves it empty
+        require(content.get("script") == SCRIPT, f"{run} is of {content.get('script')}, not of {SCRIPT}")
+        known = {name: x for name, x in content["args"].items() if name in vars(args) and x is not None}
+        saved = Args(**known | {"run_dir": run, "resume": args.resume, "evaluate": args.evaluate})
+        args = tyro.cli(Args, default=saved)
+        changed = {name for name, x in vars(args).items() if x != getattr(saved, name)} - MAY_CHANGE
+        drop = ", ".join(f"--{name.replace('_', '-')}" for name in sorted(changed))
+        require(not drop, f"{run} keeps its arguments: drop {drop}")
     for rule in RULES.strip().replace("\n", ", ").split(", "):
         values = re.sub(r"--([\w-]+)", lambda flag: str(getattr(args, flag[1].replace("-", "_"))), rule)
-        if not eval(values, {"inf": np.inf, "nan": np.nan, "WORLD_SIZE": WORLD_SIZE}):
-            fail(f"{rule} must hold, and {values} does not".replace("WORLD_SIZE", f"{WORLD_SIZE} processes"))
-    for name in args.revision or {}:
-        tokenizer = args.tokenizer or TOKENIZERS.get(args.policy)
-        used = name in (args.policy, tokenizer, args.reward_model, args.dataset) and not Path(name).exists()
-        require(used, f"--revision {name} is no hub id among --policy, --tokenizer, --reward-model and --dataset")
-    four_bit = args.base_precision == "4bit", "--base-precision 4bit", "bitsandbytes"
-    for wanted, flag, package in ((args.track, "--track", "wandb"), four_bit):
-        if wanted and not any(metadata.distributions(name=package)):  # an empty folder could be imported
-            fail(f"{flag} needs {package}: pip install {package}")
+        holds = eval(values, {"inf": np.inf, "nan": np.nan, "WORLD_SIZE": WORLD_SIZE})
+        require(holds, f"{rule} must hold, and {values} does not".replace("WORLD_SIZE", f"{WORLD_SIZE} processes"))
+    hub_ids = {args.policy, args.tokenizer, *TOKENIZERS.values(), args.reward_model, args.dataset}
+    unused = [name for name in args.revision if name not in hub_ids or Path(name).exists()]
+    require(not unused, f"--revision: {', '.join(unused)} is no hub id of the policy, tokenizer, reward model or data")
+    packages = {
+        "--track": ("wandb", args.track),
+        "--base-precision 4bit": ("bitsandbytes", args.base_precision == "4bit"),
+    }
+    for flag, (package, wanted) in packages.items():
+        installed = any(metadata.distributions(name=package))  # an empty folder could be imported
+        require(installed or not wanted, f"{flag} needs {package}: pip install {package}")
+    return args
 
 
-def load_pretrained(args: Args, flag: str, name: str, from_pretrained: Callable, **options):
-    """from_pretrained(name), hub id or local folder. Ends with one line that says what to give instead."""
-    if name in (args.revision or {}):
-        options["revision"] = args.revision[name]
+@contextmanager
+def loading(flag: str, name: str) -> Iterator[None]:
+    """Ends in one line, with the reason and what to give instead, where a library cannot load what a user names."""
     try:
-        return from_pretrained(name, **options)
-    except (OSError, ValueError, SafetensorError, datasets.exceptions.DatasetsError, StrictDataclassError) as error:
-        reason = (str(error.__cause__ or error) or repr(error)).splitlines()[0]
+        yield
+    except Exception as error:
+        reason = " ".join(str(error.__cause__ or error).split())[:300] or repr(error)
         instead = "a hub id that can be reached from here, or a local folder, such as benchmark/rlhf_assets.py makes"
-        fail(f"--{flag} {name} cannot be loaded ({reason}): give {instead}")
+        require(False, f"--{flag} {name} cannot be loaded ({reason}): give {instead}")
 
 
 def load_network(args: Args, flag: str, name: str, auto_class: type, **options) -> tuple:
     """A model and its tokenizer. Ends where weights are missing, or the tokenizer is not one for this model."""
-    options |= {"output_loading_info": True, "trust_remote_code": False}  # code that comes with a model is never run
-    model, info = load_pretrained(args, flag, name, auto_class.from_pretrained, **options)
-    missing = ", ".join(sorted(info["missing_keys"])[:5])  # transformers draws them at random
-    require(not missing, f"--{flag} {name} has no weights for {missing} of {type(model).__name__}")
+    options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}  # which it tells as well
+    with loading(flag, name):
+        adapter = transformers.utils.find_adapter_config_file(name, revision=args.revision.get(name))
+        require(not adapter, f"--{flag} {name} is an adapter: give a model that it has been merged into")
+        options |= {"revision": args.revision.get(name), "trust_remote_code": False}  # runs no code of a model's folder
+        model, info = auto_class.from_pretrained(name, **options)
+    missing = {*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])}  # drawn at random
+    names = f"{', '.join(sorted(missing)[:5])} of {type(model).__name__}"
+    require(not missing, f"--{flag} {name} has no weights, of the configuration's shape, for {names}")
     if flag == "policy" and (other := args.tokenizer or TOKENIZERS.get(name)):
         flag, name = "tokenizer", other
-    tokenizer = load_pretrained(args, flag, name, transformers.AutoTokenizer.from_pretrained, trust_remote_code=False)
-    tokens = tokenizer("text", add_special_tokens=False).input_ids  # transformers may make an empty tokenizer up
+    with loading(flag, name):
+        load = transformers.AutoTokenizer.from_pretrained
+        tokenizer = load(name, revision=args.revision.get(name), trust_remote_code=False)
+        tokens = tokenizer("text", add_special_tokens=False).input_ids  # transformers may make an empty tokenizer up
     require(tokens, f"--{flag} {name} has no tokenizer{': give one with --tokenizer' * (flag == 'policy')}")
-    rows = model.get_input_embeddings().num_embeddings
-    require(len(tokenizer) <= rows, f"--{flag} {name}: {len(tokenizer)} tokens, {rows} embeddings: different models")
+    rows, largest = model.get_input_embeddings().num_embeddings, max(tokenizer.get_vocab().values())
+    require(largest < rows, f"--{flag} {name}: tokens up to {largest}, {rows} embeddings: different models")
     has_end = flag == "reward-model" or tokenizer.eos_token_id is not None
     require(has_end, f"--{flag} {name}: the tokenizer has no end-of-text token")
     return model, tokenizer
 
 
-def hub_commit(args: Args, name: str) -> str | None:
-    """Commit of the files in the cache that a hub id was loaded from; None for a local folder."""
-    for file in () if Path(name).exists() else ("config.json", "adapter_config.json", "tokenizer_config.json"):
-        path = huggingface_hub.try_to_load_from_cache(name, file, revision=(args.revision or {}).get(name))
-        if isinstance(path, str):
-            return Path(path).parent.name
+def num_positions(model: PreTrainedModel) -> int:
+    """Number of positions. Those of RoBERTa and its like begin behind the padding token's id, which leaves fewer."""
+    sizes = (getattr(model.config.get_text_config(), name, None) for name in ("max_position_embeddings", "max_seq_len"))
+    tables = [module for name, module in model.named_modules() if name.endswith("position_embeddings")]
+    paddings = (getattr(table, "padding_idx", None) for table in tables)
+    return next(filter(None, sizes), sys.maxsize) - next((i + 1 for i in paddings if i is not None), 0)
 
 
-def read_file(file: str) -> datasets.DatasetDict:
-    """The data set in a CSV, Parquet or JSON file: a row a line, one list, or an object with lists of rows in it."""
-    path, lists = Path(file), {}
-    with suppress(json.JSONDecodeError):  # a row a line
-        content = json.loads(path.read_text(encoding="utf-8")) if path.suffix == ".json" else None
-        if isinstance(content, dict):
-            lists = {key: x for key, x in content.items() if isinstance(x, list) and x and isinstance(x[0], dict)}
-    if lists:
-        names = ["train"] if len(lists) == 1 else lists  # under whatever key
-        return datasets.DatasetDict(zip(names, map(datasets.Dataset.from_list, lists.values())))
-    kind = path.suffix[1:] if path.suffix in (".csv", ".parquet") else "json"
-    return datasets.load_dataset(kind, data_files=file)
+@torch.no_grad()
+def check_policy(args: Args, model: PreTrainedModel, prompt_length: int, tolerance: float) -> None:
+    """Ends where a prompt and its response may be too long for the model, or where log-probabilities of a short text
+    change when the text goes on, or when it is padded beside a text of the run's full length."""
+    length, room = prompt_length + args.response_length, num_positions(model)
+    require(length <= room, f"--prompt-length + --response-length are {length} tokens; the policy has {room} positions")
+    has_body, kind = model.base_model is not model, type(model).__name__
+    require(has_body, f"--policy {args.policy}: transformers has no {kind} without its head")
+    p, r, rows = min(prompt_length, 3), min(args.response_length, 4), model.get_input_embeddings().num_embeddings
+    text = [3 * (i % 19 + 1) % rows for i in range(max(length, 20))]
+    texts = (torch.tensor([text[:n]], device=model.device) for n in (p + r, min(room, 20)))
+    logits = (model(x, use_cache=False).logits[:, p - 1 : p + r - 1].float().log_softmax(-1) for x in texts)
+    tokens = torch.tensor([text[p : p + r]], device=model.device).unsqueeze(-1)
+    alone, longer = (x.gather(-1, tokens).squeeze(-1) for x in logits)
+    check_same("policy", args.policy, longer, alone, tolerance, what="what comes after a token")
+    tokens, mask, _ = pad([text[:p], text[:prompt_length]], [text[p : p + r], text[prompt_length:length]], model.device)
+    beside = response_logprobs(model, tokens, mask, args.response_length)[:1, :r]
+    check_same("policy", args.policy, beside, alone, tolerance)
 
 
-def load_rows(args: Args, columns: Sequence[str]) -> tuple[list[dict], list[dict], str | None]:
+def check_same(flag, name, changed: Tensor, alone: Tensor, tolerance: float, what="padding or a longer text beside it"):
+    error, others = (changed - alone).abs().max().item(), "docs/language-models.md names models for which it does not"
+    require(error <= tolerance, f"--{flag} {name}: {what} changes its numbers by {error:.2g}; {others}")
+
+
+def load_rows(args: Args, columns: list[str]) -> tuple[list[dict], list[dict], str | None]:
     """Rows of the training and the validation split, and the commit on the hub. Ends where a column is not all text."""
     name, path = args.dataset, Path(args.dataset)
-    require(not path.is_file() or path.stat().st_size, f"--dataset {name} is empty")
-    on_disk = (path / "dataset_dict.json").exists() or (path / "dataset_info.json").exists()
-    load = read_file if path.is_file() else datasets.load_from_disk if on_disk else datasets.load_dataset
-    data = load_pretrained(args, "dataset", name, load)
-    data = data if isinstance(data, datasets.DatasetDict) else {"train": data}
-    require("train" in data, f"--dataset {name} has no split train, only {', '.join(data)}")
-    train, validation = data["train"], data.get("validation", data.get("valid"))
+    kind = FILES.get(path.suffix.lower())
+    require(kind or not path.is_file(), f"--dataset {name} is no file of a kind that is read: {', '.join(FILES)}")
+    with loading("dataset", name):
+        if path.is_file():
+            data = datasets.load_dataset(kind, data_files=name)
+        elif any(path.glob("dataset_*.json")):
+            data = datasets.load_from_disk(name)
+        else:
+            data = datasets.load_dataset(name, revision=args.revision.get(name))
+        data = data if isinstance(data, datasets.DatasetDict) else {"train": data}
+        require("train" in data, f"--dataset {name} has no split train, only {', '.join(data)}")
+        train, validation = data["train"], data.get("validation", data.get("valid"))
+        rows = train.to_list() + (validation.to_list() if validation else [])
+    why = "; pandas takes CSV cells such as None, null and N/A for missing" if kind == "csv" else ""
+    for number, row in enumerate(rows, 1):
+        wrong = " and ".join(column for column in columns if not isinstance(row.get(column), str))
+        what = f"whose {wrong} is no text; its columns are {', '.join(row)}{why}"
+        require(not wrong, f"--dataset {name} has a row (number {number}) {what}")
     commit = re.search(r"/([0-9a-f]{40})/", str(train.cache_files))  # names a folder of the cache
     if validation is None:
-        others = ", ".join(split for split in data if split != "train")
-        if others:
+        if others := ", ".join(split for split in data if split != "train"):
             say(f"--dataset {name} has no split validation: a fifth of train is; {others} is not used")
         require(len(train) > 1, f"--dataset {name} has {len(train)} rows: too few for training and validation")
         train, validation = train.train_test_split(test_size=0.2, seed=args.seed).values()
-    try:
-        train, validation = train.to_list(), validation.to_list()
-    except UnicodeDecodeError as error:
-        fail(f"--dataset {name} has text that is not UTF-8: {error}")
-    for row in train + validation:
-        wrong = " and ".join(column for column in columns if not isinstance(row.get(column), str))
-        require(not wrong, f"--dataset {name} has a row whose {wrong} is no text; its columns are {', '.join(row)}")
-    return train, validation, commit and commit[1]
+    return train.to_list(), validation.to_list(), commit and commit[1]
 
 
-def collect_signals() -> list[int]:
-    """Ctrl-C and SIGTERM go into the returned list, so that the update ends with a checkpoint; a second one kills."""
-    received = []
+class Run:
+    """A run's directory: args.json, TensorBoard, curves.csv, checkpoint.pt, policy/, and when it has finished
+    eval_samples.jsonl and result.json. The first process writes. rows are those of curves.csv, at full precision."""
 
-    def handler(number: int, _) -> None:
-        received.append(number)
+    def __init__(self, args: Args, learner: Learner):
+        """Make and lock the directory, or take that of --resume and load its last checkpoint."""
+        self.args, self.learner, self.folder = replace(args, resume=None), learner, Path(args.run_dir)
+        self.rows, self.num_processes_from, wall_seconds = [], {}, 0.0
+        if RANK == 0:
+            self.open(args)
+        if (path := self.folder / "checkpoint.pt").exists():
+            state = torch.load(path, map_location="cpu", weights_only=True)
+            version = state.get("version", 1)
+            require(version == VERSION, f"{path} is of version {version} of {SCRIPT}.py: continue it with that one")
+            model = {name: state["model"][name] for name in learner.trained}
+            learner.actor_critic.load_state_dict(model, strict=False)
+            learner.optimizer.load_state_dict(state["optimizer"])
+            self.rows, self.num_processes_from, wall_seconds = state["progress"]
+        if [*self.num_processes_from.values()][-1:] != [WORLD_SIZE]:
+            self.num_processes_from[str(max(0, len(self.rows) - 1))] = WORLD_SIZE
+        self.start_time, self.signals = time.monotonic() - wall_seconds, []
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self.stop)
+        git = f"git rev-parse HEAD && git status --porcelain -- {shlex.quote(__file__)} | grep -q . && echo -dirty"
+        done = subprocess.run(git, shell=True, cwd=Path(__file__).parent, capture_output=True, text=True)
+        self.commit = "".join(done.stdout.split()) or None  # dirty: this file has been changed
+        if RANK == 0 and args.track:
+            import_module("wandb").init(dir=args.run_dir, config=asdict(args), sync_tensorboard=True, resume="auto")
+        self.writer = SummaryWriter(args.run_dir, purge_step=len(self.rows)) if RANK == 0 else None
+
+    def open(self, args: Args) -> None:
+        """Make the directory with args.json, or take that of --resume, and lock it."""
+        new = os.O_CREAT | os.O_EXCL if args.resume is None else 0
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            file = os.open(self.folder / "args.json", os.O_RDWR | new, 0o666)
+        except OSError as error:
+            require(error.errno in DISK_FULL, f"--run-dir {self.folder} cannot be made: {error.strerror}")
+            raise
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the system drops it with the process
+        except OSError as error:  # another error: this file system has no locks, go on without
+            require(error.errno not in LOCKED, f"{self.folder} is being trained by another process")
+        if new:
+            os.write(file, json.dumps({"script": SCRIPT, "args": asdict(args)}, indent=2).encode())
+        resume = [*sys.orig_argv[: len(sys.orig_argv) - len(sys.argv) + 1], "--resume", args.run_dir]
+        say(f"run directory {args.run_dir}; should it stop, go on with: {shlex.join(resume)}")
+
+    def stop(self, number: int, _) -> None:
+        """Ctrl-C or SIGTERM: the update ends with a checkpoint; a second one kills."""
+        self.signals.append(number)
         signal.signal(number, signal.SIG_DFL)
         say("stopping when this update has ended and is saved; once more stops at once", sys.stderr)
 
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, handler)
-    return received
+    def log(self, update: int, metrics: dict[str, float], samples: list[str] | None = None) -> None:
+        """Log {tag: value}, any tags, as the row of an update, or as more of it where it is there."""
+        if update == len(self.rows):
+            self.rows.append({"update": update})
+        self.rows[update] |= metrics
+        if RANK == 0:
+            columns = {tag: tag for row in self.rows for tag in row}
+            rows = [{tag: f"{x:.6g}" for tag, x in row.items()} for row in self.rows]
+            with (temporary := self.folder / "curves.csv.tmp").open("w", newline="") as file:
+                csv.DictWriter(file, columns, lineterminator="\n").writerows([columns, *rows])
+            temporary.replace(self.folder / "curves.csv")
+            for tag, value in metrics.items():
+                self.writer.add_scalar(tag, value, update)
+            if samples:
+                self.writer.add_text("samples", "\n\n".join(samples), update)
+            self.writer.flush()  # a kill loses nothing that a later checkpoint counts as written
 
+    def save(self) -> None:
+        if RANK == 0:
+            state = {"version": VERSION, "model": {name: p.detach() for name, p in self.learner.trained.items()}}
+            state["optimizer"] = self.learner.optimizer.state_dict()
+            state["progress"] = self.rows, self.num_processes_from, time.monotonic() - self.start_time
+            with (temporary := self.folder / "checkpoint.pt.tmp").open("wb") as file:
+                torch.save(state, file)
+            temporary.replace(self.folder / "checkpoint.pt")
 
-def write_atomic(path: Path, content: bytes | memoryview) -> None:
-    """Write, then rename: a kill or a full disk leaves the old file or the new one."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_bytes(content)
-    temporary.replace(path)
+    def save_policy(self) -> None:
+        """The policy's adapter as a folder that peft loads (safetensors, configuration), with the tokenizer."""
+        for number in (signal.SIGINT, signal.SIGTERM):  # from here on a stop loses nothing
+            signal.signal(number, signal.default_int_handler)
+        if RANK == 0:  # the checkpoint stays until there is a result, and writes this folder again
+            folder, temporary = self.folder / "policy", self.folder / "policy.tmp"
+            self.learner.actor_critic.adapters.save_pretrained(temporary, selected_adapters=["policy_adapter"])
+            self.learner.tokenizer.save_pretrained(temporary / "policy_adapter")
+            shutil.rmtree(folder, ignore_errors=True)  # of a process whose evaluation did not end
+            os.replace(temporary / "policy_adapter", folder)
+            shutil.rmtree(temporary)
+            say("trained and saved; evaluating")
 
-
-class RunLog:
-    """TensorBoard and curves.csv of a run. Rows after that update, of a killed run, go."""
-
-    def __init__(self, run_dir: str, update: int):
-        self.writer = SummaryWriter(run_dir, purge_step=update + 1)
-        self.path, self.columns, self.rows = Path(run_dir, "curves.csv"), {}, []
-        if self.path.exists():
-            rows = csv.DictReader(self.path.read_text().splitlines())  # one that a kill cut short lacks its last values
-            self.rows = [row for row in rows if None not in row.values() and int(row["update"]) <= update]
-
-    def write(self, update: int, metrics: dict[str, float]) -> None:
-        """Log {tag: value}, any tags. curves.csv gets one more row, and is written anew where a tag is new."""
-        self.rows.append({"update": update} | {tag: f"{x:.6g}" for tag, x in metrics.items()})
-        path, mode, rows = self.path, "a", self.rows[-1:]
-        if not rows[0].keys() <= self.columns.keys():
-            self.columns = {tag: tag for row in self.rows for tag in row}
-            path, mode, rows = self.path.with_name("curves.csv.tmp"), "w", [self.columns, *self.rows]
-        with path.open(mode, newline="") as file:
-            csv.DictWriter(file, self.columns, lineterminator="\n").writerows(rows)
-        path.replace(self.path)
-        for tag, value in metrics.items():
-            self.writer.add_scalar(tag, value, update)
-        self.writer.flush()  # a kill loses nothing that a later checkpoint counts as written
-
-
-def save_checkpoint(args: Args, learner: Learner, counters: dict) -> None:
-    model, buffer = {name: p.detach() for name, p in learner.trained.items()}, io.BytesIO()
-    state = {"model": model, "optimizer": learner.optimizer.state_dict()}
-    torch.save({"version": VERSION, "learner": state, "counters": counters}, buffer)
-    write_atomic(Path(args.run_dir, "checkpoint.pt"), buffer.getbuffer())
-
-
-def load_checkpoint(args: Args, learner: Learner) -> dict:
-    """Load the run's last checkpoint into learner and return its counters, {} before the first."""
-    path = Path(args.run_dir, "checkpoint.pt")
-    if not path.exists():
-        return {}
-    state = torch.load(path, map_location="cpu", weights_only=True)
-    if state.get("version") != VERSION:
-        fail(f"{path} was written by version {state.get('version', 1)} of {SCRIPT}.py: continue it with that one")
-    model, optimizer = state["learner"]["model"], state["learner"]["optimizer"]
-    learner.actor_critic.load_state_dict({name: model[name] for name in learner.trained}, strict=False)
-    learner.optimizer.load_state_dict(optimizer)
-    return state["counters"]
-
-
-def save_policy(learner: Learner, args: Args) -> None:
-    """The policy's adapter as a folder that peft loads (safetensors, configuration), with the tokenizer."""
-    folder, temporary = Path(args.run_dir, "policy"), Path(args.run_dir, "policy.tmp")
-    try:
-        learner.actor_critic.adapters.save_pretrained(temporary, selected_adapters=["policy_adapter"])
-        learner.tokenizer.save_pretrained(temporary / "policy_adapter")
-        shutil.rmtree(folder, ignore_errors=True)  # of a process whose evaluation did not end
-        os.replace(temporary / "policy_adapter", folder)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-
-
-def save_results(learner: Learner, args: Args, metrics: dict, samples: list[dict], counters: dict) -> None:
-    """What a finished run leaves besides its policy: eval_samples.jsonl and result.json, and no checkpoint."""
-    run_dir = Path(args.run_dir)
-    write_atomic(run_dir / "eval_samples.jsonl", "".join(json.dumps(sample) + "\n" for sample in samples).encode())
-    versions = {d.name: d.version for d in metadata.distributions() if d.name in PACKAGES}
-    scores, before = ({tag.replace("/", "_"): x for tag, x in m.items()} for m in (metrics, counters["before"]))
-    result = {"script": SCRIPT, "policy": args.policy, "dataset": args.dataset, "seed": args.seed, "args": asdict(args)}
-    result |= {"reward_model": args.reward_function or args.reward_model, "num_updates": counters["update"]} | scores
-    result |= {"eval_scores": [round(sample["score"], 6) for sample in samples], "before": before}
-    for phase, passes in (("rollout", 1), ("update", args.update_epochs)):
-        result[f"{phase}_tokens_per_second"] = passes * counters["rollout_tokens"] / counters[f"{phase}_seconds"]
-    seconds = counters["rollout_seconds"] + counters["update_seconds"]
-    result["generation_time_share"] = counters["generation_seconds"] / seconds
-    result["device"] = torch.cuda.get_device_name() if learner.device.type == "cuda" else "cpu"
-    result |= {name: counters[name] for name in ("num_processes_from", "peak_memory_gib", "wall_seconds", "commit")}
-    result |= {"num_processes": WORLD_SIZE, "versions": versions | {"python": sys.version.split()[0]}}
-    result["hub_commits"] = {name: commit for name, commit in learner.hub_commits.items() if commit}
-    write_atomic(run_dir / "result.json", (json.dumps(result, indent=2) + "\n").encode())
-    (run_dir / "checkpoint.pt").unlink()  # it is several times as large as the policy
-    say(f"everything is in {run_dir}")
-
-
-def git_commit() -> str | None:
-    """Commit of the repository this file is in, with "-dirty" when this file differs; None outside a repository."""
-    git = f"git rev-parse HEAD && git status --porcelain -- {shlex.quote(__file__)} | grep -q . && echo -dirty"
-    done = subprocess.run(git, shell=True, cwd=Path(__file__).parent, capture_output=True, text=True)
-    return "".join(done.stdout.split()) or None
-
-
-def find_run(args: Args) -> Args:
-    """The arguments of the run in --resume or --evaluate, with what may change; else args and a free place."""
-    run = args.resume if args.evaluate is None else args.evaluate
-    if run is None:  # before models are loaded, which may take minutes
-        name = f"{Path(args.dataset).name}__{SCRIPT}__{args.seed}__{datetime.now():%Y%m%d-%H%M%S-%f}"
-        run_dir = Path(args.run_dir or f"runs/{name}")
-        unused = not run_dir.exists() or (run_dir.is_dir() and not any(run_dir.iterdir()))
-        require(unused, f"--run-dir {run_dir} is in use: name another, or try --resume {shlex.quote(str(run_dir))}")
-        return replace(args, run_dir=str(run_dir))
-    path = Path(run, "args.json")
-    require(run and path.exists(), f"{run or 'an empty name'}: there is no run, no args.json")
-    content = json.loads(path.read_text() or "{}")  # a kill in the first moment leaves it empty
-    script = content.get("script") or "something else"
-    require(script == SCRIPT, f"{run} is of {script}, not of {SCRIPT}")
-    saved = {name: x for name, x in content["args"].items() if name in vars(args)}  # those that are no more are ignored
-    return tyro.cli(Args, default=Args(**saved | {"run_dir": str(path.parent)}))
-
-
-def open_run(args: Args) -> None:
-    """Make the run directory with args.json, or take that of --resume. No other process can write there."""
-    path = Path(args.run_dir, "args.json")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        file = os.open(path, os.O_RDWR | (os.O_CREAT | os.O_EXCL if args.resume is None else 0), 0o666)
-    except OSError as error:
-        fail(f"{path} cannot be made: {error.strerror}", code=1 if error.errno in DISK_FULL else 2)
-    try:
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the system drops it with the process
-    except OSError as error:
-        if error.errno in (errno.EACCES, errno.EAGAIN):  # and is no file system without locks
-            fail(f"{args.run_dir} is being trained by another process")
-    if args.resume is None:
-        os.write(file, json.dumps({"script": SCRIPT, "args": asdict(args)}, indent=2).encode())
-    resume = [*sys.orig_argv[: len(sys.orig_argv) - len(sys.argv) + 1], "--resume", args.run_dir]
-    say(f"run directory {args.run_dir}; should it stop, go on with: {shlex.join(resume)}")
+    def finish(self, metrics: dict[str, float], samples: list[dict]) -> None:
+        """eval_samples.jsonl and result.json of a run that has ended; its checkpoint goes."""
+        args, on_gpu, (before, *updates) = self.args, self.learner.device.type == "cuda", self.rows
+        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+        memory = self.learner.sum((torch.cuda.max_memory_allocated() if on_gpu else memory) / 2**30).item()
+        if RANK > 0:
+            return
+        scores, before = ({tag.replace("/", "_"): row[tag] for tag in metrics} for row in (metrics, before))
+        tokens = args.num_trajectories * sum(row["val/response_length"] for row in updates)
+        phases = "generation", "rollout", "update"
+        generation, rollout, update = (sum(row[f"perf/{phase}_seconds"] for row in updates) for phase in phases)
+        result = {"script": SCRIPT, "policy": args.policy, "dataset": args.dataset, "seed": args.seed}
+        result |= {"args": asdict(args), "reward_model": self.learner.reward_name, "num_updates": len(updates)} | scores
+        result |= {"eval_scores": [round(sample["score"], 6) for sample in samples], "before": before}
+        result |= {"rollout_tokens_per_second": tokens / rollout, "peak_memory_gib": memory}
+        result["update_tokens_per_second"] = args.update_epochs * tokens / update
+        result |= {"generation_time_share": generation / (rollout + update), "num_processes": WORLD_SIZE}
+        result |= {"num_processes_from": self.num_processes_from, "wall_seconds": time.monotonic() - self.start_time}
+        result |= {"device": torch.cuda.get_device_name() if on_gpu else "cpu", "commit": self.commit}
+        result["hub_commits"] = self.learner.hub_commits
+        versions = {d.name: d.version for d in metadata.distributions() if d.name in PACKAGES}
+        result["versions"] = versions | {"python": sys.version.split()[0]}
+        (self.folder / "eval_samples.jsonl").write_text("".join(json.dumps(sample) + "\n" for sample in samples))
+        (temporary := self.folder / "result.json.tmp").write_text(json.dumps(result, indent=2) + "\n")
+        temporary.replace(self.folder / "result.json")
+        (self.folder / "checkpoint.pt").unlink()  # it is several times as large as the policy
+        say(f"everything is in {self.folder}")
 
 
 def main() -> None:
-    std = sys.stdin, sys.stdout, sys.stderr  # the number of a closed one must not go to a file of the run
+    std = sys.stdin, sys.stdout, sys.stderr  # reopen closed ones: the next file would get descriptor 0, 1 or 2
     sys.stdin, sys.stdout, sys.stderr = (file or open(os.devnull, "w") for file in std)  # noqa: SIM115
-    args = tyro.cli(Args, description=__doc__)
-    typed = {flag.partition("=")[0].replace("_", "-") for flag in sys.argv[1:] if flag.startswith("--")}
-    for flag in ("--resume", "--evaluate"):
-        if flag in typed and (extra := typed - {flag, *MAY_CHANGE}):
-            fail(f"{flag} takes its arguments from the run: drop {', '.join(sorted(extra))}")
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
     for library in (transformers.utils, huggingface_hub.utils, datasets):
         library.logging.set_verbosity(library.logging.CRITICAL)  # errors come as exceptions
     transformers.utils.logging.disable_progress_bar()
     datasets.disable_progress_bars()
-    args = find_run(args)
-    check_args(args)
+    args = parse_args(tyro.cli(Args, description=__doc__))
     if args.resume is not None and Path(args.run_dir, "result.json").exists():
         return say(f"{args.run_dir} has finished; --evaluate evaluates its policy again")
     try:
-        if args.evaluate is not None:
-            return evaluate_saved(args)
-        if RANK == 0 and args.resume is not None:
-            open_run(args)
         learner = Learner(args)
-        if RANK == 0 and args.resume is None:  # when everything is loaded and fits
-            open_run(args)
-        if RANK == 0 and args.track:
-            import_module("wandb").init(dir=args.run_dir, config=asdict(args), sync_tensorboard=True, resume="auto")
-        train(replace(args, resume=None), learner)
+        before = evaluate(learner, args)[0] if args.resume is None else {}  # a run begins when all has worked once
+        if args.evaluate is not None:
+            return
+        run = Run(args, learner)
+        if not run.rows:
+            run.log(0, before or evaluate(learner, args)[0])
+        train(args, learner, run)
     except KeyboardInterrupt:
-        fail("stopped", code=130)
-    except (OSError, SafetensorError, torch.OutOfMemoryError) as error:
+        require(False, "stopped", code=130)
+    except torch.OutOfMemoryError:
+        require(False, f"the GPU is out of memory: {OOM_HINT}", code=1)
+    except (OSError, SafetensorError) as error:
         if getattr(error, "errno", errno.ENOSPC) not in DISK_FULL:
-            raise  # neither the disk nor the memory is full
-        on_gpu = isinstance(error, torch.OutOfMemoryError)
-        hint = f"the GPU is out of memory: {OOM_HINT}" if on_gpu else f"{args.run_dir}: {error}"
-        print(f"error: {f'process {RANK}: ' * (RANK > 0)}{hint}", file=sys.stderr)  # of any process
-        sys.exit(1)
+            raise
+        require(False, f"{args.run_dir}: {error}", code=1)
 
 
 if __name__ == "__main__":

@@ -57,7 +57,7 @@ def stopped_before_the_end(module, monkeypatch, *flags):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setattr(module, "save_policy", stop)
+        patched.setattr(module.Run, "save_policy", stop)
         assert call(module, monkeypatch, *flags) == 130
 
 
@@ -74,7 +74,7 @@ def in_tmp_path(monkeypatch, tmp_path):
 def test_a_copy_with_all_changes_trains_logs_resumes_and_is_evaluated(original, assets, monkeypatch, tmp_path, capsys):
     changed = copy(original, tmp_path, "my_copy", *edits_of(original))
     stopped_before_the_end(changed, monkeypatch, *small(original, assets), "--value-scale", 0.5)
-    learned = torch.load(tmp_path / "run/checkpoint.pt", weights_only=True)["learner"]["model"]
+    learned = torch.load(tmp_path / "run/checkpoint.pt", weights_only=True)["model"]
     for name in ("value_scale", "value_head.0.weight"):
         assert name in learned and not torch.equal(learned[name], torch.ones_like(learned[name]))
     assert call(changed, monkeypatch, "--resume", "run") == 0
@@ -92,7 +92,7 @@ def test_changed_loss_is_the_one_that_is_trained_with(original, assets, monkeypa
         module = copy(original, tmp_path, name, *edits)
         stopped_before_the_end(module, monkeypatch, *small(original, assets, num_updates=1, run_dir=f"run_{name}"))
     plain, changed = (torch.load(tmp_path / f"run_{name}/checkpoint.pt") for name in ("plain", "changed"))
-    plain, changed = (checkpoint["learner"]["model"] for checkpoint in (plain, changed))
+    plain, changed = (checkpoint["model"] for checkpoint in (plain, changed))
     assert plain.keys() == changed.keys() and any(not torch.equal(plain[name], changed[name]) for name in plain)
 
 

@@ -10,6 +10,7 @@ from dataclasses import replace
 from functools import partial
 from itertools import chain
 from pathlib import Path
+from types import SimpleNamespace
 
 import datasets
 import numpy as np
@@ -64,6 +65,11 @@ def rewards(learner, texts):
     """Rewards of texts, each of which is a prompt of one word and a response."""
     prompts = [text.partition(" ")[0] for text in texts]
     return learner.reward(prompts, [text[len(p) :] for text, p in zip(texts, prompts)], [{}] * len(texts))
+
+
+def half(review):
+    """First half of a review's words."""
+    return " ".join(review.split()[: len(review.split()) // 2])
 
 
 def trained(learner):
@@ -124,7 +130,10 @@ def test_pad_puts_prompts_left_and_responses_right_of_one_column():
     assert tokens.tolist() == [[0, 0, 5, 1, 2], [7, 8, 9, 4, 0]]
     assert mask.tolist() == [[0, 0, 1, 1, 1], [1, 1, 1, 1, 0]]
     assert real.tolist() == [[True, True], [True, False]]
-    assert IMDB.positions(mask).tolist() == [[0, 0, 0, 1, 2], [0, 1, 2, 3, 3]]
+    assert IMDB.run_network(lambda *_, position_ids, **__: position_ids, tokens, mask).tolist() == [
+        [0, 0, 0, 1, 2],
+        [0, 1, 2, 3, 3],
+    ]
 
 
 families = pytest.mark.parametrize("family", tiny.FAMILIES)
@@ -247,7 +256,7 @@ def test_left_padded_prompts_generate_what_each_generates_alone(script, model, a
     policy = AutoModelForCausalLM.from_pretrained(assets / model).eval()
     args = script.Args(top_k=1, response_length=8, min_response_length=0)
     policy.generation_config = script.generation_config(args, [0])
-    generate = partial(script.generate, policy, **({"greedy": False} if script is TLDR else {}))
+    generate = partial(script.generate, policy, sample=True)
     alone = [generate([prompt], batch_size=1)[0] for prompt in PROMPTS]
     assert generate(PROMPTS, batch_size=3) == alone == generate(PROMPTS, batch_size=2)
     assert len({tuple(response) for response in alone}) == 3
@@ -258,14 +267,13 @@ def test_left_padded_prompts_generate_what_each_generates_alone(script, model, a
 def test_responses_end_with_the_first_end_token_and_only_there(script, make_learner, min_length):
     learner, args = make_learner(script, top_k=4, response_length=7, min_response_length=min_length)
     policy, counts = policy_of(learner), torch.zeros(learner.tokenizer.vocab_size)
-    greedy = {"greedy": False} if script is TLDR else {}
     torch.manual_seed(0)
-    for response in script.generate(policy, PROMPTS * 8, 24, **greedy):
+    for response in script.generate(policy, PROMPTS * 8, 24, sample=True):
         assert len(response) == 7 or response[-1] == 0
         counts[response] += 1
     end = counts[1:].argmax().item() + 1  # a token that is often sampled plays the end token
     policy.generation_config = script.generation_config(args, [end])
-    responses = script.generate(policy, PROMPTS * 8, 24, **greedy)
+    responses = script.generate(policy, PROMPTS * 8, 24, sample=True)
     ended = [response[-1] == end for response in responses]
     assert 0 < sum(ended) < len(ended)
     for response, end_sampled in zip(responses, ended):
@@ -295,8 +303,7 @@ def test_top_k_0_samples_among_all_tokens(script, make_learner):
     learner, _ = make_learner(script, top_k=0)
     policy = policy_of(learner)
     torch.manual_seed(0)
-    greedy = {"greedy": False} if script is TLDR else {}
-    responses = script.generate(policy, [[5]] * 64, 64, **greedy)
+    responses = script.generate(policy, [[5]] * 64, 64, sample=True)
     with torch.no_grad():
         logits = policy(torch.tensor([[5]])).logits[0, -1]
     assert max((logits > logits[response[0]]).sum() for response in responses) > 60
@@ -587,7 +594,7 @@ def test_batches_of_a_rollout_have_the_results_of_the_whole_batch_and_like_lengt
     all_, _, _ = script.rollout(learner, learner.rows[:8], replace(args, rollout_batch_size=8))
     pad, padded = script.pad, []
     monkeypatch.setattr(
-        script, "pad", lambda *inputs: (padded.append(inputs[:2]) if len(inputs) == 3 else None) or pad(*inputs)
+        script, "pad", lambda *inputs: (padded.append(inputs[:2]) if inputs[0][0] else None) or pad(*inputs)
     )
     script.rollout(learner, learner.rows[:8], replace(args, micro_batch_size=1, rollout_batch_size=3))
     lengths = [[len(p) + len(r) for p, r in zip(*batch)] for batch in padded if batch[1][0]]
@@ -634,7 +641,7 @@ def test_reward_and_reference_of_tldr_are_those_of_the_base_while_the_adapters_l
     for active in ("policy_adapter", "value_adapter", "reward_adapter"):
         ac.switch_to(active)
         with torch.no_grad():
-            actual = ac.reference_logprobs(tokens, attention, 6)
+            actual = learner.reference_logprobs(tokens, attention, 6)
             expected = TLDR.response_logprobs(base, tokens, attention, 6)
             policy, _ = ac(tokens, attention, 6)
         assert_close(actual, expected, rtol=0, atol=1e-6)
@@ -706,9 +713,7 @@ def test_rollout_scores_what_the_policy_saw_and_discounts_as_told(script, make_l
     for text, row, prompt, response in zip(texts, rows, trajectories.prompts, trajectories.responses):
         if script is IMDB:
             assert text == decode(prompt + response)
-            assert (
-                len(prompt) == 4 and script.first_half(row["text"]).endswith(decode(prompt)) and row["text"] not in text
-            )
+            assert len(prompt) == 4 and half(row["text"]).endswith(decode(prompt)) and row["text"] not in text
         else:
             assert text == f"{decode(prompt)} {decode(response).strip()}"
             assert row["prompt"].startswith(decode(prompt[:4])) and row["prompt"].split("TL;DR:")[0] not in text
@@ -732,8 +737,9 @@ def test_updates_have_prompts_of_their_own_and_gradients_that_are_clipped_togeth
     )
     learner.optimizer.optimizer.step = spy
     args = replace(args, run_dir=str(tmp_path / "run"))
-    script.open_run(args)
-    script.train(args, learner)
+    run = script.Run(args, learner)
+    run.log(0, script.evaluate(learner, args)[0])
+    script.train(args, learner, run)
     rows = learner.rows
     assert seen == [[rows[i] for i in script.prompt_indices(len(rows), update, 8, args.seed)] for update in (0, 1)]
     assert seen[0] != seen[1]
@@ -866,12 +872,13 @@ def test_adapter_reward_of_a_long_text_is_that_of_its_end(make_learner):
 
 
 def test_checkpoint_of_tldr_holds_both_adapters_whichever_was_used_last(scrambled, tmp_path):
-    learner, _ = scrambled(TLDR)
+    learner, args = scrambled(TLDR)
     expected = {name: p.detach().clone() for name, p in trained(learner).items()}
+    run = TLDR.Run(replace(args, run_dir=str(tmp_path)), learner)
     for use in ("policy_adapter", "value_adapter", "reward_adapter"):
         learner.actor_critic.switch_to(use)
-        TLDR.save_checkpoint(TLDR.Args(run_dir=str(tmp_path)), learner, {})
-        state = torch.load(tmp_path / "checkpoint.pt")["learner"]["model"]
+        run.save()
+        state = torch.load(tmp_path / "checkpoint.pt")["model"]
         assert state.keys() == expected.keys() and all(torch.equal(state[name], expected[name]) for name in expected)
 
 
@@ -904,7 +911,7 @@ def test_no_adapter_is_mistaken_for_a_module_of_the_model(scrambled, assets, tmp
     changes |= {"policy": str(tmp_path / "bert"), "reward_model": str(assets / "scalar")}
     learner, args = scrambled(TLDR, **changes)
     (tmp_path / "run").mkdir()
-    TLDR.save_policy(learner, replace(args, run_dir=str(tmp_path / "run")))
+    TLDR.Run(replace(args, run_dir=str(tmp_path / "run")), learner).save_policy()
     saved = load_file(tmp_path / "run" / "policy" / "adapter_model.safetensors")
     assert len(saved) == 4 == sum("policy" in name for name in trained(learner))  # A and B of query and value
 
@@ -1016,7 +1023,7 @@ def test_evaluation_of_imdb_scores_the_full_first_half_and_the_continuation(scra
     learner, args = scrambled(IMDB, eval_samples=5)
     seen, tokenizer = [], learner.tokenizer
     monkeypatch.setattr(learner, "reward", lengths_as_rewards(IMDB, 1.0, seen))
-    monkeypatch.setattr(IMDB, "generate", lambda policy, prompts, size: [tokenizer(" great cast").input_ids] * 5)
+    monkeypatch.setattr(IMDB, "generate", lambda *_, sample: [tokenizer(" great cast").input_ids] * 5)
     metrics, samples = IMDB.evaluate(learner, args)
     reviews = [json.loads(line)["text"] for line in (Path(args.dataset) / "validation.jsonl").open()][:5]
     halves = [" ".join(review.split()[: len(review.split()) // 2]) for review in reviews]
@@ -1036,14 +1043,14 @@ def test_evaluation_of_tldr_is_greedy_and_has_rouge(scrambled, monkeypatch):
     rows = learner.validation[:5]
     seen, generate = [], TLDR.generate
     monkeypatch.setattr(learner, "reward", lengths_as_rewards(TLDR, -1.0, seen))
-    monkeypatch.setattr(TLDR, "generate", lambda *a, greedy: seen.append(greedy) or generate(*a, greedy=greedy))
+    monkeypatch.setattr(TLDR, "generate", lambda *a, sample: seen.append(sample) or generate(*a, sample=sample))
     torch.manual_seed(0)
     first, samples = TLDR.evaluate(learner, args)
-    greedy, responses, references, empty, cut = seen
+    sampled, responses, references, empty, cut = seen
     labels = [row["label"].strip() for row in rows]  # of the evaluated posts alone, as in the authors' runs
     expected = TLDR.perplexity(learner, policy_of(learner), labels)
     assert first["eval/perplexity"] == pytest.approx(expected, rel=1e-5)
-    assert greedy and len(learner.validation) == 8
+    assert not sampled and len(learner.validation) == 8
     posts = [learner.tokenizer.decode(p) for p in TLDR.encode_prompts(learner.tokenizer, rows, args.prompt_length)]
     assert empty == [post + " " for post in posts]
     assert references == [f"{post} {row['label'].strip()}" for post, row in zip(posts, rows)]
@@ -1052,7 +1059,7 @@ def test_evaluation_of_tldr_is_greedy_and_has_rouge(scrambled, monkeypatch):
     assert first["eval/empty_wins"] == first["eval/truncated_wins"] == 1
     assert TLDR.evaluate(learner, replace(args, seed=9))[1] == samples
     labels = [row["label"] for row in rows]
-    monkeypatch.setattr(TLDR, "continuation", lambda *a: labels[0].upper())
+    monkeypatch.setattr(TLDR, "decode", lambda learner, prompts, _: [labels[0].upper()] * len(prompts))
     metrics, samples = TLDR.evaluate(learner, args)
     assert samples[0]["rougeL"] == samples[0]["rouge1"] == samples[0]["rouge2"] == 1
     assert metrics["eval/rouge1"] == pytest.approx(np.mean([sample["rouge1"] for sample in samples]))
@@ -1080,12 +1087,14 @@ def test_prompts_come_once_per_epoch_in_an_order_that_depends_on_seed_and_update
 
 def test_prompt_of_imdb_is_the_first_half_of_the_words_cut_off_at_its_left(assets):
     tokenizer = AutoTokenizer.from_pretrained(assets / "gpt2")
-    assert IMDB.first_half("a  b\nc d e") == "a b" and IMDB.first_half("a") == ""
     review = "the movie was good and the plot was dull"
     tokens = tokenizer(review).input_ids
-    rows = [{"text": f"{review} and what comes later is the other half now"}, {"text": "the movie"}]
-    assert IMDB.encode_prompts(tokenizer, rows, 3) == [tokens[-3:], tokens[:1]]
-    assert IMDB.encode_prompts(tokenizer, rows, 50) == [tokens, tokens[:1]]
+    rows = [{"text": f"{review} and what  comes later\nis the other half now"}, {"text": "the movie"}]
+    short, long = (IMDB.make_examples(tokenizer, rows, IMDB.Args(prompt_length=length)) for length in (3, 50))
+    assert short.prompts == [tokens[-3:], tokens[:1]] and long.prompts == [tokens, tokens[:1]]
+    assert short.seen == [tokenizer.decode(tokens[-3:]), "the"] and long.seen == [review, "the"]
+    assert short.whole == long.whole == [review, "the"]
+    assert long.references == [" and what comes later is the other half now", " movie"]
 
 
 def test_prompt_of_tldr_is_the_post_cut_off_at_its_end_and_tldr(assets):
@@ -1105,9 +1114,10 @@ def test_prompt_of_tldr_is_the_post_cut_off_at_its_end_and_tldr(assets):
     assert TLDR.encode_prompts(tokenizer, rows, 3, "In short") == [before + t[:3] + after for t in tokens]
     before = tokenizer("<u>As in\nTL;DR: so\n\n").input_ids  # the same mark in the instruction
     assert TLDR.encode_prompts(tokenizer, rows, 3, "As in\nTL;DR: so") == [before + t[:3] + after for t in tokens]
-    assert TLDR.encode_labels(tokenizer, [{"label": "\n the plot was dull "}], 3) == [
-        tokenizer(" the plot was dull").input_ids[:3]
-    ]
+    args = TLDR.Args(target_coef=0.1, response_length=3, instruction="In short")
+    examples = TLDR.make_examples(tokenizer, [{"prompt": "fine", "label": "\n the plot was dull "}], args)
+    assert examples.targets == [tokenizer(" the plot was dull").input_ids[:3]]
+    assert examples.seen == examples.whole == ["fine\nTL;DR:"] and examples.references == ["the plot was dull"]
 
 
 def test_targets_are_the_first_tokens_of_the_review_or_of_the_human_summary(make_learner):
@@ -1129,10 +1139,12 @@ def test_targets_have_no_token_that_begins_texts(script, assets):
         single="<|endoftext|> $A", special_tokens=[("<|endoftext|>", tokenizer.eos_token_id)]
     )
     assert tokenizer(" the plot was good").input_ids == [tokenizer.eos_token_id, *plain]
-    rows = {IMDB: [{"text": " the plot was good"}], TLDR: [{"label": "the plot was good"}]}[script]
-    encode = IMDB.encode_targets if script is IMDB else TLDR.encode_labels
-    assert encode(tokenizer, rows, 3) == [plain[:3]]
-    assert encode(tokenizer, rows, 99) == [plain + ([tokenizer.eos_token_id] if script is TLDR else [])]
+    row = {"text": " the plot was good", "prompt": "", "label": "the plot was good"}
+    short, long = (
+        script.make_examples(tokenizer, [row], script.Args(target_coef=0.1, response_length=length)).targets
+        for length in (3, 99)
+    )
+    assert short == [plain[:3]] and long == [plain + ([tokenizer.eos_token_id] if script is TLDR else [])]
 
 
 @both
@@ -1168,8 +1180,8 @@ def test_code_that_comes_with_a_model_is_never_run_nor_asked_about(
 def test_continuation_is_what_the_response_adds_to_the_text(script, assets):
     tokenizer = AutoTokenizer.from_pretrained(assets / "gpt2")
     prompt, response = tokenizer("the movie").input_ids, tokenizer(" was fine").input_ids
-    assert script.continuation(tokenizer, prompt, response + [0], [0]) == " was fine"
-    assert script.continuation(tokenizer, prompt, [0], [0]) == ""
+    learner = SimpleNamespace(tokenizer=tokenizer, ends=[0])
+    assert script.decode(learner, [prompt] * 3, [response + [0], [0], []]) == [" was fine", "", ""]
 
 
 ROWS = [{"text": f"review {i}", "label": str(i % 2)} for i in range(10)]
@@ -1263,9 +1275,9 @@ BAD_DATASETS = {
 @pytest.mark.parametrize("kind", BAD_DATASETS)
 def test_unusable_data_set_is_refused_by_name(script, tmp_path, ends_with, kind):
     make, words = BAD_DATASETS[kind]
-    make(tmp_path / "data")
-    with ends_with(f"--dataset {tmp_path / 'data'}.*{words}"):
-        script.load_rows(script.Args(dataset=str(tmp_path / "data")), ["text"])
+    make(tmp_path / "data.jsonl")  # also where it is a folder
+    with ends_with(f"--dataset {tmp_path / 'data.jsonl'}.*{words}"):
+        script.load_rows(script.Args(dataset=str(tmp_path / "data.jsonl")), ["text"])
 
 
 PAPER = {  # Section 5.3, Table 7, and where the paper is silent the authors' scripts

@@ -81,6 +81,8 @@ TAGS = {
     "losses/sign_flips",
     "losses/grad_norm",
     "losses/explained_variance",
+    "perf/rollout_seconds",
+    "perf/update_seconds",
     "perf/rollout_tokens_per_second",
     "perf/update_tokens_per_second",
     "perf/generation_seconds",
@@ -153,6 +155,11 @@ def weights(run_dir):
     return load_file(path)
 
 
+def updates_in_checkpoint(run_dir):
+    rows, *_ = read_checkpoint(run_dir)["progress"]
+    return len(rows) - 1
+
+
 def without(folder, name):
     """Take the weights of that name out of a saved model."""
     path = Path(folder) / "model.safetensors"
@@ -188,15 +195,14 @@ def finished(script, assets, tmp_path_factory):
     What another process got that tried to lock it meanwhile is there too.
     """
     cwd, logprobs, locked = tmp_path_factory.mktemp("finished"), [], []
-    save_policy = script.save_policy
+    save_policy = script.Run.save_policy
 
-    def spy(learner, args):
-        ac = learner.actor_critic
-        logprobs.append(sequence_logprobs(ac.policy if script is IMDB else ac.switch_to("policy_adapter")))
+    def spy(run):
+        logprobs.append(sequence_logprobs(run.learner.actor_critic.policy))
         locked.append(subprocess.run([sys.executable, "-c", LOCK, "run/args.json"], capture_output=True, text=True))
-        save_policy(learner, args)
+        save_policy(run)
 
-    with patch.object(script, "save_policy", spy):
+    with patch.object(script.Run, "save_policy", spy):
         code, out, err = call(script, cwd, tiny.flags(script.SCRIPT, assets) | RUN | {"eval_every": 2})
     assert (code, err) == (0, "")
     return SimpleNamespace(cwd=cwd, run_dir=cwd / "run", out=out, logprobs=logprobs[0], locked=locked[0])
@@ -254,7 +260,7 @@ def test_result_has_the_agreed_keys(script, finished, assets):
 
 def test_output_says_how_to_go_on_how_it_went_and_where_everything_is(script, finished):
     result = read_result(finished.run_dir)
-    first, before, *updates, saved, last, where = finished.out.splitlines()
+    before, first, *updates, saved, last, where = finished.out.splitlines()
     updates = [line for line in updates if line.startswith("update ")]  # and an evaluation on the way
     command = f"python {script.__file__} --resume run"
     assert first == f"run directory run; should it stop, go on with: {command}"
@@ -450,7 +456,7 @@ def test_result_names_the_commits_of_what_came_from_a_hub_at_the_revisions_that_
     code, _, err = call(script, tmp_path, tiny.flags(script.SCRIPT, assets) | RUN | changes)
     assert_refused(code, err, "--revision", "no hub id")
     (tokenizer,) = script.TOKENIZERS.values()  # of the default policy
-    script.check_args(
+    script.parse_args(
         script.Args(revision={tokenizer: "v1"}, **{"base_precision": "float32"} if script is TLDR else {})
     )
 
@@ -471,7 +477,7 @@ def killed(script, assets, tmp_path_factory):
 def test_killed_run_resumes_to_exactly_the_run_that_was_never_killed(script, killed, unfinished, finished):
     # Its stderr, but for a warning of bitsandbytes on CPUs with AVX512-BF16, when peft imports it.
     assert not [line for line in killed[1].splitlines() if "kernels-community" not in line]
-    assert read_checkpoint(unfinished)["counters"]["update"] == 1
+    assert updates_in_checkpoint(unfinished) == 1
     wait_for_the_next_second()
     code, out, err = call(script, unfinished.parent, ["--resume", "run"])
     assert (code, err) == (0, "")
@@ -494,8 +500,10 @@ class Killed(BaseException):
 
 
 def killed_in(script, cwd, flags, function, call_number=1):
-    """Run until a function of the script is called for the given time, then end as if by kill -9."""
-    original, calls = getattr(script, function), []
+    """Run until a function of the script, or a method, is called for the given time, then end as if by kill -9."""
+    *owner, function = function.split(".")
+    script_or_class = getattr(script, owner[0]) if owner else script
+    original, calls = getattr(script_or_class, function), []
 
     def die(*args, **kwargs):
         calls.append(None)
@@ -503,13 +511,13 @@ def killed_in(script, cwd, flags, function, call_number=1):
             raise Killed
         return original(*args, **kwargs)
 
-    with patch.object(script, function, die), pytest.raises(Killed):
+    with patch.object(script_or_class, function, die), pytest.raises(Killed):
         call(script, cwd, flags)
 
 
 @pytest.mark.parametrize(
     "function, call_number",
-    [("rollout", 1), ("backward", 5), ("save_policy", 1), ("save_results", 1)],
+    [("rollout", 1), ("backward", 5), ("Run.save_policy", 1), ("Run.finish", 1)],
     ids=["before the first update", "before the first checkpoint", "before the policy is saved", "before the result"],
 )
 def test_run_killed_at_an_awkward_moment_resumes_to_the_same_run(
@@ -579,16 +587,15 @@ def test_signal_stops_after_the_running_update_with_a_checkpoint(script, finishe
         code, _, err = call(script, tmp_path, flags)
     assert code == 130 and len(updates) == 2
     assert err == f"{WAIT}error: stopped\n"
-    assert read_checkpoint(tmp_path / "run")["counters"]["update"] == 2
+    assert updates_in_checkpoint(tmp_path / "run") == 2
     assert not (tmp_path / "run" / "result.json").exists()
     assert call(script, tmp_path, ["--resume", "run"])[0] == 0
     assert_same_run(tmp_path / "run", finished)
 
 
 @either
-@pytest.mark.parametrize("function", ["evaluate", "rollout"])
-def test_first_signal_says_at_once_what_it_waits_for(script, assets, tmp_path, function):
-    original, said = getattr(script, function), []
+def test_first_signal_says_at_once_what_it_waits_for(script, assets, tmp_path):
+    original, said = script.rollout, []
 
     def interrupted(*args):
         if not said:
@@ -596,14 +603,35 @@ def test_first_signal_says_at_once_what_it_waits_for(script, assets, tmp_path, f
             said.append(sys.stderr.getvalue())
         return original(*args)
 
-    with patch.object(script, function, interrupted):
+    with patch.object(script, "rollout", interrupted):
         assert call(script, tmp_path, tiny.flags(script.SCRIPT, assets) | RUN)[0] == 130
     assert said == [WAIT]
-    assert read_checkpoint(tmp_path / "run")["counters"]["update"] == 1
+    assert updates_in_checkpoint(tmp_path / "run") == 1
+
+
+@either
+@pytest.mark.parametrize("call_number, code", [(1, 130), (2, 130)], ids=["before training", "after it"])
+def test_a_stop_where_nothing_is_lost_ends_at_once(script, finished, assets, tmp_path, call_number, code):
+    evaluate, calls = script.evaluate, []
+
+    def interrupted(*args):
+        calls.append(None)
+        if len(calls) == call_number:
+            os.kill(os.getpid(), signal.SIGINT)
+        return evaluate(*args)
+
+    with patch.object(script, "evaluate", interrupted):
+        actual, _, err = call(script, tmp_path, tiny.flags(script.SCRIPT, assets) | RUN)
+    assert (actual, err, len(calls)) == (code, "error: stopped\n", call_number)
+    if call_number == 1:
+        assert list(tmp_path.iterdir()) == []
+    else:
+        assert call(script, tmp_path, ["--resume", "run"])[0] == 0
+        assert_same_run(tmp_path / "run", finished, periodic_evaluations=False)
 
 
 def test_checkpoint_holds_what_is_trained_and_not_what_is_frozen(unfinished):
-    names = set(torch.load(unfinished / "checkpoint.pt", weights_only=True)["learner"]["model"])
+    names = set(torch.load(unfinished / "checkpoint.pt", weights_only=True)["model"])
     assert "value_head.weight" in names
     assert any("policy" in name for name in names) and any("value" in name for name in names)
     assert not any("reward" in name or "reference" in name or "base_layer" in name for name in names)
@@ -658,9 +686,9 @@ def test_running_out_of_gpu_memory_says_what_to_lower(script, assets, tmp_path, 
     [
         (OSError(errno.ENOSPC, "no space"), 1, "error: process 1: run: [Errno 28] no space\n"),
         (torch.OutOfMemoryError("CUDA out of memory"), 1, "error: process 1: the GPU is out of memory: "),
-        (2, 2, ""),  # the same in all processes
-        (1, 1, ""),
-        (KeyboardInterrupt(), 130, ""),
+        (2, 2, "error: process 1: wrong\n"),
+        (1, 1, "error: process 1: wrong\n"),
+        (KeyboardInterrupt(), 130, "error: process 1: stopped\n"),
     ],
 )
 def test_another_process_says_what_may_have_happened_to_it_alone(
@@ -668,7 +696,7 @@ def test_another_process_says_what_may_have_happened_to_it_alone(
 ):
     def fail(*_):
         if isinstance(error, int):
-            script.fail("wrong", error)
+            script.require(False, "wrong", error)
         raise error
 
     monkeypatch.setattr(script, "RANK", 1)
@@ -690,18 +718,19 @@ def test_full_disk_stops_the_run_in_one_line(script, finished, assets, tmp_path)
 
 
 def test_full_disk_for_the_policy_loses_nothing(script, finished, assets, tmp_path):
-    save_policy = script.save_policy
+    save_policy = script.Run.save_policy
 
-    def save_on_a_full_disk(*args):
+    def save_on_a_full_disk(run):
         with largest_file(5_000):
-            save_policy(*args)
+            save_policy(run)
 
-    with patch.object(script, "save_policy", save_on_a_full_disk):
+    with patch.object(script.Run, "save_policy", save_on_a_full_disk):
         code, _, err = call(script, tmp_path, tiny.flags(script.SCRIPT, assets) | RUN | {"eval_every": 2})
     assert code == 1 and err.count("\n") == 1
     imdb_error = "error: run: Error while serializing: I/O error: File too large"  # safetensors'; the adapter is small
     assert err.startswith(imdb_error if script is IMDB else "error: run: [Errno 27] File too large")
-    assert not list((tmp_path / "run").glob("policy*"))
+    code, _, err = call(script, tmp_path, ["--evaluate", "run"])  # of what there is of it
+    assert_refused(code, err, "policy")
     assert call(script, tmp_path, ["--resume", "run"])[0] == 0
     assert_same_run(tmp_path / "run", finished)
 
@@ -714,7 +743,7 @@ def test_full_disk_at_the_start_is_no_wrong_argument_and_names_the_place(script,
 
 
 def test_resume_with_another_number_of_processes_is_in_the_result(script, unfinished):
-    change_checkpoint(unfinished, lambda c: c["counters"].update(num_processes_from={"0": 4}))
+    change_checkpoint(unfinished, lambda c: c["progress"][1].update({"0": 4}))
     assert call(script, unfinished.parent, ["--resume", "run"])[0] == 0
     result = read_result(unfinished)
     assert result["num_processes"] == 1 and result["num_processes_from"] == {"0": 4, "1": 1}
@@ -789,8 +818,8 @@ BAD_FLAGS = [
     ({"policy": "other_tokens"}, "--policy other_tokens", "tokens", "different models"),
     ({"policy": "no_end"}, "--policy no_end", "no end-of-text token"),
     ({"policy": "adapter"}, "--policy adapter", "is an adapter", "merged"),
-    ({"policy": "no_norm"}, "--policy no_norm", "no weights for transformer.h.1.ln_1.bias of GPT2LMHeadModel"),
-    ({"reward_model": "gpt2"}, "--reward-model gpt2", "no weights for score.weight"),
+    ({"policy": "no_norm"}, "--policy no_norm", "for transformer.h.1.ln_1.bias of GPT2LMHeadModel"),
+    ({"reward_model": "gpt2"}, "--reward-model gpt2", "for score.weight"),
     ({"tokenizer": "missing"}, "--tokenizer missing", "local folder"),
 ]
 BAD_IMDB_FLAGS = [
@@ -928,13 +957,13 @@ def test_the_package_for_4_bits_is_named_where_it_is_missing(assets, tmp_path, m
 
 
 FLAGS = [
-    ("--resume run --seed 5", "--resume takes its arguments from the run: drop --seed"),
-    ("--resume run --policy x --beta=5 --no_norm_adv", "drop --beta, --no-norm-adv, --policy"),
+    ("--resume run --seed 5", "run keeps its arguments: drop --seed"),
+    ("--resume run --policy x --beta=5 --no_norm_adv", "drop --beta, --norm-adv, --policy"),
     ("--resume run --run-dir new", "drop --run-dir"),
     ("--resume missing", "missing: there is no run, no args.json"),
     ("--resume=", "an empty name: there is no run, no args.json"),
-    ("--evaluate run --seed 5", "--evaluate takes its arguments from the run: drop --seed"),
-    ("--evaluate run --resume run", "--resume takes its arguments from the run: drop --evaluate"),
+    ("--evaluate run --seed 5", "run keeps its arguments: drop --seed"),
+    ("--evaluate run --resume run", "give --resume or --evaluate, not both"),
     ("--evaluate run", "run holds no policy: it is written at the end of training"),
     ("--evaluate missing", "missing: there is no run, no args.json"),
     ("--evaluate=", "an empty name: there is no run, no args.json"),
@@ -956,7 +985,7 @@ def test_resume_run_dir_and_evaluate_refuse_what_they_cannot_honour(script, unfi
 def test_run_directory_that_cannot_be_made_is_refused(script, assets, tmp_path):
     (tmp_path / "file").write_text("")
     code, _, err = call(script, tmp_path, tiny.flags(script.SCRIPT, assets) | {"run_dir": "file/run"})
-    assert_refused(code, err, "file/run/args.json cannot be made: Not a directory")
+    assert_refused(code, err, "--run-dir file/run cannot be made: Not a directory")
 
 
 def change_checkpoint(run_dir, change):
@@ -976,14 +1005,14 @@ FOREIGN = {
     ),
     "args of no script": (
         lambda d: (d / "args.json").write_text('{"script": null, "args": {}}'),
-        "is of something else",
+        "run is of None, not of",
     ),
     "no args": (lambda d: (d / "args.json").unlink(), "run: there is no run, no args.json"),
     "version 1": (
         lambda d: change_checkpoint(d, lambda c: c.pop("version")),
-        "run/checkpoint.pt was written by version 1",
+        "run/checkpoint.pt is of version 1",
     ),
-    "version 2": (lambda d: change_checkpoint(d, lambda c: c.update(version=2)), "was written by version 2"),
+    "version 3": (lambda d: change_checkpoint(d, lambda c: c.update(version=3)), "is of version 3"),
 }
 
 
@@ -1002,21 +1031,17 @@ DAMAGE = {
     "args": (lambda d: truncate(d / "args.json"), json.JSONDecodeError, "delimiter|Unterminated|Expecting"),
     "checkpoint": (lambda d: truncate(d / "checkpoint.pt"), RuntimeError, "zip archive"),
     "network": (
-        lambda d: change_checkpoint(
-            d, lambda c: c["learner"]["model"].update({"value_head.weight": torch.zeros(3, 7)})
-        ),
+        lambda d: change_checkpoint(d, lambda c: c["model"].update({"value_head.weight": torch.zeros(3, 7)})),
         RuntimeError,
         "size mismatch for value_head.weight",
     ),
     "network that broadcasts": (
-        lambda d: change_checkpoint(
-            d, lambda c: c["learner"]["model"].update({"value_head.weight": torch.zeros(1, 1)})
-        ),
+        lambda d: change_checkpoint(d, lambda c: c["model"].update({"value_head.weight": torch.zeros(1, 1)})),
         RuntimeError,
         "size mismatch for value_head.weight",
     ),
     "no value head": (
-        lambda d: change_checkpoint(d, lambda c: c["learner"]["model"].pop("value_head.weight")),
+        lambda d: change_checkpoint(d, lambda c: c["model"].pop("value_head.weight")),
         KeyError,
         "value_head.weight",
     ),
@@ -1051,7 +1076,7 @@ def test_evaluate_refuses_a_policy_with_weights_missing(script, finished, tmp_pa
     shutil.copytree(finished.run_dir, tmp_path / "run")
     without(tmp_path / "run" / "policy", "transformer.h.0.attn.c_attn.bias")
     code, out, err = call(script, tmp_path, ["--evaluate", "run"])
-    assert_refused(code, err, "run/policy", "no weights for transformer.h.0.attn.c_attn.bias")
+    assert_refused(code, err, "run/policy", "for transformer.h.0.attn.c_attn.bias")
     assert out == ""
 
 
@@ -1097,11 +1122,12 @@ def test_bug_in_a_reward_during_the_final_evaluation_costs_neither_the_policy_no
 
 @either
 @pytest.mark.parametrize("error", [TypeError("bug"), KeyError("bug"), RuntimeError("bug"), AssertionError()])
-def test_bug_while_models_are_loaded_keeps_its_traceback_and_leaves_no_run(script, assets, tmp_path, error):
+@pytest.mark.parametrize("function", ["check_policy", "make_examples", "generation_config"])
+def test_bug_while_models_are_loaded_keeps_its_traceback_and_leaves_no_run(script, assets, tmp_path, function, error):
     def broken(*args, **kwargs):
         raise error
 
-    with patch.object(AutoModelForCausalLM, "from_pretrained", broken), pytest.raises(type(error)):
+    with patch.object(script, function, broken), pytest.raises(type(error)):
         call(script, tmp_path, tiny.flags(script.SCRIPT, assets) | RUN)
     assert list(tmp_path.iterdir()) == []
 
@@ -1119,6 +1145,9 @@ def test_changed_loss_that_is_wrong_ends_in_its_own_traceback(script, assets, tm
 
 
 REWARDS = """
+import os
+import sys
+
 import numpy as np
 import torch
 
@@ -1133,6 +1162,34 @@ def by_label(prompts, responses, rows):
 
 def buggy(prompts, responses, rows):
     raise ZeroDivisionError("a bug of mine")
+
+def changes_its_inputs(prompts, responses, rows):
+    scores = length(prompts, responses, rows).tolist()
+    prompts.reverse()
+    responses[:] = [""] * len(responses)
+    for row in rows:
+        row.update(dict.fromkeys(row, "spoiled"))
+    return scores
+
+def draws(prompts, responses, rows):
+    torch.manual_seed(7)
+    torch.rand(100)
+    return length(prompts, responses, rows)
+
+def exits(prompts, responses, rows):
+    sys.exit(0)
+
+def sets_dtype(prompts, responses, rows):
+    torch.set_default_dtype(torch.float64)
+    return [1.0] * len(rows)
+
+def sets_grad_mode(prompts, responses, rows):
+    torch.set_grad_enabled(not torch.is_grad_enabled())
+    return [1.0] * len(rows)
+
+def goes_elsewhere(prompts, responses, rows):
+    os.chdir("/")
+    return [1.0] * len(rows)
 
 short = lambda prompts, responses, rows: [1.0]
 nothing = lambda prompts, responses, rows: None
@@ -1157,7 +1214,12 @@ def rewards(tmp_path, monkeypatch):
     monkeypatch.delitem(sys.modules, "my_rewards", raising=False)
     (tmp_path / "my_rewards.py").write_text(REWARDS)
     (tmp_path / "broken_rewards.py").write_text("import no_such_module_at_all\n")
+    (tmp_path / "exiting_rewards.py").write_text("import sys\n\nsys.exit(0)\n")
+    (tmp_path / "typed_rewards.py").write_text("import torch\n\ntorch.set_default_dtype(torch.float64)\nf = print\n")
     yield
+    torch.set_default_dtype(torch.float32)
+    torch.set_grad_enabled(True)
+    sys.modules.pop("typed_rewards", None)
     sys.modules.pop("my_rewards", None)
 
 
@@ -1207,11 +1269,43 @@ def test_function_sees_columns_that_no_script_asks_for(assets, tmp_path, rewards
     assert (code, err) == (0, "") and read_result(tmp_path / "run")["eval_score"] == 1
 
 
+def test_function_that_changes_its_inputs_or_draws_random_numbers_changes_nothing_else(
+    script, assets, tmp_path, rewards
+):
+    for name in ("length", "changes_its_inputs", "draws"):
+        flags = with_function(script, assets, f"my_rewards:{name}") | {"run_dir": name, "num_updates": 2}
+        code, _, err = call(script, tmp_path, flags)
+        assert (code, err) == (0, "")
+    expected, curves = weights(tmp_path / "length"), without_speed(tmp_path / "length")
+    for name in ("changes_its_inputs", "draws"):
+        actual = weights(tmp_path / name)
+        assert all(torch.equal(actual[key], expected[key]) for key in expected), name
+        assert without_speed(tmp_path / name) == curves
+
+
+@pytest.mark.parametrize(
+    "name, words",
+    [
+        ("my_rewards:exits", "the reward my_rewards:exits called sys.exit(0)"),
+        ("exiting_rewards:f", "--reward-function exiting_rewards:f called sys.exit(0)"),
+        ("my_rewards:sets_dtype", "the reward my_rewards:sets_dtype changed torch's default dtype"),
+        ("typed_rewards:f", "--reward-function typed_rewards:f changed torch's default dtype"),
+        ("my_rewards:sets_grad_mode", "the reward my_rewards:sets_grad_mode changed torch's grad mode"),
+        ("my_rewards:goes_elsewhere", "the reward my_rewards:goes_elsewhere changed the working directory"),
+    ],
+)
+def test_function_that_changes_the_program_is_named_and_leaves_no_run(script, assets, tmp_path, rewards, name, words):
+    code, _, err = call(script, tmp_path, with_function(script, assets, name))
+    assert (code, err) == (1, f"error: {words}\n")
+    assert not (tmp_path / "run").exists()
+
+
 @either
 @pytest.mark.parametrize(
     "name, words",
     [
         ("my_rewards", "module:name"),
+        ("my_rewards.py:length", "there is no module my_rewards.py, without .py, in the working directory"),
         (":length", "module:name"),
         ("no_such_module:length", "no module no_such_module"),
         ("my_rewards:no_such_function", "my_rewards has no function no_such_function"),

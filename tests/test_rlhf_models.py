@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,12 +19,18 @@ from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
     BartConfig,
+    BertConfig,
+    ElectraConfig,
     Gemma3Config,
     Gemma3TextConfig,
     GenerationConfig,
     GPT2Config,
     GPT2ForSequenceClassification,
+    Llama4TextConfig,
+    LlamaConfig,
+    MptConfig,
     OPTConfig,
+    Phi3Config,
     PreTrainedTokenizerFast,
     RecurrentGemmaConfig,
     RobertaConfig,
@@ -67,7 +74,7 @@ def test_every_end_token_that_a_model_lists_ends_a_response(script, assets, make
     tiny.randomize(model.named_parameters(), 0.3)
     learner, args = make_learner(script)
     rows = learner.rows[:8]
-    prompts = script.encode_prompts(tokenizer, rows, args.prompt_length)
+    prompts = script.make_examples(tokenizer, rows, args).prompts
     free = [generate_alone(model, prompt, [0], 6) for prompt in prompts]
     ends = [0, free[0][0], free[1][2], 10**6]  # the second makes an empty response; the last is in no vocabulary
     expected = [generate_alone(model, prompt, ends[:3], 6) for prompt in prompts]
@@ -86,9 +93,10 @@ def test_every_end_token_that_a_model_lists_ends_a_response(script, assets, make
     shown = [r[:-1] if e else r for r, e in zip(expected, ended)]
     assert texts[0] == [tokenizer.decode(p + r)[len(tokenizer.decode(p)) :] for p, r in zip(prompts, shown)]
     assert "" in texts[0]
-    script.save_policy(learner, replace(args, run_dir=str(tmp_path)))
+    script.Run(replace(args, run_dir=str(tmp_path / "run")), learner).save_policy()
     if script is IMDB:  # nothing of the run's settings, all of the model's own
-        assert GenerationConfig.from_pretrained(tmp_path / "policy").to_dict() == model.generation_config.to_dict()
+        saved = GenerationConfig.from_pretrained(tmp_path / "run" / "policy")
+        assert saved.to_dict() == model.generation_config.to_dict()
 
 
 @both
@@ -235,16 +243,16 @@ def test_prompts_begin_with_what_begins_a_text_and_have_no_end_in_them_and_no_st
     (prompt,) = TLDR.encode_prompts(tokenizer, [{"prompt": f"{post}\nTL;DR:"}], 50)
     assert prompt == [0, *tokenizer(f"{post}\nTL;DR:", add_special_tokens=False).input_ids]
     assert tokenizer.decode(prompt, skip_special_tokens=True) == f"{post}\nTL;DR:"
-    (label,) = TLDR.encode_labels(tokenizer, [{"label": " the plot"}], 50)
+    row = {"prompt": "", "label": " the plot"}
+    (label,) = TLDR.make_examples(tokenizer, [row], TLDR.Args(target_coef=0.1)).targets
     assert prompt + label == [0, *tokenizer(f"{post}\nTL;DR: the plot", add_special_tokens=False).input_ids, 1]
     tokenizer.chat_template = "{{ bos_token }}[INST] {{ messages[0]['content'] }} [/INST]"
     (prompt,) = TLDR.encode_prompts(tokenizer, [{"prompt": f"{post}\nTL;DR:"}], 50, "In short")
     assert "".join(tokens(prompt)).replace("▁", " ").replace("<s> ", "<s>") == f"<s>[INST] In short\n\n{post} [/INST]"
     rows = [{"text": f"{post} and the other half"}]
     whole = tokenizer(post, add_special_tokens=False).input_ids
-    assert IMDB.encode_prompts(tokenizer, rows, 50) == [[0, *whole]]
-    assert IMDB.encode_prompts(tokenizer, rows, 3) == [[0, *whole[-2:]]]
-    assert IMDB.encode_prompts(tokenizer, rows, 1) == [[0]]
+    for length, expected in ((50, [0, *whole]), (3, [0, *whole[-2:]]), (1, [0])):
+        assert IMDB.make_examples(tokenizer, rows, IMDB.Args(prompt_length=length)).prompts == [expected]
 
 
 @both
@@ -352,8 +360,199 @@ def test_policy_whose_numbers_padding_changes_is_refused_by_name(
     model.save_pretrained(tmp_path)
     AutoTokenizer.from_pretrained(assets / "gpt2").save_pretrained(tmp_path)
     changes = {"reward_model": str(assets / "scalar")} if script is TLDR else {}
-    with ends_with(rf"--policy {tmp_path}: padding changes its numbers by \d"):
+    with ends_with(
+        rf"--policy {tmp_path}: (padding or a longer text beside it|what comes after a token) changes its n"
+    ):
         make_learner(script, policy=str(tmp_path), **changes)
+
+
+SMALL = {"vocab_size": 320, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2}
+SMALL |= {"num_attention_heads": 4, "max_position_embeddings": 96, "bos_token_id": 0, "eos_token_id": 0}
+SMALL |= {"pad_token_id": 0, "num_key_value_heads": 4}
+SEE_WHAT_COMES = {
+    "a BERT without is_decoder": BertConfig(**SMALL),
+    "an ELECTRA without is_decoder": ElectraConfig(**SMALL, embedding_size=32),
+    "a Llama that is not causal": LlamaConfig(**SMALL, is_causal=False),
+    "a Gemma with bidirectional attention": Gemma3TextConfig(**SMALL, head_dim=8, use_bidirectional_attention=True),
+}
+
+
+def save_policy(config, assets, folder, tokenizer="gpt2"):
+    """A model with random weights, and a tokenizer; its folder."""
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config)
+    tiny.randomize(model.named_parameters(), 0.2)
+    model.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(assets / tokenizer).save_pretrained(folder)
+    return folder
+
+
+@both
+@pytest.mark.parametrize("kind", SEE_WHAT_COMES)
+def test_policy_that_sees_later_tokens_is_refused_by_name(script, assets, make_learner, tmp_path, ends_with, kind):
+    policy = save_policy(SEE_WHAT_COMES[kind], assets, tmp_path)
+    changes = {"reward_model": str(assets / "scalar")} if script is TLDR else {}
+    with ends_with(rf"--policy {tmp_path}: what comes after a token changes its numbers by \d"):
+        make_learner(script, policy=str(policy), **changes)
+
+
+def long_rope(tokens=32, **changes):
+    """Rotary positions that are others as soon as any text of a batch is longer than so many tokens."""
+    rope = {"rope_type": "longrope", "rope_theta": 10000.0, "short_factor": [1.0] * 4, "factor": 8.0}
+    rope |= {"long_factor": [4.0, 8.0, 16.0, 32.0], "original_max_position_embeddings": tokens}
+    return Phi3Config(**SMALL, original_max_position_embeddings=tokens, rope_parameters=rope, **changes)
+
+
+@both
+def test_policy_whose_numbers_depend_on_the_length_of_neighbours_is_refused_at_such_lengths(
+    script, assets, make_learner, tmp_path, ends_with
+):
+    save_policy(long_rope(), assets, tmp_path)
+    changes = {"policy": str(tmp_path)}
+    if script is TLDR:
+        changes |= {"reward_model": str(assets / "scalar"), "lora_targets": ("qkv_proj",)}
+    learner, args = make_learner(script, **changes)
+    assert abs(script.rollout(learner, learner.rows[:8], args)[1]["objective/kl"]) < 1e-4
+    with ends_with(rf"--policy {tmp_path}: padding or a longer text beside it changes its numbers by \d"):
+        make_learner(script, **changes, prompt_length=60)
+
+
+@both
+def test_classifier_whose_numbers_depend_on_the_length_of_neighbours_is_refused_at_such_lengths(
+    script, assets, make_learner, tmp_path, ends_with
+):
+    torch.manual_seed(0)
+    labels = {0: "POSITIVE", 1: "NEGATIVE"} if script is IMDB else {0: "reward"}
+    names = {"id2label": labels, "label2id": {label: i for i, label in labels.items()}}
+    model = AutoModelForSequenceClassification.from_config(long_rope(**names))
+    tiny.randomize(model.named_parameters(), 0.2)
+    model.save_pretrained(tmp_path / "classifier")
+    AutoTokenizer.from_pretrained(assets / "gpt2").save_pretrained(tmp_path / "classifier")
+    row, changes = (
+        {"text": "so bad", "prompt": "so bad", "label": "bad"},
+        {"reward_model": str(tmp_path / "classifier")},
+    )
+    short = tiny.write_jsonl(tmp_path / "short.jsonl", [row] * 10)
+    long = tiny.write_jsonl(tmp_path / "long.jsonl", [row] * 10 + [{x: "very bad " * 20 for x in row}])
+    make_learner(script, dataset=str(short), **changes)
+    with ends_with(r"--reward-model .*classifier: padding or a longer text beside it changes its numbers by \d"):
+        make_learner(script, dataset=str(long), **changes)
+
+
+def test_reward_adapter_whose_numbers_depend_on_the_length_of_neighbours_is_refused_at_such_lengths(
+    assets, make_learner, tmp_path, ends_with
+):
+    save_policy(long_rope(40), assets, tmp_path / "policy", "llama")
+    tiny.reward_adapter(long_rope(40), tmp_path / "adapter", target_modules=["qkv_proj"])
+    changes = {"policy": str(tmp_path / "policy"), "reward_model": str(tmp_path / "adapter")}
+    changes |= {"lora_targets": ("qkv_proj",), "prompt_length": 5}
+    rows = [{"prompt": "so bad", "label": "bad"}] * 10
+    make_learner(TLDR, dataset=str(tiny.write_jsonl(tmp_path / "a.jsonl", rows)), **changes)
+    rows += [{"prompt": "so bad", "label": "very bad " * 20}]
+    with ends_with(r"--reward-model .*adapter: padding or a longer text beside it changes its numbers by \d"):
+        make_learner(TLDR, dataset=str(tiny.write_jsonl(tmp_path / "b.jsonl", rows)), **changes)
+
+
+@pytest.mark.parametrize("kind", ["embeddings", "norms", "biases", "PiSSA"])
+def test_reward_adapter_that_would_change_the_policy_is_refused(assets, make_learner, tmp_path, ends_with, kind):
+    """Compared with a run without it: were it accepted, the reference would have other numbers."""
+    config = AutoModelForCausalLM.from_pretrained(assets / "llama").config
+    changes = {
+        "embeddings": {"modules_to_save": ["score", "embed_tokens"]},
+        "norms": {"modules_to_save": ["score", "norm"]},
+        "biases": {"bias": "all"},
+        "PiSSA": {"init_lora_weights": "pissa"},
+    }[kind]
+    if kind == "biases":
+        config.attention_bias = True
+        save_policy(config, assets, tmp_path / "policy", "llama")
+    tiny.reward_adapter(config, tmp_path / "adapter", **changes)
+    policy = {"policy": str(tmp_path / "policy")} if kind == "biases" else {}
+    with ends_with(r"--reward-model .*(would change|changes) the policy"):
+        make_learner(TLDR, reward_model=str(tmp_path / "adapter"), **policy)
+
+
+def edit_config(folder, **changes):
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | changes))
+
+
+class NotATensor:
+    pass
+
+
+def pickled(folder):
+    (folder / "model.safetensors").unlink()
+    torch.save({"a": NotATensor()}, folder / "pytorch_model.bin")
+
+
+def quantized(method):
+    return lambda folder: edit_config(folder, quantization_config={"quant_method": method, "bits": 4, "group_size": 8})
+
+
+UNLOADABLE = {
+    "configuration and weights disagree": (
+        lambda folder: edit_config(folder, vocab_size=321),
+        "has no weights, of the configuration's shape, for .*weight of",
+    ),
+    "gptq": (quantized("gptq"), "cannot be loaded .*(optimum|gptq)"),
+    "awq": (quantized("awq"), "cannot be loaded .*(?i:awq|package|device)"),
+    "compressed-tensors": (quantized("compressed-tensors"), "cannot be loaded .*compressed.tensors"),
+    "a pickle": (pickled, "cannot be loaded .*[Ww]eights"),
+}
+
+
+@both
+@pytest.mark.parametrize("kind", UNLOADABLE)
+def test_model_that_cannot_be_loaded_is_refused_in_a_line_that_says_why(
+    script, assets, make_learner, tmp_path, ends_with, kind
+):
+    damage, words = UNLOADABLE[kind]
+    folder = Path(shutil.copytree(tiny.flags(script.SCRIPT, assets)["policy"], tmp_path / "policy"))
+    damage(folder)
+    with ends_with(rf"--policy {folder} {words}"):
+        make_learner(script, policy=str(folder))
+
+
+@both
+def test_tokenizer_with_an_id_beyond_the_embeddings_is_refused(script, assets, make_learner, tmp_path, ends_with):
+    """However few tokens it has."""
+    ids = {tiny.END: 0, "<unk>": 1, "the": 2, "movie": 399}
+    tokenizer = Tokenizer(models.WordLevel(ids, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    folder = tmp_path / "tokenizer"
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=tiny.END, unk_token="<unk>").save_pretrained(folder)
+    with ends_with(r"--tokenizer .*: tokens up to 399, \d+ embeddings: different models"):
+        make_learner(script, tokenizer=str(folder))
+
+
+@both
+def test_positions_of_mpt_are_counted(script, assets, make_learner, tmp_path, ends_with):
+    config = MptConfig(d_model=32, n_heads=4, n_layers=2, max_seq_len=20, vocab_size=320, expansion_ratio=2)
+    save_policy(config, assets, tmp_path)
+    changes = {"policy": str(tmp_path)}
+    changes |= {"reward_model": str(assets / "scalar"), "lora_targets": ("Wqkv",)} if script is TLDR else {}
+    around = 0 if script is IMDB else len(AutoTokenizer.from_pretrained(assets / "gpt2")("\nTL;DR:").input_ids)
+    make_learner(script, **changes, prompt_length=14 - around)
+    with ends_with("are 21 tokens; the policy has 20 positions"):
+        make_learner(script, **changes, prompt_length=15 - around)
+
+
+@both
+def test_policy_whose_body_transformers_does_not_give_is_refused(script, assets, make_learner, tmp_path, ends_with):
+    config = Llama4TextConfig(**SMALL, intermediate_size_mlp=32, head_dim=8, num_local_experts=2)
+    save_policy(config, assets, tmp_path)
+    changes = {"reward_model": str(assets / "scalar")} if script is TLDR else {}
+    with ends_with("--policy .*transformers has no Llama4ForCausalLM without its head"):
+        make_learner(script, policy=str(tmp_path), **changes)
+
+
+def test_lora_on_embeddings_learns(assets, make_learner):
+    learner, args = make_learner(TLDR, lora_targets=("embed_tokens", "q_proj"))
+    rollout, metrics, _ = TLDR.rollout(learner, learner.rows[:8], args)
+    losses = TLDR.backward(learner, rollout, list(range(8)), args)
+    assert metrics["objective/kl"] == 0 and losses["val/ratio"] == pytest.approx(1, abs=1e-5)
+    assert any("embed_tokens" in name and p.grad.any() for name, p in learner.trained.items() if p.grad is not None)
 
 
 def test_a_chat_template_counts_among_the_positions(assets, make_learner, tmp_path, ends_with):
@@ -367,7 +566,7 @@ def test_a_chat_template_counts_among_the_positions(assets, make_learner, tmp_pa
     learner, args = make_learner(TLDR, **fits)
     rows = [{"prompt": "good " * 200, "label": " fine"}] * 8
     assert len(TLDR.rollout(learner, rows, args)[0].prompts[0]) == 90
-    with ends_with(rf"is 97 with the {around} tokens around a post; the policy has 96"):
+    with ends_with("are 97 tokens; the policy has 96"):
         make_learner(TLDR, **fits | {"prompt_length": fits["prompt_length"] + 1})
 
 
@@ -403,7 +602,7 @@ FILES = {
     "a.parquet": lambda path: datasets.Dataset.from_list(ROWS).to_parquet(path),
     "list.json": lambda path: path.write_text(json.dumps(ROWS, indent=1)),
     "lines.json": lambda path: tiny.write_jsonl(path, ROWS),
-    "key.json": lambda path: path.write_text(json.dumps({"version": "1", "tags": ["x"], "data": ROWS}, indent=1)),
+    "a.CSV": lambda path: datasets.Dataset.from_list(ROWS).to_csv(path),
 }
 
 
@@ -416,10 +615,28 @@ def test_rows_of_a_file_are_read_whatever_its_format(script, tmp_path, name):
 
 
 @both
-def test_splits_of_one_json_file_are_its_keys(script, tmp_path):
-    path = tmp_path / "splits.json"
-    path.write_text(json.dumps({"train": ROWS[:7], "validation": ROWS[7:], "test": ROWS}))
-    assert script.load_rows(script.Args(dataset=str(path)), ["text"])[:2] == (ROWS[:7], ROWS[7:])
+@pytest.mark.parametrize("name", ["a.tsv", "a.csv.gz", "a.arrow", "a.txt", "a"])
+def test_files_of_other_kinds_are_refused_in_a_line_that_names_those_that_are_read(script, tmp_path, ends_with, name):
+    (tmp_path / name).write_text("text\na review\n" * 9)
+    with ends_with(rf"--dataset {tmp_path / name} .*: \.csv, \.parquet, \.json, \.jsonl$"):
+        script.load_rows(script.Args(dataset=str(tmp_path / name)), ["text"])
+
+
+@both
+@pytest.mark.parametrize("cell", ["None", "null", "N/A", ""])
+def test_csv_cells_that_pandas_takes_for_missing_are_named(script, tmp_path, ends_with, cell):
+    (tmp_path / "a.csv").write_text("text,label\na review,1\nanother,0\n" + f"{cell},1\n" + "the last,0\n")
+    with ends_with(r"row \(number 3\) whose text is no text; its columns are text, label; pandas takes CSV cells"):
+        script.load_rows(script.Args(dataset=str(tmp_path / "a.csv")), ["text"])
+
+
+@both
+def test_folder_with_a_loading_script_is_refused_in_a_line_that_says_why(script, tmp_path, ends_with):
+    folder = tmp_path / "data"
+    folder.mkdir()
+    (folder / "data.py").write_text("import datasets\n")
+    with ends_with(r"--dataset .*cannot be loaded \(Dataset scripts are no longer supported"):
+        script.load_rows(script.Args(dataset=str(folder)), ["text"])
 
 
 @both

@@ -30,16 +30,18 @@ def trainer(assets, tmp_path_factory):
     args = trl_baseline.Args(str(run_dir), **small(assets))
     script = trl_baseline.script
     learner = script.Learner(trl_baseline.settings(args))
-    log = trl_baseline.Log(script.RunLog(str(run_dir), -1), args.num_updates)
+    run = script.Run(trl_baseline.settings(args), learner)
+    run.log(0, {})
+    log = trl_baseline.Log(run, args.num_updates)
     return trl_baseline.make_trainer(args, run_dir, learner, log), learner, args
 
 
 def test_trl_sees_our_rewards_values_and_log_probabilities(trainer):
     """Left padding, responses that have ended and one that has not: as TRL computes them and as our script does."""
-    trainer, learner, _ = trainer
+    trainer, learner, args = trainer
     script, pad, end = trl_baseline.script, learner.tokenizer.pad_token_id, learner.tokenizer.eos_token_id
     assert pad != end
-    prompts = script.encode_prompts(learner.tokenizer, learner.rows[:4], 12)
+    prompts = script.make_examples(learner.tokenizer, learner.rows[:4], trl_baseline.settings(args)).prompts
     responses = [[5, 6, end], [7, 8, 9, 10, 11, 12], [end], [13, 14, 15, 16, end]]
     tokens, mask, response_mask = script.pad(prompts, responses, learner.device)
     theirs, context = torch.where(mask.bool(), tokens, pad), tokens.shape[1] - 6
@@ -52,7 +54,8 @@ def test_trl_sees_our_rewards_values_and_log_probabilities(trainer):
     assert scores.tolist() == pytest.approx(learner.reward([""] * 4, texts, [{}] * 4))
     assert len(set(scores.tolist())) == 4
     torch.testing.assert_close(values[response_mask], own_values[response_mask])
-    torch.testing.assert_close(script.token_logprobs(logits, tokens[:, -6:])[response_mask], logprob[response_mask])
+    theirs = logits.log_softmax(-1).gather(-1, tokens[:, -6:].unsqueeze(-1)).squeeze(-1)
+    torch.testing.assert_close(theirs[response_mask], logprob[response_mask])
 
 
 def test_trl_makes_an_optimizer_step_per_minibatch_and_samples_until_the_end_token(trainer, monkeypatch):
@@ -68,9 +71,9 @@ def test_trl_makes_an_optimizer_step_per_minibatch_and_samples_until_the_end_tok
         learner.tokenizer.eos_token_id,
         trainer.processing_class.pad_token_id,
     )
-    rows = trainer.callback_handler.callbacks[-1].log.rows
-    assert [row["update"] for row in rows] == [1, 2, 3]
-    assert abs(float(rows[0]["objective/kl"])) < 1e-4 < abs(float(rows[2]["objective/kl"]))
+    rows = trainer.callback_handler.callbacks[-1].run.rows
+    assert [row["update"] for row in rows] == [0, 1, 2, 3]
+    assert abs(rows[1]["objective/kl"]) < 1e-4 < abs(rows[3]["objective/kl"])
 
 
 def run(script: str, flags: dict, folder) -> subprocess.CompletedProcess:

@@ -48,7 +48,7 @@ def run(script, assets, run_dir, rank):
 
     Which rows, seed and responses this process had in its updates goes into a file.
     """
-    rollout, save_checkpoint, seen = script.rollout, script.save_checkpoint, []
+    rollout, save, seen = script.rollout, script.Run.save, []
 
     def spy(learner, rows, args):
         seed = torch.initial_seed()
@@ -58,13 +58,13 @@ def run(script, assets, run_dir, rank):
             os.kill(os.getpid(), signal.SIGINT)
         return trajectories, *rest
 
-    def slow(*inputs):
-        time.sleep(2)
-        save_checkpoint(*inputs)
+    def slow(run):
+        time.sleep(2 * (rank == 0))
+        save(run)
 
     flags = tiny.flags(script.SCRIPT, assets) | {"num_updates": 2, "target_coef": 0.1, "run_dir": run_dir}
     codes, saved = [], []
-    with patch.multiple(script, rollout=spy, save_checkpoint=slow):
+    with patch.object(script, "rollout", spy), patch.object(script.Run, "save", slow):
         for arguments in (tiny.command_line(flags), ["--resume", str(run_dir)]):
             with patch.object(sys, "argv", [script.__file__, *arguments]):
                 try:

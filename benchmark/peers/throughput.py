@@ -155,15 +155,15 @@ def language(side: str, paths: dict[str, str], updates: int, threads: int, lengt
     script, marks = importlib.import_module("sppo_rlhf_imdb"), []
     settings = LANGUAGE | lengths | paths | {"num_updates": updates + 1, "num_threads": threads}
     script.evaluate = lambda *_: ({"eval/score": 0.0, "eval/perplexity": 0.0}, [])
-    script.save_checkpoint = script.save_policy = script.save_results = lambda *_: None
-    write = script.RunLog.write
+    script.Run.save = script.Run.save_policy = script.Run.finish = lambda *_: None
+    write = script.Run.log
 
-    def log(self, step: int, metrics: dict[str, float]) -> None:
-        write(self, step, metrics)
+    def log(self, update: int, metrics: dict[str, float], *samples) -> None:
+        write(self, update, metrics, *samples)
         if "objective/scores" in metrics:  # the end of an update
             marks.append((time.perf_counter(), time.process_time()))
 
-    script.RunLog.write = log
+    script.Run.log = log
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
         if side == "TRL":
             trl_baseline = importlib.import_module("peers.trl_baseline")
@@ -172,8 +172,10 @@ def language(side: str, paths: dict[str, str], updates: int, threads: int, lengt
             settings |= {"run_dir": folder, "alpha": 1.0, "beta": 0.0, "top_k": 0, "min_response_length": 0}
             args = script.Args(**settings, max_grad_norm=1e9)
             learner, counter = script.Learner(args), FlopCounterMode(display=False)
+            run = script.Run(args, learner)
+            run.log(0, {})
             with counter if side == "arithmetic" else contextlib.nullcontext():
-                script.train(args, learner)
+                script.train(args, learner, run)
     if side == "arithmetic":
         tokens = LANGUAGE["num_trajectories"] * lengths["response_length"] * (updates + 1)
         operations, rate = counter.get_total_flops() / tokens, large_products(threads)

@@ -15,6 +15,7 @@ import json
 import os
 import platform
 import resource
+import signal
 import sys
 import time
 import warnings
@@ -103,11 +104,11 @@ class ValueModel(nn.Module):
 class Log(TrainerCallback):
     """TRL's metrics into curves.csv and TensorBoard, under its tags, and the clocks after every update."""
 
-    def __init__(self, log: script.RunLog, num_updates: int):
-        self.log, self.num_updates, self.marks, self.start = log, num_updates, [], time.monotonic()
+    def __init__(self, run: script.Run, num_updates: int):
+        self.run, self.num_updates, self.marks, self.start = run, num_updates, [], time.monotonic()
 
     def on_log(self, args, state, control, logs: dict, **_) -> None:
-        self.log.write(state.global_step, {tag: value for tag, value in logs.items() if "/" in tag})
+        self.run.log(state.global_step, {tag: value for tag, value in logs.items() if "/" in tag})
         text = f"score {logs['objective/scores']:.4f}  KL {logs['objective/kl']:.3f}"
         update, total = state.global_step, self.num_updates
         left = timedelta(seconds=int((time.monotonic() - self.start) / update * (total - update)))
@@ -164,7 +165,7 @@ def make_trainer(args: Args, run_dir: Path, learner: script.Learner, log: Log) -
     tokenizer.padding_side = "left"
     if tokenizer.pad_token_id in (None, tokenizer.eos_token_id):  # TRL leaves out padding, and the end token must stay
         tokenizer.pad_token = tokenizer.convert_ids_to_tokens(len(tokenizer) - 1)
-    tokens = script.encode_prompts(tokenizer, learner.rows, args.prompt_length)
+    tokens = script.make_examples(tokenizer, learner.rows, settings(args)).prompts
     policy = learner.actor_critic.policy
     policy.generation_config.pad_token_id = tokenizer.pad_token_id
     policy.generation_config.top_k, policy.generation_config.min_new_tokens = None, None
@@ -185,18 +186,20 @@ def make_trainer(args: Args, run_dir: Path, learner: script.Learner, log: Log) -
 
 def train(args: Args, run_dir: Path) -> dict:
     """Train, evaluate as our script does, and return the result."""
-    start, commit = time.monotonic(), script.git_commit()
+    start = time.monotonic()
     learner = script.Learner(settings(args))
     before, _ = script.evaluate(learner, settings(args))
-    log = Log(script.RunLog(str(run_dir), -1), args.num_updates)
-    log.log.write(0, before)
-    make_trainer(args, run_dir, learner, log).train()
+    run = script.Run(settings(args), learner)
+    write_json(run_dir / "args.json", {"script": SCRIPT, "args": asdict(args)})  # in place of our script's
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # there are no checkpoints to wait for
+    run.log(0, before)
+    make_trainer(args, run_dir, learner, Log(run, args.num_updates)).train()
     gc.collect()
     sampling = script.generation_config(settings(args), learner.ends)
     learner.actor_critic.policy.generation_config = sampling  # TRL has changed it
     metrics, samples = script.evaluate(learner, settings(args))
-    log.log.write(args.num_updates, metrics)
-    log.log.writer.close()
+    run.log(args.num_updates, metrics)
+    run.writer.close()
     installed = {d.name: d.version for d in distributions()}
     result = {"script": SCRIPT, "policy": args.policy, "dataset": args.dataset, "seed": args.seed}
     result |= {"args": asdict(args), "reward_model": args.reward_model, "num_updates": args.num_updates}
@@ -206,13 +209,15 @@ def train(args: Args, run_dir: Path) -> dict:
     memory = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     memory = torch.cuda.max_memory_allocated() if learner.device.type == "cuda" else memory
     result["peak_memory_gib"] = memory / 2**30
-    result |= {"wall_seconds": time.monotonic() - start, "commit": commit}
+    result |= {"wall_seconds": time.monotonic() - start, "commit": run.commit}
     result["versions"] = {"python": platform.python_version()} | {p: installed[p] for p in PACKAGES if p in installed}
     return result
 
 
 def write_json(path: Path, content: dict) -> None:
-    script.write_atomic(path, (json.dumps(content, indent=2) + "\n").encode())
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(json.dumps(content, indent=2) + "\n")
+    temporary.replace(path)
 
 
 def main() -> int:
@@ -222,9 +227,7 @@ def main() -> int:
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     datasets.disable_progress_bars()
-    script.check_args(script.find_run(settings(args)))
-    run_dir.mkdir(parents=True, exist_ok=True)
-    write_json(run_dir / "args.json", {"script": SCRIPT, "args": asdict(args)})
+    script.parse_args(settings(args))
     try:
         result = train(args, run_dir)
     except KeyboardInterrupt:
