@@ -45,9 +45,9 @@ def weight_text(found: Found) -> str:
     frame |= {f"{title}, DSPPO / DPPO": some[name].map("{:.2f}".format) for name, title in TRAINING.items()}
     return (
         f"DSPPO over DPPO in {len(some)} cells, means over the run and the seeds: KL {spans['approx_kl']}, "
-        f"clip fraction {spans['clipfrac']}, entropy {spans['entropy']}, value loss {spans['value_loss']}. The gradient norm "
-        f"before the clip is {spans['grad_norm']} times as large. DPPO's own norm is {spans['norm']}, the clip is at "
-        "0.5.\n\n"
+        f"clip fraction {spans['clipfrac']}, entropy {spans['entropy']}, value loss {spans['value_loss']}. The "
+        f"gradient norm before the clip is {spans['grad_norm']} times as large. DPPO's own norm is {spans['norm']}; "
+        "the clip is at 0.5.\n\n"
         f"{stats.markdown(pd.DataFrame(frame | {'Gradient norm, DPPO': some.norm.map('{:.2f}'.format)}))}\n"
     )
 
