@@ -40,7 +40,7 @@ of a seed is the mean of its 10 evaluation episodes, or of its evaluation sample
   chance alone a third of the cells would.
 - Welch's p: of a difference of two means as large, either way; by Holm: in view of all comparisons of the same two
   algorithms in both tables of a family. In "symmetric minus baseline" runs of DSPPO's (SPPO's) control count as
-  DSPPO's (SPPO's), which they are by the identity.
+  DSPPO's (SPPO's), which they are by the identity; two runs of one seed begin alike and count as one, their mean.
 - z: the normal number with the p of Welch's t, so that few seeds do not count too much. Its mean is over cells, with
   the interval of a t test over cells; p of all cells is Stouffer's.
 - Probability of improvement: that a run of the first algorithm scores above one of the second, averaged over

@@ -249,12 +249,17 @@ def read_cells(runs: pd.DataFrame, pooled: bool = False) -> pd.DataFrame:
     """A row per cell of the control tables in the paper's order: what it prints, ours, and t, p, z of the difference.
 
     After the cells of an environment come controls, changed copies and PPO without normalization, which has no cell of
-    its own and stands beside PPO's. pooled: a control that is the symmetric algorithm by the identity counts as one.
+    its own and stands beside PPO's. pooled: a control that is the symmetric algorithm by the identity counts as one. The
+    runs of one seed are averaged then: they begin alike, so they are not independent.
     """
     paper = read_paper().query("table in @FAMILY").reset_index(names="order").drop(columns="metric")
     paper["family"], paper["in_paper"] = paper.table.map(FAMILY), True
     ours = runs[(runs.kind == "paper") & ~runs.family.isin(TASKS)]
-    ours = by_group(ours.assign(algorithm=ours.algorithm.replace(SAME)) if pooled else ours, KEY)
+    if pooled:
+        ours = ours.assign(algorithm=ours.algorithm.replace(SAME))
+        ours["score"] = ours.groupby([*KEY, "seed"], dropna=False).score.transform("mean")
+        ours = ours.drop_duplicates([*KEY, "seed"])
+    ours = by_group(ours, KEY)
     cells = paper.merge(ours, "outer", KEY)
     first = paper.groupby(["family", "environment", "noise"])[["table", "order"]].first()
     where = first.reindex(pd.MultiIndex.from_frame(cells[["family", "environment", "noise"]]))
