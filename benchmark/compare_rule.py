@@ -6,13 +6,15 @@ python benchmark/compare_rule.py               # 10,000 comparisons a row, resam
 import json
 import math
 import sys
+from collections.abc import Iterable
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
 from scipy.optimize import brentq
-from scipy.stats import nct, norm, t
+from scipy.stats import norm
 from stats import markdown, welch
 from sweeps import ROOT, find
 
@@ -66,14 +68,14 @@ class Verdict(NamedTuple):
     ways: np.ndarray  # +1 or -1 where that environment is shown to be better or worse, else 0
 
 
-def decide(p: np.ndarray, z: np.ndarray, looks: int = 1) -> Verdict:
+def decide(p: np.ndarray, z: np.ndarray, look: int = 1) -> Verdict:
     """The rule on Welch's p and z of each environment, in the last dimension.
 
     At the second look at the answer, with more seeds, every p counts 4 times, at the third 9 times.
     """
     environments = p.shape[-1]
     total = z.sum(-1) / math.sqrt(environments)  # Stouffer
-    over_all, adjusted = 2 * norm.sf(abs(total)) * looks**2, holm(p) * looks**2
+    over_all, adjusted = 2 * norm.sf(abs(total)) * look**2, holm(p) * look**2
     shown = over_all <= (0.025 if environments > 1 else 0.05)
     level = np.where(shown | (environments == 1), 0.05, 0.025)[..., None]
     ways = np.where(adjusted <= level, np.sign(z), 0)
@@ -81,25 +83,22 @@ def decide(p: np.ndarray, z: np.ndarray, looks: int = 1) -> Verdict:
     return Verdict(WORDS[better + 2 * worse], np.minimum(1, over_all), shown, np.minimum(1, adjusted), ways)
 
 
-def least_difference(seeds: int, envs: int, alone: bool = False, looks: int = 1) -> float:
-    """Standard deviations of seeds by which the sides must differ, in all environments or in one alone, to be seen in
-    four of five cases; inf if no difference is enough."""
-    level, floor = (0.025 if envs > 1 else 0.05) / looks**2, 2 / math.comb(2 * seeds, seeds)
-    degrees, root = 2 * seeds - 2, math.sqrt(seeds / 2)
+def words(x: np.ndarray, y: np.ndarray, look: int = 1) -> np.ndarray:
+    """What the rule says of comparisons (..., environments, seeds)."""
+    return decide(*welch_floored(x, y), look).word
 
-    def power_alone(difference: float) -> float:
-        return nct.sf(t.isf(level / envs / 2, degrees), degrees, difference * root)
 
-    def power_in_all(difference: float) -> float:
-        draws = nct.ppf((np.arange(400) + 0.5) / 400, degrees, difference * root)
-        z = np.clip(norm.isf(t.sf(draws, degrees)), norm.ppf(floor / 2), norm.isf(floor / 2))
-        return norm.sf((norm.isf(level / 2) - math.sqrt(envs) * z.mean()) / max(z.std(), 1e-9))
+@cache
+def least_difference(seeds: int, envs: int, alone: bool = False, look: int = 1) -> float:
+    """Standard deviations of seeds that the rule sees in four of five cases, as the difference in all environments or
+    in one alone; inf if no difference is enough. Simulated with normal scores."""
+    x, y = np.random.default_rng(0).standard_normal((2, 4000, envs, seeds))
+    where = np.arange(envs)[:, None] < (1 if alone else envs)
 
-    alone = alone or envs == 1
-    if alone and floor > level / envs:
-        return math.inf
-    power = power_alone if alone else power_in_all
-    return brentq(lambda difference: power(difference) - SEEN, 0, 10, xtol=1e-3)
+    def lacking(difference: float) -> float:
+        return SEEN - (words(x + difference * where, y, look) != "Not shown").mean()
+
+    return brentq(lacking, 0, 10, xtol=0.01) if lacking(10) < 0 else math.inf
 
 
 def separation(samples: np.ndarray) -> np.ndarray:
@@ -141,9 +140,17 @@ def residuals(groups: list[np.ndarray]) -> np.ndarray:
     return np.concatenate([(x - x.mean()) * math.sqrt(len(x) / (len(x) - 1)) for x in groups])
 
 
-def words(x: np.ndarray, y: np.ndarray, looks: int = 1) -> np.ndarray:
-    """What the rule says of comparisons (comparisons, environments, seeds)."""
-    return decide(*welch_floored(x, y), looks).word
+def seen_table(seeds: Iterable[int], envs: list[str], steps: int, ppo: bool, look: int = 1) -> pd.DataFrame:
+    """What so many seeds show in four of five cases, in standard deviations and in units of the kept runs."""
+    rows = []
+    kept = {env: groups for env in envs if (groups := kept_scores(env, steps, ppo))}
+    for n in seeds:
+        in_all, alone = (least_difference(n, len(envs), one, look) for one in (False, True))
+        sizes = [(in_all * residuals(groups).std(), abs(np.concatenate(groups).mean())) for groups in kept.values()]
+        percent = [f"{x:.3g} ({100 * x / mean:.0f} %)" for x, mean in sizes]
+        rows.append([n, f"{in_all:.1f}", *percent, f"{alone:.1f}"])
+    names = ["Seeds", "difference in all", *(f"on {env}" for env in kept), "or in one alone"]
+    return pd.DataFrame(rows, columns=names).replace("inf", "never seen")
 
 
 def bands_apart(x: np.ndarray, y: np.ndarray) -> np.ndarray:
@@ -216,26 +223,7 @@ def look_again(rng: np.random.Generator, count: int) -> pd.DataFrame:
     return pd.DataFrame(table, columns=["Looks at so many seeds", "looks not counted, %", "counted, %"])
 
 
-def seeds_needed() -> pd.DataFrame:
-    """The difference that so many seeds show in four of five cases, in the default environments."""
-    groups = [np.concatenate(kept_scores(env, 300_000)).mean() for env in ENVS]
-    spreads = [residuals(kept_scores(env, 300_000)).std() for env in ENVS]
-    table = []
-    for n in (4, 5, 10, 20, 30):
-        d = least_difference(n, 4)
-        percent = [f"{100 * d * spread / mean:.0f} %" for spread, mean in zip(spreads, groups)]
-        table.append([n, f"{d:.1f}", *percent, *(f"{least_difference(n, k, True):.1f}" for k in (4, 1))])
-    columns = [
-        "Seeds",
-        "in all four",
-        *(env.partition("-")[0] for env in ENVS),
-        "in one of four alone",
-        "in a single one",
-    ]
-    return pd.DataFrame(table, columns=columns).replace("inf", "never")
-
-
 if __name__ == "__main__":
     number = int(sys.argv[1]) if len(sys.argv) > 1 else 10_000
     print(markdown(calibrate(number)), markdown(look_again(np.random.default_rng(0), number)), sep="\n\n", end="\n\n")
-    print(markdown(seeds_needed()))
+    print(markdown(seen_table((4, 5, 10, 20, 30), list(ENVS), 300_000, ppo=True)))
