@@ -22,24 +22,12 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
+import compare_rule as rule
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import runner
 import tyro
-from compare_rule import (
-    ENVS,
-    RETURN,
-    SCORES,
-    Verdict,
-    decide,
-    has_two_modes,
-    least_difference,
-    mean_between,
-    read_curve,
-    seen_table,
-    welch_floored,
-)
 from stats import chance_text, difference_interval, gain, markdown, mean_text, p_text
 from sweeps import NOT_COMPARED, ROOT, CellError, Script, find
 
@@ -50,7 +38,6 @@ OTHER_SEEDS = 1000  # added to B's seeds if both sides are one algorithm: from t
 ORIGINALS = ("sppo_continuous_discretized", "sa2c_continuous_discretized", "sppo_atari", "sa2c_atari")
 ORIGINALS += ("sppo_rlhf_imdb", "sppo_rlhf_tldr")
 SET_HERE = {"env_id", "dataset", "seed", "num_seeds", "total_timesteps", "num_updates", "run_dir", "resume", "evaluate"}
-Pair = tuple[pd.DataFrame, pd.DataFrame]  # a row for each finished seed of A and of B in one environment
 
 
 @dataclass
@@ -96,7 +83,7 @@ class Side:
         if taken := sorted(SET_HERE & given.keys()):
             fail(f"side {label}: --{taken[0].replace('_', '-')} is set by --envs, --seeds, --steps or --out")
         self.settings, self.command = self.script.defaults | given, [path.name, *self.flags]
-        self.tag = SCORES if self.script.length == "num_updates" else RETURN
+        self.tag = rule.SCORES if self.script.length == "num_updates" else rule.RETURN
 
     def algorithm(self) -> tuple[str, dict]:
         """Code without comments, and settings. They are equal for two sides that are one algorithm, but for rounding.
@@ -125,7 +112,7 @@ class Side:
     def trial(self, env: str, agents: int, folder: Path) -> dict:
         """Seconds of a short run, and the speed of all its agents. What cannot be trained ends here, in its words."""
         rollout = self.settings.get("num_steps", 1) * self.settings.get("num_envs", 1)
-        steps = 1 if self.tag == SCORES else max(2 * rollout, 4096)
+        steps = 1 if self.tag == rule.SCORES else max(2 * rollout, 4096)
         job, begin = self.job(env, 1, agents, steps, folder), time.monotonic()
         command = job.command(runner.Args(out=folder))
         done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL)
@@ -133,7 +120,7 @@ class Side:
             last = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
             if not last.startswith("error: "):  # a bug in a copy keeps its traceback
                 print(done.stderr, file=sys.stderr)
-            fail(f"side {self.label} cannot be trained on {env}: {last.removeprefix('error: ')}")
+            raise CellError(f"side {self.label} cannot be trained on {env}: {last.removeprefix('error: ')}")
         seconds, result = time.monotonic() - begin, json.loads(find([job.run_dir], "result.json")[0].read_text())
         return {"seconds": seconds, "speed": agents * (result.get("sps") or steps / seconds)}
 
@@ -174,20 +161,18 @@ def fit(sides: list[Side], plan: dict, workers: int, out: Path) -> dict:
         time_left = hours(make_jobs(sides, plan | sizes, out), plan["trials"], workers)
         if time_left <= plan["hours"]:
             return sizes
-    fail(
-        f"--hours {plan['hours']}: the smallest plan, {seeds} seeds of {sizes['steps']:,} steps, takes {time_left:.2f}"
-    )
+    fail(f"--hours {plan['hours']}: {seeds} seeds of {sizes['steps']:,} steps, the smallest plan, take {time_left:.2f}")
 
 
 def seen_text(seeds: int, envs: int, look: int) -> str:
     """What so many seeds show in four of five cases."""
-    in_all, alone = (least_difference(seeds, envs, one, look) for one in (False, True))
+    in_all, alone = (rule.least_difference(seeds, envs, one, look) for one in (False, True))
     if in_all == math.inf:
         return "no difference of any size"
     text = f"a difference of {in_all:.1f} standard deviations"
     if envs == 1:
         return text
-    return f"{text} in all environments" + (f", or of {alone:.1f} in one alone" if alone < math.inf else "")
+    return f"{text} in all environments" + (f" or of {alone:.1f} in one alone" if alone < math.inf else "")
 
 
 def print_plan(sides: list[Side], plan: dict, time_left: float) -> None:
@@ -195,130 +180,132 @@ def print_plan(sides: list[Side], plan: dict, time_left: float) -> None:
     seeds, envs, look = plan["seeds"], plan["envs"], len(plan["looks"]) + 1
     for side in sides:
         print(f"{side.label}: {shlex.join(side.command)}")
-    print(
-        f"{seeds} seeds a side, {len(envs)} environments, {plan['steps']:,} steps: {60 * time_left:.0f} minutes to go"
-    )
+    minutes = f"about {60 * time_left:.0f} minutes to go"
+    print(f"{seeds} seeds a side, {len(envs)} environments, {plan['steps']:,} steps: {minutes}")
     print(f"In four of five cases this shows {seen_text(seeds, len(envs), look)}.", flush=True)
-    seen = seen_table([seeds], envs, plan["steps"], plan["ppo"], look)
+    seen = rule.seen_table([seeds], envs, plan["steps"], plan["ppo"], look)
     if len(seen.columns) > 3:  # there are kept runs of some
         print(f"\nIn units of the returns of kept runs:\n\n{markdown(seen)}\n", flush=True)
 
 
-def read_scores(sides: list[Side], envs: list[str], steps: int, out: Path) -> dict[str, Pair]:
-    """{environment: finished seeds of A, of B}: seed, score, the same over the last tenth of the steps, folder."""
-    scores = {}
-    for env in envs:
-        frames = []
+def read_scores(sides: list[Side], plan: dict, out: Path) -> pd.DataFrame:
+    """A row for each finished seed: its score, the same over the last tenth of the steps, and its folder."""
+    rows, steps = [], plan["steps"]
+    for env in plan["envs"]:
         for side in sides:
-            rows = []
             for path in find([cell(out, side.label, env)], "result.json"):
-                curve, seed = read_curve(path.parent, side.tag), json.loads(path.read_text())["seed"]
-                rows.append([seed, *(mean_between(curve, begin, steps) for begin in (0, 0.9 * steps)), path.parent])
-            frames.append(pd.DataFrame(rows, columns=["seed", "score", "last_tenth", "folder"]).dropna())
-        scores[env] = tuple(frames)
-    return scores
+                curve, seed = rule.read_curve(path.parent, side.tag), json.loads(path.read_text())["seed"]
+                scores = [rule.mean_between(curve, begin, steps) for begin in (0, 0.9 * steps)]
+                rows.append([env, side.label, seed, *scores, path.parent])
+    return pd.DataFrame(rows, columns=["environment", "side", "seed", "score", "last_tenth", "folder"]).dropna()
 
 
-def effect(pair: Pair, column: str) -> float:
+def effect(first: np.ndarray, second: np.ndarray) -> float:
     """The difference of two means in standard deviations of seeds."""
-    first, second = (side[column] for side in pair)
-    spread = math.sqrt((first.var() + second.var()) / 2)
+    spread = math.sqrt((first.var(ddof=1) + second.var(ddof=1)) / 2)
     return float(first.mean() - second.mean()) / spread if spread else 0.0
 
 
-def sentence(pairs: dict[str, Pair], verdict: Verdict, steps: str, seen: str) -> str:
+def by_environment(scores: pd.DataFrame) -> pd.DataFrame:
+    """Scores of A and of B, Welch's p and z, and the effect over all steps and over the last tenth, where a side has
+    two seeds at least."""
+    found = {}
+    for env, rows in scores.groupby("environment", sort=False):
+        both = [rows[rows.side == label] for label in "AB"]
+        if min(map(len, both)) > 1:
+            (a, b), last = ([side[column].to_numpy() for side in both] for column in ("score", "last_tenth"))
+            p, z = rule.welch_floored(a, b)
+            found[env] = {"A": a, "B": b, "p": float(p), "z": float(z), "effect": effect(a, b), "last": effect(*last)}
+    return pd.DataFrame.from_dict(found, orient="index")
+
+
+def sentence(found: pd.DataFrame, verdict: rule.Verdict, steps: str, seen: str) -> str:
     """The answer."""
-    better, worse = (", ".join(env for env, way in zip(pairs, verdict.ways) if way == sign) for sign in (1, -1))
-    where = " and ".join([f"better on {better}"] * bool(better) + [f"worse on {worse}"] * bool(worse))
-    place = f"over all {len(pairs)} environments" if len(pairs) > 1 else f"on {next(iter(pairs))}"
-    chance = chance_text(*zip(*([side.score for side in pair] for pair in pairs.values())))
-    measured = f"in the first {steps}, {place}, a run of A scores above one of B with probability {chance}"
-    measured += f", p {p_text(verdict.p)}"
+    names = {way: ", ".join(found.index[verdict.ways == way]) for way in (1, -1)}
+    where = " and ".join(f"{word} on {names[way]}" for word, way in (("better", 1), ("worse", -1)) if names[way])
+    place = f"over all {len(found)} environments" if len(found) > 1 else f"on {found.index[0]}"
+    chance = f"a run of A scores above one of B with probability {chance_text(found.A, found.B)}"
+    measured = f"in the first {steps}, {place}, {chance}, p {p_text(verdict.p)}"
     if verdict.word == "Not shown":
         return f"Not shown: {measured}. In four of five cases {seen} would have been seen."
     if verdict.word == "Mixed":
         text = f"Mixed: {where}; {measured}."
-    elif not verdict.shown:
-        text = f"{where[0].upper()}{where[1:]}, not shown over all: {measured}."
-    else:
+    elif verdict.shown:
         text = f"{verdict.word}: {measured}; by itself {where or 'no environment shows it'}."
-    ways = verdict.ways if verdict.ways.any() else np.full(len(pairs), 1 if verdict.word == "Better" else -1)
-    lead, end = (
-        np.mean([way * effect(pair, column) for way, pair in zip(ways, pairs.values()) if way])
-        for column in ("score", "last_tenth")
-    )
+    else:
+        text = f"{where[0].upper()}{where[1:]}, not shown over all: {measured}."
+    ways = verdict.ways if verdict.ways.any() else np.full(len(found), 1 if verdict.word == "Better" else -1)
+    lead, end = ((ways * found[column])[ways != 0].mean() for column in ("effect", "last"))
     closing = "is closing, and longer runs may end otherwise" if end < lead / 2 else "is not closing"
     return f"{text} The lead {closing}: {lead:.1f} standard deviations over all steps, {end:.1f} in the last tenth."
 
 
-def table(pairs: dict[str, Pair], p: np.ndarray, verdict: Verdict) -> pd.DataFrame:
+def table(found: pd.DataFrame, verdict: rule.Verdict) -> pd.DataFrame:
     """A row for each environment, and one over all."""
-    rows, all_scores = [], [[side.score for side in pair] for pair in pairs.values()]
-    for env, (first, second), *ps in zip(pairs, all_scores, p, verdict.holm):
-        row = [env, f"{len(first)}, {len(second)}", mean_text(first), mean_text(second)]
-        interval = ", ".join(map(gain, difference_interval(first, second) or ()))
-        row.append(gain(first.mean() - second.mean()) + (f" [{interval}]" if interval else ""))
-        row += [f"{effect(pairs[env], column):+.1f}" for column in ("score", "last_tenth")]
-        rows.append([*row, chance_text([first], [second]), *map(p_text, ps)])
-    rows.append(["over all", *[""] * 6, chance_text(*zip(*all_scores)), p_text(verdict.p), ""])
+    rows = []
+    for (env, row), p_holm in zip(found.iterrows(), verdict.holm):
+        interval = ", ".join(map(gain, difference_interval(row.A, row.B) or ()))
+        difference = gain(row.A.mean() - row.B.mean()) + (f" [{interval}]" if interval else "")
+        cells = [env, f"{len(row.A)}, {len(row.B)}", mean_text(row.A), mean_text(row.B), difference]
+        cells += [f"{row.effect:+.1f}", f"{row['last']:+.1f}", chance_text([row.A], [row.B])]
+        rows.append([*cells, p_text(row.p), p_text(p_holm)])
+    rows.append(["over all", *[""] * 6, chance_text(found.A, found.B), p_text(verdict.p), ""])
     names = ["Environment", "seeds", "A", "B", "A - B", "in sd", "in the last tenth", "A above B", "p", "Holm"]
     return pd.DataFrame(rows, columns=names)
 
 
-def picture(pairs: dict[str, Pair], sides: list[Side], steps: int, path: Path) -> None:
+def picture(scores: pd.DataFrame, sides: list[Side], plan: dict, path: Path) -> None:
     """Mean curves with bands of one standard error, a panel for each environment."""
-    grid = np.linspace(0, steps, 100)
-    figure, axes = plt.subplots(1, len(pairs), figsize=(4 * len(pairs), 3.5), squeeze=False, layout="constrained")
-    for (env, pair), panel in zip(pairs.items(), axes[0]):
-        for side, seeds in zip(sides, pair):
-            curves = [read_curve(folder, side.tag) for folder in seeds.folder]
-            values = np.array([np.interp(grid, curve.index, curve) for curve in curves])
-            mean, error = values.mean(0), values.std(0, ddof=1) / math.sqrt(len(values))
-            panel.plot(grid, mean, label=f"{side.label}: {side.text}")
-            panel.fill_between(grid, mean - error, mean + error, alpha=0.3)
-        panel.set(title=env, xlabel="updates" if side.tag == SCORES else "steps", ylabel=side.tag)
+    grid, envs = np.linspace(0, plan["steps"], 100), plan["envs"]
+    figure, axes = plt.subplots(1, len(envs), figsize=(4 * len(envs), 3.5), squeeze=False, layout="constrained")
+    for env, panel in zip(envs, axes[0]):
+        for side in sides:
+            folders = scores[(scores.environment == env) & (scores.side == side.label)].folder
+            curves = [rule.read_curve(folder, side.tag) for folder in folders]
+            values = pd.DataFrame([np.interp(grid, curve.index, curve) for curve in curves], columns=grid)
+            panel.plot(grid, values.mean(), label=f"{side.label}: {side.text}")
+            panel.fill_between(grid, values.mean() - values.sem(), values.mean() + values.sem(), alpha=0.3)
+        panel.set(title=env, xlabel=side.script.length, ylabel=side.tag)
     figure.legend(*panel.get_legend_handles_labels(), loc="outside lower center")
     figure.savefig(path)
 
 
-def notes_on(scores: dict[str, Pair], plan: dict, look: int) -> list[str]:
+def notes_on(scores: pd.DataFrame, plan: dict, look: int) -> list[str]:
     """What else a reader of the answer has to know."""
     notes = ["Both sides are one algorithm with other seeds: they differ by chance."] if plan["one_algorithm"] else []
     if look > 1:
         notes.append(f"This is look {look} at the answer, so every p is multiplied by {look**2}.")
-    for env, pair in scores.items():
-        for label, seeds in zip("AB", pair):
-            if failed := plan["seeds"] - len(seeds):
+    for env in plan["envs"]:
+        for label in "AB":
+            some = scores[(scores.environment == env) & (scores.side == label)].score
+            if failed := plan["seeds"] - len(some):
                 notes.append(f"{failed} of {plan['seeds']} seeds of {label} on {env} have no result and count nowhere.")
-            if has_two_modes(seeds.score.to_numpy()):
+            if rule.has_two_modes(some.to_numpy()):
                 notes.append(f"The scores of {label} on {env} have two modes: the mean describes neither.")
     return notes
 
 
 def answer(sides: list[Side], plan: dict, out: Path) -> int:
     """Print the answer and write it to out. Returns the exit code, 1 if seeds are missing."""
-    scores = read_scores(sides, plan["envs"], plan["steps"], out)
-    pairs = {env: pair for env, pair in scores.items() if min(map(len, pair)) > 1}
-    if not pairs:
+    scores = read_scores(sides, plan, out)
+    found = by_environment(scores)
+    if found.empty:
         fail(f"no environment has two finished seeds on both sides; {out} holds the logs", 1)
-    finished = sum(len(seeds) for pair in scores.values() for seeds in pair)
-    if finished not in plan["looks"]:
-        plan["looks"].append(finished)
+    if len(scores) not in plan["looks"]:
+        plan["looks"].append(len(scores))
         save_plan(plan, out)
-    look = plan["looks"].index(finished) + 1
-    p, z = np.array([welch_floored(*(side.score.to_numpy() for side in pair)) for pair in pairs.values()]).T
-    verdict, fewest = decide(p, z, look), min(len(side) for pair in pairs.values() for side in pair)
-    steps = f"{plan['steps']:,} {'updates' if sides[0].tag == SCORES else 'steps'}"
-    lines = [sentence(pairs, verdict, steps, seen_text(fewest, len(pairs), look)), *notes_on(scores, plan, look)]
+    look, fewest = plan["looks"].index(len(scores)) + 1, min(map(len, [*found.A, *found.B]))
+    verdict = rule.decide(found.p.to_numpy(), found.z.to_numpy(), look)
+    steps = f"{plan['steps']:,} {'updates' if sides[0].tag == rule.SCORES else 'steps'}"
+    lines = [sentence(found, verdict, steps, seen_text(fewest, len(found), look)), *notes_on(scores, plan, look)]
     lines += [f"{side.label}: `{shlex.join(side.command)}`" for side in sides]
-    lines.append(markdown(frame := table(pairs, p, verdict)))
-    picture(pairs, sides, plan["steps"], out / "curves.png")
+    lines.append(markdown(frame := table(found, verdict)))
     frame.to_csv(out / "answer.csv", index=False)
-    each = {(env, label): seeds for env, pair in scores.items() for label, seeds in zip("AB", pair)}
-    pd.concat(each, names=["environment", "side", None]).droplevel(2).to_csv(out / "scores.csv")
+    scores.to_csv(out / "scores.csv", index=False)
+    picture(scores, sides, plan, out / "curves.png")
     (out / "answer.md").write_text("\n\n".join([*lines, "![Curves](curves.png)"]) + "\n")
     print("", *lines, f"{out} holds answer.md, answer.csv, scores.csv and curves.png", sep="\n\n")
-    return int(finished < 2 * plan["seeds"] * len(plan["envs"]))
+    return int(len(scores) < 2 * plan["seeds"] * len(plan["envs"]))
 
 
 def save_plan(plan: dict, out: Path) -> None:
@@ -344,7 +331,7 @@ def make_plan(args: Args, sides: list[Side], old: dict, out: Path) -> dict:
     if not batched and not (args.envs and args.steps):
         fail("--envs and --steps have defaults for the continuous scripts alone: name them")
     ppo = all("clip_coef" in side.settings for side in sides)
-    plan = {"envs": wanted["envs"] or list(ENVS), "steps": args.steps or (PPO_STEPS if ppo else A2C_STEPS)}
+    plan = {"envs": wanted["envs"] or list(rule.ENVS), "steps": args.steps or (PPO_STEPS if ppo else A2C_STEPS)}
     plan |= {"seeds": args.seeds or SEEDS, "agents": BATCH if batched else 1, "ppo": ppo, "looks": []}
     return wanted | plan | {"one_algorithm": sides[0].algorithm() == sides[1].algorithm()}
 
@@ -372,17 +359,15 @@ def main() -> int:
             plan["trials"] = try_all(sides, plan, args.workers, folder)
             if args.hours:
                 plan |= fit(sides, plan, args.workers, out)
-        time_left = hours(make_jobs(sides, plan, out), plan["trials"], args.workers)
-        print_plan(sides, plan, time_left)
+        print_plan(sides, plan, hours(make_jobs(sides, plan, out), plan["trials"], args.workers))
         if args.dry_run:
             return 0
         if not begun:
             shutil.copytree(folder / "scripts", out / "scripts", dirs_exist_ok=True)
-            save_plan(plan, out)
+    save_plan(plan, out)
     for side in sides:
         side.script = Script(side.script.name, out / "scripts" / side.label)
     jobs = [job for _, job in make_jobs(sides, plan, out)]
-    save_plan(plan, out)
     todo = [job for job in jobs if job.state() != "finished"]
     if todo and runner.run(todo, runner.Args(out=out, workers=args.workers), len(jobs) - len(todo), 0) == 130:
         return 130

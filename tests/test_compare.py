@@ -15,7 +15,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import stats
-from compare import Side, fit, main, sentence
+from compare import Side, by_environment, fit, main, sentence
 from compare_rule import decide, has_two_modes, holm, least_difference, welch_floored, words
 from scipy.stats import combine_pvalues, norm, ttest_ind
 
@@ -161,30 +161,24 @@ def test_two_modes_are_seen_and_one_is_not():
     assert sum(has_two_modes(rng.standard_normal(10)) for _ in range(50)) <= 2
 
 
-def pairs(*shifts: tuple[float, float]) -> dict:
-    """Scores of ten seeds that differ by a shift over all steps and by another one in the last tenth."""
-    rng, found = np.random.default_rng(0), {}
-    for i, (shift, end) in enumerate(shifts):
-        noise = rng.standard_normal((2, 10))
-        first = pd.DataFrame({"score": noise[0] + shift, "last_tenth": noise[0] + end})
-        found[f"E{i}"] = first, pd.DataFrame({"score": noise[1], "last_tenth": noise[1]})
-    return found
-
-
 def say(*shifts: tuple[float, float]) -> str:
-    some = pairs(*shifts)
-    p, z = np.array([welch_floored(*(side.score.to_numpy() for side in pair)) for pair in some.values()]).T
-    return sentence(some, decide(p, z), "300,000 steps", "a difference of 0.7")
+    """The sentence for ten seeds a side that differ by a shift over all steps and by another in the last tenth."""
+    rng, rows = np.random.default_rng(0), []
+    for i, (shift, end) in enumerate(shifts):
+        for label, times in (("A", 1), ("B", 0)):
+            rows += [(f"Env{i}", label, x + times * shift, x + times * end) for x in rng.standard_normal(10)]
+    found = by_environment(pd.DataFrame(rows, columns=["environment", "side", "score", "last_tenth"]))
+    return sentence(found, decide(found.p.to_numpy(), found.z.to_numpy()), "300,000 steps", "a difference of 0.7")
 
 
 def test_the_sentence():
     assert say((2, 2), (2, 2), (2, 2)).startswith("Better: in the first 300,000 steps, over all 3 environments")
     assert say((-2, -2), (-2, -2)).startswith("Worse: ")
     mixed = say((3, 0.5), (-3, -0.5))
-    assert mixed.startswith("Mixed: better on E0 and worse on E1; in the first 300,000 steps")
+    assert mixed.startswith("Mixed: better on Env0 and worse on Env1; in the first 300,000 steps")
     assert "The lead is closing" in mixed and "The lead is not closing" in say((2, 2))
     alone = say((3, 3), (-0.3, 0), (-0.3, 0), (-0.5, 0))
-    assert alone.startswith("Better on E0, not shown over all: in the first 300,000 steps")
+    assert alone.startswith("Better on Env0, not shown over all: in the first 300,000 steps")
     nothing = say((0, 0), (0, 0))
     assert nothing.startswith("Not shown: in the first 300,000 steps") and "a difference of 0.7 would have" in nothing
     assert "lead" not in nothing
@@ -238,7 +232,7 @@ def test_a_comparison_grows_counts_its_looks_and_keeps_its_scripts(fake, tmp_pat
     command = "fake.py --shift 2", "fake.py", "--envs", "Toy-v0 Toy/v1", "--out", "out"
     done = fake(*command, "--dry-run", "--", "--clip-coef=0.1")
     assert done.returncode == 0 and "10 seeds a side, 2 environments, 300,000 steps" in done.stdout, done.stderr
-    assert "a difference of 1.0 standard deviations in all environments, or of 1.6 in one alone" in done.stdout
+    assert "a difference of 1.0 standard deviations in all environments or of 1.6 in one alone" in done.stdout
     assert not (tmp_path / "out").exists()
 
     first = fake(*command)
@@ -312,7 +306,6 @@ def test_bad_input_ends_in_one_line(tmp_path, monkeypatch, ends_with):
         (("fake.py", "fake.py", *one, "--seeds", "3"), ("--seeds 3: fewer than 4 seeds",)),
         (("fake.py", "fake.py", *one, "--seeds", "-3"), ("must be above 0",)),
         (("fake.py", "fake.py", *one, "--hours", "1", "--steps", "10"), ("--hours chooses",)),
-        (("fake.py", "fake.py", "--envs", "Toy-v0 Ant-v99"), ("side", "Ant-v99", "no such environment")),
         (("fake.py", "updates.py", *one), ("one side counts updates",)),
         (("fake.py", "fake.py", *one, "--", "--gamma", "1"), ("side A", "no flag --gamma")),
     ):
@@ -320,6 +313,13 @@ def test_bad_input_ends_in_one_line(tmp_path, monkeypatch, ends_with):
         with ends_with(".*".join(map(re.escape, texts))):
             main()
         assert not (tmp_path / "runs").exists()
+
+
+def test_an_environment_that_does_not_exist(fake, tmp_path):
+    refused(
+        fake("fake.py", "fake.py", "--envs", "Toy-v0 Ant-v99"), "side A cannot be trained on Ant-v99: --env-id Ant-v99"
+    )
+    assert not (tmp_path / "runs").exists()
 
 
 def test_a_bug_in_a_copy_keeps_its_traceback(fake, tmp_path):
