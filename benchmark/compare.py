@@ -18,6 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,7 +29,7 @@ import numpy as np
 import pandas as pd
 import runner
 import tyro
-from stats import chance_text, difference_interval, gain, markdown, mean_text, p_text
+from stats import difference_interval, gain, interval_text, markdown, mean_text, p_text, probability_of_improvement
 from sweeps import NOT_COMPARED, ROOT, CellError, Script, find
 
 SEEDS, LEAST_SEEDS, BATCH = 10, 4, 10  # BATCH agents train in one process
@@ -219,6 +220,11 @@ def by_environment(scores: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame.from_dict(found, orient="index")
 
 
+def chance_text(first: Iterable, second: Iterable) -> str:
+    """How often a run of A scores above one of B, with its interval; both hold an array for each environment."""
+    return interval_text([*first, *second], probability_of_improvement)
+
+
 def sentence(found: pd.DataFrame, verdict: rule.Verdict, steps: str, seen: str) -> str:
     """The answer."""
     names = {way: ", ".join(found.index[verdict.ways == way]) for way in (1, -1)}
@@ -244,8 +250,10 @@ def table(found: pd.DataFrame, verdict: rule.Verdict) -> pd.DataFrame:
     """A row for each environment, and one over all."""
     rows = []
     for (env, row), p_holm in zip(found.iterrows(), verdict.holm):
-        interval = ", ".join(map(gain, difference_interval(row.A, row.B) or ()))
-        difference = gain(row.A.mean() - row.B.mean()) + (f" [{interval}]" if interval else "")
+        difference = gain(row.A.mean() - row.B.mean())
+        if np.ptp(row.A) or np.ptp(row.B):
+            low, high = difference_interval(row.A, row.B)
+            difference += f" [{gain(low)}, {gain(high)}]"
         cells = [env, f"{len(row.A)}, {len(row.B)}", mean_text(row.A), mean_text(row.B), difference]
         cells += [f"{row.effect:+.1f}", f"{row['last']:+.1f}", chance_text([row.A], [row.B])]
         rows.append([*cells, p_text(row.p), p_text(p_holm)])
