@@ -84,7 +84,8 @@ class Side:
         if taken := sorted(SET_HERE & given.keys()):
             fail(f"side {label}: --{taken[0].replace('_', '-')} is set by --envs, --seeds, --steps or --out")
         self.settings, self.command = self.script.defaults | given, [path.name, *self.flags]
-        self.tag = rule.SCORES if self.script.length == "num_updates" else rule.RETURN
+        counts_updates = self.script.length == "num_updates"  # as the language scripts do
+        self.tag, self.unit = (rule.SCORES, "updates") if counts_updates else (rule.RETURN, "steps")
 
     def algorithm(self) -> tuple[str, dict]:
         """Code without comments, and settings. They are equal for two sides that are one algorithm, but for rounding.
@@ -113,7 +114,7 @@ class Side:
     def trial(self, env: str, agents: int, folder: Path) -> dict:
         """Seconds of a short run, and the speed of all its agents. What cannot be trained ends here, in its words."""
         rollout = self.settings.get("num_steps", 1) * self.settings.get("num_envs", 1)
-        steps = 1 if self.tag == rule.SCORES else max(2 * rollout, 4096)
+        steps = 1 if self.unit == "updates" else max(2 * rollout, 4096)
         job, begin = self.job(env, 1, agents, steps, folder), time.monotonic()
         command = job.command(runner.Args(out=folder))
         done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL)
@@ -181,8 +182,8 @@ def print_plan(sides: list[Side], plan: dict, time_left: float) -> None:
     seeds, envs, look = plan["seeds"], plan["envs"], len(plan["looks"]) + 1
     for side in sides:
         print(f"{side.label}: {shlex.join(side.command)}")
-    minutes = f"about {60 * time_left:.0f} minutes to go"
-    print(f"{seeds} seeds a side, {len(envs)} environments, {plan['steps']:,} steps: {minutes}")
+    unit, minutes = sides[0].unit, f"about {60 * time_left:.0f} minutes to go"
+    print(f"{seeds} seeds a side, {len(envs)} environments, {plan['steps']:,} {unit}: {minutes}")
     print(f"In four of five cases this shows {seen_text(seeds, len(envs), look)}.", flush=True)
     seen = rule.seen_table([seeds], envs, plan["steps"], plan["ppo"], look)
     if len(seen.columns) > 3:  # there are kept runs of some
@@ -273,7 +274,7 @@ def picture(scores: pd.DataFrame, sides: list[Side], plan: dict, path: Path) -> 
             values = pd.DataFrame([np.interp(grid, curve.index, curve) for curve in curves], columns=grid)
             panel.plot(grid, values.mean(), label=f"{side.label}: {side.text}")
             panel.fill_between(grid, values.mean() - values.sem(), values.mean() + values.sem(), alpha=0.3)
-        panel.set(title=env, xlabel=side.script.length, ylabel=side.tag)
+        panel.set(title=env, xlabel=side.unit, ylabel=side.tag)
     figure.legend(*panel.get_legend_handles_labels(), loc="outside lower center")
     figure.savefig(path)
 
@@ -304,7 +305,7 @@ def answer(sides: list[Side], plan: dict, out: Path) -> int:
         save_plan(plan, out)
     look, fewest = plan["looks"].index(len(scores)) + 1, min(map(len, [*found.A, *found.B]))
     verdict = rule.decide(found.p.to_numpy(), found.z.to_numpy(), look)
-    steps = f"{plan['steps']:,} {'updates' if sides[0].tag == rule.SCORES else 'steps'}"
+    steps = f"{plan['steps']:,} {sides[0].unit}"
     lines = [sentence(found, verdict, steps, seen_text(fewest, len(found), look)), *notes_on(scores, plan, look)]
     lines += [f"{side.label}: `{shlex.join(side.command)}`" for side in sides]
     lines.append(markdown(frame := table(found, verdict)))
@@ -333,7 +334,7 @@ def make_plan(args: Args, sides: list[Side], old: dict, out: Path) -> dict:
         if args.seeds and args.seeds < old["seeds"]:
             fail(f"--seeds {args.seeds}: {out} has {old['seeds']}, and seeds can only be added")
         return old | {"seeds": args.seeds or old["seeds"]}
-    if sides[0].tag != sides[1].tag:
+    if sides[0].unit != sides[1].unit:
         fail("one side counts updates and the other steps")
     batched = all("num_seeds" in side.settings for side in sides)
     if not batched and not (args.envs and args.steps):
@@ -367,7 +368,8 @@ def main() -> int:
             plan["trials"] = try_all(sides, plan, args.workers, folder)
             if args.hours:
                 plan |= fit(sides, plan, args.workers, out)
-        print_plan(sides, plan, hours(make_jobs(sides, plan, out), plan["trials"], args.workers))
+        if time_left := hours(make_jobs(sides, plan, out), plan["trials"], args.workers):
+            print_plan(sides, plan, time_left)
         if args.dry_run:
             return 0
         if not begun:

@@ -106,7 +106,9 @@ def test_the_rule_is_scipys_welch_and_stouffer_with_holm():
     above = combine_pvalues(one_sided, method="stouffer").pvalue
     verdict = decide(p, z)
     assert math.isclose(verdict.p, 2 * min(above, 1 - above))
-    assert np.allclose(verdict.holm, stats.holm(p)) and np.allclose(holm(p), verdict.holm)
+    assert np.allclose(verdict.holm, stats.holm(p))
+    many = np.random.default_rng(1).uniform(0, 0.2, (20, 4))
+    assert np.allclose(holm(many), [stats.holm(p) for p in many])
 
 
 def test_no_p_is_below_that_of_a_permutation_test():
@@ -272,6 +274,19 @@ def test_failed_seeds_are_said_and_count_nowhere(fake, tmp_path):
     done = fake("fake.py --no-result-of 2 --shift 9", "fake.py", "--envs", "Toy-v0", "--seeds", "5", "--out", "out")
     assert done.returncode == 1 and "1 of 5 seeds of A on Toy-v0 have no result" in done.stdout, done.stderr
     assert pd.read_csv(tmp_path / "out/answer.csv").seeds[0] == "4, 5"
+
+
+def test_scores_of_a_language_script_are_its_rewards_by_update(fake, tmp_path):
+    text = FAKE.replace("total_timesteps", "num_updates").replace("env_id", "dataset").replace("env-id", "dataset")
+    text = text.replace("    num_seeds: int = 1\n", "").replace("args.num_seeds", "1")
+    (tmp_path / "words.py").write_text(text.replace("charts/episodic_return", "objective/scores"))
+    one = "--envs", "Toy-reviews", "--steps", "60", "--seeds", "4", "--out", "out"
+    done = fake("words.py --shift 9", "words.py", *one)
+    assert done.returncode == 0 and "in the first 60 updates, on Toy-reviews" in done.stdout, done.stdout + done.stderr
+    curve = pd.read_csv(tmp_path / "out/A/Toy-reviews/seed3/curves.csv", index_col=0)["objective/scores"]
+    scores = pd.read_csv(tmp_path / "out/scores.csv").set_index(["side", "seed"]).score
+    assert np.isclose(scores["A", 3], np.interp(np.linspace(6, 60, 200), curve.index, curve).mean())
+    assert "60 updates" in fake("words.py --shift 9", "words.py", *one[:-2], "--out", "more", "--dry-run").stdout
 
 
 def test_hours_choose_the_largest_plan_that_fits(tmp_path):
