@@ -24,11 +24,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import compare_rule as rule
-import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import runner
 import tyro
+from matplotlib.figure import Figure
 from stats import difference_interval, gain, interval_text, markdown, mean_text, p_text, probability_of_improvement
 from sweeps import NOT_COMPARED, ROOT, CellError, Script, find
 
@@ -266,8 +266,8 @@ def table(found: pd.DataFrame, verdict: rule.Verdict) -> pd.DataFrame:
 def picture(scores: pd.DataFrame, sides: list[Side], plan: dict, path: Path) -> None:
     """Mean curves with bands of one standard error, a panel for each environment."""
     grid, envs = np.linspace(0, plan["steps"], 100), plan["envs"]
-    figure, axes = plt.subplots(1, len(envs), figsize=(4 * len(envs), 3.5), squeeze=False, layout="constrained")
-    for env, panel in zip(envs, axes[0]):
+    figure = Figure(figsize=(4 * len(envs), 3.5), layout="constrained")
+    for env, panel in zip(envs, figure.subplots(1, len(envs), squeeze=False)[0]):
         for side in sides:
             folders = scores[(scores.environment == env) & (scores.side == side.label)].folder
             curves = [rule.read_curve(folder, side.tag) for folder in folders]
