@@ -182,8 +182,8 @@ def print_plan(sides: list[Side], plan: dict, time_left: float) -> None:
     seeds, envs, look = plan["seeds"], plan["envs"], len(plan["looks"]) + 1
     for side in sides:
         print(f"{side.label}: {shlex.join(side.command)}")
-    unit, minutes = sides[0].unit, f"about {60 * time_left:.0f} minutes to go"
-    print(f"{seeds} seeds a side, {len(envs)} environments, {plan['steps']:,} {unit}: {minutes}")
+    runs = f"{', '.join(envs)}: {seeds} seeds a side, {plan['steps']:,} {sides[0].unit}"
+    print(f"{runs}, about {60 * time_left:.0f} minutes to go")
     print(f"In four of five cases this shows {seen_text(seeds, len(envs), look)}.", flush=True)
     seen = rule.seen_table([seeds], envs, plan["steps"], plan["ppo"], look)
     if len(seen.columns) > 3:  # there are kept runs of some
