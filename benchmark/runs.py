@@ -249,8 +249,8 @@ def read_cells(runs: pd.DataFrame, pooled: bool = False) -> pd.DataFrame:
     """A row per cell of the control tables in the paper's order: what it prints, ours, and t, p, z of the difference.
 
     After the cells of an environment come controls, changed copies and PPO without normalization, which has no cell of
-    its own and stands beside PPO's. pooled: a control that is the symmetric algorithm by the identity counts as one. The
-    runs of one seed are averaged then: they begin alike, so they are not independent.
+    its own and stands beside PPO's. pooled: a control that is the symmetric algorithm by the identity counts as
+    one, and runs of one seed count as their mean: they begin alike, so they are not independent.
     """
     paper = read_paper().query("table in @FAMILY").reset_index(names="order").drop(columns="metric")
     paper["family"], paper["in_paper"] = paper.table.map(FAMILY), True
