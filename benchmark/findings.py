@@ -187,7 +187,7 @@ def algorithms_text(found: Found) -> str:
     frame = {"Algorithm": some.algorithm, "Cells run": some.run.astype(str) + " of " + some.cells.astype(str)}
     frame |= {"Ours minus the paper's, mean z [95 %]": map(stats.bracket_text, some.distance, some.low, some.high)}
     frame |= {"Gain over its baseline": gains[0], "the paper's, same cells": gains[1]}
-    frame |= {"Above its baseline with probability, without noise": some.chance, "with noise": some.noisy_chance}
+    frame |= {"P(above its baseline)": some.chance, "with noise": some.noisy_chance}
     return stats.markdown(pd.DataFrame(frame)) + "\n"
 
 
