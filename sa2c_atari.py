@@ -460,8 +460,7 @@ def seed_globals(*stream: int) -> None:
     """Seed the global generators of Python, numpy and torch, from which environments and layers may draw."""
     random.seed(repr(stream))
     np.random.seed(random.getrandbits(32))
-    for generator in (torch.default_generator, *torch.cuda.default_generators):
-        generator.manual_seed(random.getrandbits(32))
+    torch.manual_seed(random.getrandbits(63))
 
 
 def check_args(args: Args) -> None:

@@ -545,8 +545,7 @@ def seed_globals(*stream: int) -> None:
     """Seed the global generators of Python, numpy and torch, from which environments and layers may draw."""
     random.seed(repr(stream))
     np.random.seed(random.getrandbits(32))
-    for generator in (torch.default_generator, *torch.cuda.default_generators):
-        generator.manual_seed(random.getrandbits(32))
+    torch.manual_seed(random.getrandbits(63))
 
 
 def check_args(args: Args) -> None:
@@ -569,7 +568,7 @@ def try_out(args: Args, envs: Envs) -> None:
         try:
             frame = envs.envs[0].render()
         except Exception as error:
-            frame = error
+            frame = repr(error)
         if not isinstance(frame, np.ndarray):
             fail(f"--capture-video: {args.env_id} cannot be rendered: {frame}. Without a display try MUJOCO_GL=egl")
 

@@ -142,7 +142,7 @@ def claims(found: Found) -> pd.DataFrame:
             sets["the paper's, cells that were run here"] = both.z_printed, both.p_printed
             sets |= {"ours": (both.z, both.p), "ours minus the paper's": (z, p)}
             sets["ours, with noise minus without"] = rise(ours, OURS)
-        for whose, (z, p) in sets.items():
+        for whose, (z, p) in ((whose, x) for whose, x in sets.items() if len(x[0])):
             row = [len(z), *stats.mean_interval(z), *stats.stouffer(z), int((np.asarray(p) < 0.05).sum())]
             where = " (Atari)" if family.startswith("atari") else ""
             rows.append([f"{symmetric} minus {baseline}{where}", whose, *row, np.min(p), np.min(stats.holm(p))])

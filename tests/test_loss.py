@@ -6,6 +6,7 @@ the entry y of a gradient belongs to the action y.
 """
 
 from functools import partial
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import pytest
@@ -411,13 +412,21 @@ def explicit_loss(logits: torch.Tensor, batch: TokenBatch, alpha: float, beta: f
     return torch.stack(losses).mean()
 
 
+def token_logprobs(logits, tokens):
+    """response_logprobs with a model that returns these logits, of which the last one predicts what comes next."""
+    after = torch.cat([logits, torch.zeros_like(logits[:, :1])], 1)
+    return language.response_logprobs(
+        lambda *_, **__: SimpleNamespace(logits=after), tokens, torch.ones_like(tokens), tokens.shape[1]
+    )
+
+
 @pytest.mark.parametrize("dtype, error", [(torch.float32, 1e-5), (torch.bfloat16, 5e-3)])
 def test_gradient_of_a_50257_token_vocabulary_is_eq_9_with_the_sum_over_all_other_tokens(dtype, error):
     batch, (alpha, beta, Z) = make_tokens(50_257, dtype), (0.5, 0.4, -1.5)
     exact = batch.logits.double().requires_grad_()
     expected = gradient(explicit_loss(exact, batch, alpha, beta, Z), exact)
     logits = batch.logits.clone().requires_grad_()
-    logprob = language.token_logprobs(logits, batch.tokens)
+    logprob = token_logprobs(logits, batch.tokens)
     loss = language.symmetric_ppo_loss(logprob, batch.old_logprob, batch.advantages, EPS, alpha, beta, Z, batch.mask)
     actual = gradient(loss, logits)
     assert actual.dtype == dtype and loss.dtype == torch.float32
@@ -430,7 +439,7 @@ def test_token_logprobs_are_those_of_the_full_softmax_with_its_gradient(dtype):
     logits, tokens = make_tokens(50_257, dtype)[:2]
     weights = torch.arange(10.0).view(2, 5) - 3
     exact, logits = logits.double().requires_grad_(), logits.requires_grad_()
-    actual, expected = language.token_logprobs(logits, tokens), chosen_logprob(exact, tokens)
+    actual, expected = token_logprobs(logits, tokens), chosen_logprob(exact, tokens)
     assert actual.dtype == torch.float32
     torch.testing.assert_close(actual.double(), expected, rtol=1e-6, atol=1e-5)
     actual, expected = (gradient((x * weights).sum(), z) for x, z in ((actual, logits), (expected, exact)))
@@ -447,7 +456,7 @@ def test_only_one_tensor_of_the_size_of_the_logits_is_kept_for_the_backward_pass
         return x
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
-        language.token_logprobs(logits, torch.randint(1000, (8, 5)))
+        token_logprobs(logits, torch.randint(1000, (8, 5)))
     assert 4 * logits.numel() <= sum(size for size, _ in kept.values()) < 1.1 * 4 * logits.numel()
 
 
