@@ -21,7 +21,7 @@ pages_of_today = pytest.mark.parametrize("page", of_today, ids=lambda path: path
 
 
 def test_readme_is_short():
-    assert len((ROOT / "README.md").read_bytes()) <= 9_000
+    assert len((ROOT / "README.md").read_bytes()) <= 8_192
 
 
 @pages
@@ -63,6 +63,8 @@ def test_commands_have_flags_that_their_program_has(page):
     """What stands behind the name of a program, up to the end of the command; a copy that is not here has any flags."""
     wrong = {}
     for program, rest in re.findall(r"([\w.]+\.(?:py|sh))((?:[^`|;&#<()\\\n]|\\\n)*)", page.read_text()):
+        if program == "compare.py":  # other scripts' flags stand in quotes, and behind --
+            rest = re.sub(r'"[^"]*"', "", rest).partition(" -- ")[0]
         if unknown := flags_in(rest) - flags_of(PROGRAMS[program]) if program in PROGRAMS else set():
             wrong[program] = unknown
     assert not wrong
