@@ -118,7 +118,7 @@ class Job:
             except (OSError, ValueError, KeyError, TypeError):
                 raise CellError(f"{file} cannot be read") from None
             for key in ours.keys() - {"seed", *NOT_COMPARED}:
-                if theirs[key] != ours[key]:
+                if theirs[key] != ours[key] and (theirs[key] or ours[key]):  # {} is None
                     raise CellError(f"{file.parent} holds a run with {key} {theirs[key]}, not {ours[key]}")
         if len(finished) == len(self.seed_dirs):
             return "finished"

@@ -110,7 +110,8 @@ def describe(result: dict) -> dict:
     ignored = {*NOT_COMPARED, *IN_KEY, *(WEIGHTS if changed else ())}
     if not changed and args.get("beta") == 0:  # without the reverse loss
         ignored |= {"beta", "Z", *(["alpha"] if args["alpha"] == 1 else [])}
-    others = {name: x for name, x in settings.items() if name not in ignored and x != expected[name]}
+    theirs = {name: x for name, x in settings.items() if name not in ignored}
+    others = {name: x for name, x in theirs.items() if x != expected[name] and (x or expected[name])}  # {} is None
 
     full = cell["steps"] if cell else None
     steps = int(result["num_updates"] if family in TASKS else result["total_timesteps"])
