@@ -1,7 +1,8 @@
-"""What of the paper was not run: every such cell, the command that runs it, and how long that takes."""
+"""What of the paper was not run: the cells of the sweeps without runs, and how long they take."""
 
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 from comparisons import short
 from runs import GROUP, describe, parse
@@ -9,69 +10,47 @@ from stats import markdown
 from sweeps import SWEEPS, cells, seconds, speeds
 
 
-def plan() -> pd.DataFrame:
-    """A row per cell of the sweeps, each once, described as the runs that its line makes."""
+def plan(runs: pd.DataFrame) -> pd.DataFrame:
+    """A row per cell of the sweeps, each once, described as the runs that its line makes; missing: it has no run."""
     rows = []
     for sweep in SWEEPS:
         for line in map(parse, cells(sweep)):
             lengths = dict.fromkeys(("total_timesteps", "num_updates"), line["steps"])
             result = {"script": line["script"], "env_id": line["environment"], "args": line["settings"]}
             rows.append(line | describe(result | lengths) | {"sweep": sweep})
-    return pd.DataFrame(rows).drop_duplicates(GROUP, ignore_index=True)
+    planned = pd.DataFrame(rows).drop_duplicates(GROUP, ignore_index=True)
+    merged = planned.merge(runs[GROUP].drop_duplicates(), "left", GROUP, indicator=True)
+    return planned.assign(missing=merged._merge == "left_only")
 
 
-def cell_names(rows: pd.DataFrame) -> str:
-    """PPO, SPPO; with noise: SPPO."""
-    names = (rows.algorithm + " " + rows.other_settings).str.strip()
-    parts = {"": names[rows.noise == "none"], "with noise: ": names[rows.noise != "none"]}
-    return "; ".join(prefix + ", ".join(dict.fromkeys(some)) for prefix, some in parts.items() if len(some))
-
-
-def hours(rows: pd.DataFrame, speed: dict) -> tuple[float, bool, bool]:
-    """Of one process after the other, as far as runs have told; whether all have, and whether with --compile."""
-    can = ["compile" in settings for settings in rows.settings]
-    settings = [x | ({"compile": True} if c else {}) for x, c in zip(rows.settings, can)]
-    found = [seconds(speed, x.script, own, x.seeds * x.steps) for x, own in zip(rows.itertuples(), settings)]
-    compiled = any(can) and all(time and alike for (time, alike), c in zip(found, can) if c)
-    return sum(time or 0 for time, _ in found) / 3600, all(time for time, _ in found), compiled
-
-
-def command(part: pd.DataFrame, some: pd.DataFrame, compiled: bool) -> str:
-    """What runs a part of a sweep's cells: the line of a single one, or the sweep, narrowed to environments."""
-    flag = " --compile" * compiled
-    if not part.whole.all():
-        return f'benchmark/run_cells.sh{flag} <<< "{part.line.iloc[0]}"'
-    sweep = f"benchmark/{part.sweep.iloc[0]}.sh{flag}"
-    names = list(dict.fromkeys(short(x.get("env_id") or Path(x["dataset"]).name) for x in part.settings))
-    if len(names) == some.environment.nunique():
-        return sweep
-    return f"ENVS={names[0]} {sweep}" if len(names) == 1 else f'ENVS="{" ".join(names)}" {sweep}'
+def hours(rows: pd.DataFrame, speed: dict) -> list[float]:
+    """Of one process after the other, with --compile where the script has it; nan where no run has told the speed."""
+    found = []
+    for x in rows.itertuples():
+        settings = x.settings | ({"compile": True} if "compile" in x.settings else {})
+        time, _ = seconds(speed, x.script, settings, x.seeds * x.steps)
+        found.append(time / 3600 if time else np.nan)
+    return found
 
 
 def missing_text(folders: list[Path], runs: pd.DataFrame) -> str:
-    """A row for the environments of a sweep of which nothing was run, and one for each cell that others lack."""
-    planned, speed, rows, total, unknown = plan(), speeds(folders), [], 0.0, 0
-    merged = planned.merge(runs[GROUP].drop_duplicates(), "left", GROUP, indicator=True)
-    planned["run"] = merged._merge == "both"
-    planned["whole"] = ~planned.groupby(["sweep", "environment"]).run.transform("any")
-    for sweep, some in planned.groupby("sweep", sort=False):
-        left = some[~some.run]
-        names = {environment: cell_names(rows) for environment, rows in left.groupby("environment")}
-        together = left.environment.map(names).where(left.whole, left.index.astype(str))
-        for _, part in sorted(left.groupby(together, sort=False), key=lambda item: item[1].whole.all()):
-            time, known, compiled = hours(part, speed)
-            total, unknown = total + time, unknown + (not known)
-            estimate = f"{time:,.{0 if time >= 10 else 1}f}{'' if known else '+'}" if time else "-"
-            where = list(dict.fromkeys(part.environment.map(short)))
-            where = f"all {len(where)}" if 2 < len(where) == some.environment.nunique() else ", ".join(where)
-            texts = [", ".join(map(str, SWEEPS[sweep])), where, cell_names(part), part.seeds.iloc[0]]
-            rows.append([*texts, f"`{command(part, some, compiled)}`", estimate])
-    header = ["Table", "Environment", "Cells", "Seeds", "Command", "Hours"]
-    table = markdown(pd.DataFrame(rows, columns=header))
-    names = ", ".join(f"`{folder}`" for folder in folders)
+    """A row per algorithm and noise of a sweep, with the environments that lack it."""
+    planned = plan(runs)
+    planned["hours"], rows = hours(planned, speeds(folders)), []
+    names = (planned.algorithm + " " + planned.other_settings).str.strip()
+    for (sweep, name, noise), some in planned.groupby(["sweep", names, "noise"], sort=False):
+        left = some[some.missing]
+        if len(left):
+            where = f"all {len(left)}" if 2 < len(left) == len(some) else ", ".join(left.environment.map(short))
+            time = left.hours.sum()
+            estimate = f"{time:,.{0 if time >= 10 else 1}f}{'+' if left.hours.isna().any() else ''}" if time else "-"
+            tables = ", ".join(map(str, SWEEPS[sweep]))
+            rows.append([tables, name, noise, f"{len(left)} of {len(some)}", where, left.seeds.iloc[0], estimate])
+    header = ["Tables", "Algorithm", "Noise", "Cells missing", "Environments", "Seeds", "Hours"]
+    where, total = ", ".join(f"`{folder}`" for folder in folders), planned.hours[planned.missing].sum()
     return (
-        f"{(~planned.run).sum()} of the {len(planned)} cells of the sweeps have no run at the paper's settings and "
-        f"length. Hours are those of one process after the other, at the speeds of the runs in {names}: {total:,.0f} "
-        f"in all, without what no run has told the speed of ({unknown} rows, - or +). `benchmark/judge.py` finds the "
-        f"win rates of Table 3 when the runs are there.\n\n{table}\n"
+        f"{planned.missing.sum()} of the {len(planned)} cells of the sweeps have no run at the paper's settings and "
+        f"length. Hours are those of one process after the other, at the speeds of the runs in {where}: {total:,.0f} "
+        "in all, without what no run has told the speed of (- or +). `benchmark/judge.py` finds the win rates of Table "
+        f"3 when the runs are there.\n\n{markdown(pd.DataFrame(rows, columns=header))}\n"
     )
