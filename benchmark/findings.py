@@ -176,8 +176,8 @@ def algorithms_text(found: Found) -> str:
             row = {"Algorithm": name, "Cells run": f"{(some.n > 0).sum()} of {len(some)}"}
             row |= {"Ours minus the paper's, mean z [95 %]": lie.get(name)}
             if name == symmetric and len(both):
-                row["Gain over its baseline [95 %]"] = stats.improvement_text(both.ours_b, both.ours_a)
-                row["the paper's, same cells [95 %]"] = stats.improvement_text(both.paper_b, both.paper_a)
+                row["Gain [95 %]"] = stats.improvement_text(both.ours_b, both.ours_a)
+                row["Paper's, same cells"] = stats.improvement_text(both.paper_b, both.paper_a)
                 parts = {"P(above its baseline)": both.noise == "none", "with noise": both.noise != "none"}
                 row |= {title: chance(both[part]) for title, part in parts.items() if part.any()}
             rows.append(row)

@@ -261,6 +261,7 @@ def read_cells(runs: pd.DataFrame, pooled: bool = False) -> pd.DataFrame:
     cells = paper.merge(by_group(ours, KEY), "outer", KEY)
     cells["in_paper"], cells["n"] = cells.in_paper.eq(True), cells.n.fillna(0).astype(int)
     cells = cells[cells.in_paper | (cells.n > 0)].fillna({"order": np.inf})
+    cells[["ours", "se"]] = cells[["ours", "se"]].astype(float)  # where there are no runs they are objects
     same = cells.groupby(["family", "environment", "noise"])
     cells["table"], cells["first"] = same.table.transform("first").astype(int), same.order.transform("min")
     cells["paper_n"] = cells.family.str.partition("_")[0].map(PAPER_SEEDS)
