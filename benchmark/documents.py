@@ -2,12 +2,14 @@
 
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import stats
-from comparisons import pairs_text, plain, standing_text, together_text
+from comparisons import pairs_text, plain, short, standing_text, together_text
 from findings import FINDINGS
-from missing import missing_text
-from runs import Found
+from runs import GROUP, Found, describe, parse
+from sweeps import SWEEPS, seconds, speeds
+from sweeps import cells as lines_of
 from tables import gains_text
 
 
@@ -21,6 +23,52 @@ def scores_table(cells: pd.DataFrame) -> str:
     table.insert(0, "n", some.groupby("environment").n.agg(stats.span))
     table.insert(0, "Mean ± SE (the paper's mean)", table.index.map(plain))
     return stats.markdown(table) + "\n"
+
+
+def plan(runs: pd.DataFrame) -> pd.DataFrame:
+    """A row per cell of the sweeps, each once, described as the runs that its line makes; missing: it has no run."""
+    rows = []
+    for sweep in SWEEPS:
+        for line in map(parse, lines_of(sweep)):
+            lengths = dict.fromkeys(("total_timesteps", "num_updates"), line["steps"])
+            result = {"script": line["script"], "env_id": line["environment"], "args": line["settings"]}
+            rows.append(line | describe(result | lengths) | {"sweep": sweep})
+    planned = pd.DataFrame(rows).drop_duplicates(GROUP, ignore_index=True)
+    merged = planned.merge(runs[GROUP].drop_duplicates(), "left", GROUP, indicator=True)
+    return planned.assign(missing=merged._merge == "left_only")
+
+
+def hours(rows: pd.DataFrame, speed: dict) -> list[float]:
+    """Of one process after the other, with --compile where the script has it; nan where no run has told the speed."""
+    found = []
+    for x in rows.itertuples():
+        settings = x.settings | ({"compile": True} if "compile" in x.settings else {})
+        time, _ = seconds(speed, x.script, settings, x.seeds * x.steps)
+        found.append(time / 3600 if time else np.nan)
+    return found
+
+
+def missing_text(folders: list[Path], runs: pd.DataFrame) -> str:
+    """A row per algorithm and noise of a sweep, with the environments that lack it."""
+    planned = plan(runs)
+    planned["hours"], rows = hours(planned, speeds(folders)), []
+    names = (planned.algorithm + " " + planned.other_settings).str.strip()
+    for (sweep, name, noise), some in planned.groupby(["sweep", names, "noise"], sort=False):
+        left = some[some.missing]
+        if len(left):
+            where = f"all {len(left)}" if 2 < len(left) == len(some) else ", ".join(left.environment.map(short))
+            time = left.hours.sum()
+            estimate = f"{time:,.{0 if time >= 10 else 1}f}{'+' if left.hours.isna().any() else ''}" if time else "-"
+            tables = ", ".join(map(str, SWEEPS[sweep]))
+            rows.append([tables, name, noise, f"{len(left)} of {len(some)}", where, left.seeds.iloc[0], estimate])
+    header = ["Tables", "Algorithm", "Noise", "Cells missing", "Environments", "Seeds", "Hours"]
+    where, total = ", ".join(f"`{folder}`" for folder in folders), planned.hours[planned.missing].sum()
+    return (
+        f"{planned.missing.sum()} of the {len(planned)} cells of the sweeps have no run at the paper's settings and "
+        f"length. Hours are those of one process after the other, at the speeds of the runs in {where}: {total:,.0f} "
+        "in all, without what no run has told the speed of (- or +). `benchmark/judge.py` finds the win rates of Table "
+        f"3 when the runs are there.\n\n{stats.markdown(pd.DataFrame(rows, columns=header))}\n"
+    )
 
 
 SECTIONS = FINDINGS | {
