@@ -47,8 +47,13 @@ of a seed is the mean of its 10 evaluation episodes, or of its evaluation sample
 - Probability of improvement: that a run of the first algorithm scores above one of the second, averaged over
   environments, with its 95 % stratified-bootstrap interval. It has none where all runs of one are above all of the
   other, since no resampling can change that.
+- Controls: DPPO and PPO with their policy loss times alpha - beta Z, by the identity DSPPO and SPPO, so that the
+  difference is chance; DA2C and A2C with theirs times alpha, which are DSA2C and SA2C without their reverse loss.
+- PPO (without A normalization): the Atari baseline as the authors released it; PPO is that of the paper's text.
 - Where scores have two modes: Swimmer's agents below the bar stayed on a plateau, HalfCheetah's ran on their backs,
   wherever that was looked at."""
+
+GAINS = "The paper's SPPO and SA2C cells without noise; docs/results.md says where the scores of others come from."
 
 
 def left_out_text(left_out: list[tuple[Path, str]]) -> str:
@@ -80,7 +85,7 @@ def report_text(found: Found, out: Path) -> str:
         parts.append(f"{title}\n\n{NOTE}\n\n{markdown(rows)}\n\n![Training returns of both sides](beside_sb3.png)\n")
     parts.append(table_4_text(runs, found.cells))
     if runs.family.str.startswith("atari").any():
-        parts.append(f"## The paper's gain over each baseline\n\n{gains_text(found.cells)}")
+        parts.append(f"## The paper's gain over each baseline\n\n{GAINS}\n\n{gains_text(found.cells)}")
     parts += [*(language_table(language, table) for table in (3, 14)), other_text(runs)]
     if runs.family.isin(TASKS).any():
         parts.append(language_text(runs))

@@ -8,13 +8,6 @@ from runs import FAMILY, GROUP, PAPER, RETURN, TASKS, UNNORMALIZED, WEIGHTS, Fou
 
 LAST_TENTH = {"Training return": RETURN, "Entropy": "losses/entropy", "Value loss": "losses/value_loss"}
 KEY = ["environment", "algorithm", "noise"]
-PUBLIC = """\
-The paper's SPPO and SA2C cells of Tables 11 and 8 without noise (5 seeds, taken to be 5e6 steps) over baselines of
-different origin. The paper's PPO cells are taken to be those of the baseline as released, which does not normalize
-advantages; SPPO, CleanRL and openai/baselines do. Runs of 10,000,000 steps say nothing about SPPO at equal length.
-Public scores are those of the last 100 episodes of training (openai/baselines; CleanRL, by its script's default steps:
-the latest returns of its 8 games), of 100 checkpoints (SLM Lab; its A2C has n-step returns) or of the episodes of one
-agent (RL Zoo). Sources, of the first two collected by openrlbenchmark: """
 OTHERS = """\
 ## Shorter, longer, other settings
 
@@ -25,13 +18,6 @@ COPIES = """\
 
 The same environment, noise and length. Difference: copy minus original ± SE, with the 95 % interval of Welch's t; p is
 not corrected for the number of rows."""
-NOTES = {
-    UNNORMALIZED: "the baseline as the authors released it; PPO is that of the paper's text",
-    "DPPO control": "DPPO with its policy loss times alpha - beta Z, by the identity DSPPO: the difference is chance",
-    "PPO control": "PPO with its policy loss times alpha - beta Z, by the identity SPPO: the difference is chance",
-    "DA2C control": "DA2C with its policy loss times DSA2C's alpha: DSA2C without its reverse loss",
-    "A2C control": "A2C with its policy loss times SA2C's alpha: SA2C without its reverse loss",
-}
 
 
 def beside(differences: pd.Series) -> list[str]:
@@ -90,13 +76,12 @@ def table_text(found: Found, table: int) -> str | None:
     parts = [title, stats.markdown(pd.DataFrame(frame))]
 
     symmetric, baseline, control = symmetric_of(FAMILY[table])
-    algorithms = list(run.sort_values("order").algorithm.unique())
-    others = [(symmetric, name) for name in algorithms if name not in (symmetric, baseline, control)]
+    others = [(symmetric, name) for name in run.sort_values("order").algorithm.unique()]
+    others = [two for two in others if two[1] not in (symmetric, baseline, control)]
     for two in ((symmetric, baseline), (symmetric, control), (control, baseline), *others):
         both = pairs(found.cells if control in two else found.pooled, *two)
         parts.append(comparison_text(both[both.table == table], *two))
-    notes = "\n".join(f"- {name}: {NOTES[name]}." for name in algorithms if name in NOTES)
-    return "\n\n".join(filter(None, [*parts, modes_text(run), notes])) + "\n"
+    return "\n\n".join(filter(None, [*parts, modes_text(run)])) + "\n"
 
 
 def table_4(runs: pd.DataFrame) -> pd.DataFrame:
@@ -153,8 +138,7 @@ def gains_text(cells: pd.DataFrame) -> str:
             texts += [f"{np.median(stats.improvements(both.score_base, both.score)):+.1f} %"]
             rows.append([f"{symmetric} over {baseline}", source, length, stats.span(some.seeds.astype(int)), *texts])
     header = ["The paper's", "Baseline", "Steps", "n", "Higher in", "Average gain [95 %]", "Median gain"]
-    links = ", ".join(f"[{x.source}]({x.url})" for x in public.drop_duplicates("source").itertuples())
-    return f"{PUBLIC}{links}.\n\n{stats.markdown(pd.DataFrame(rows, columns=header))}\n"
+    return stats.markdown(pd.DataFrame(rows, columns=header)) + "\n"
 
 
 def other_groups(runs: pd.DataFrame) -> pd.DataFrame:
