@@ -2,7 +2,6 @@
 
 from pathlib import Path
 
-import numpy as np
 import pandas as pd
 import stats
 from comparisons import pairs_text, plain, short, standing_text, together_text
@@ -38,20 +37,14 @@ def plan(runs: pd.DataFrame) -> pd.DataFrame:
     return planned.assign(missing=merged._merge == "left_only")
 
 
-def hours(rows: pd.DataFrame, speed: dict) -> list[float]:
-    """Of one process after the other, with --compile where the script has it; nan where no run has told the speed."""
-    found = []
-    for x in rows.itertuples():
-        settings = x.settings | ({"compile": True} if "compile" in x.settings else {})
-        time, _ = seconds(speed, x.script, settings, x.seeds * x.steps)
-        found.append(time / 3600 if time else np.nan)
-    return found
-
-
 def missing_text(folders: list[Path], runs: pd.DataFrame) -> str:
     """A row per algorithm and noise of a sweep, with the environments that lack it."""
-    planned = plan(runs)
-    planned["hours"], rows = hours(planned, speeds(folders)), []
+    planned, speed, rows = plan(runs), speeds(folders), []
+    times = [
+        seconds(speed, x.script, x.settings | {"compile": "compile" in x.settings}, x.seeds * x.steps)[0]
+        for x in planned.itertuples()
+    ]
+    planned["hours"] = pd.Series(times, dtype=float) / 3600
     names = (planned.algorithm + " " + planned.other_settings).str.strip()
     for (sweep, name, noise), some in planned.groupby(["sweep", names, "noise"], sort=False):
         left = some[some.missing]

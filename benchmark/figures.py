@@ -83,27 +83,22 @@ def figure(path: Path, panels: list[tuple], unit: str = "million steps", columns
     return True
 
 
-def labels(groups: pd.DataFrame) -> list[str]:
-    """Names of the lines of a panel, without the settings that all of them have in common."""
-    settings = [text.split(", ") for text in groups.other_settings]
-    common = set.intersection(*map(set, settings)) if len(groups) > 1 else set()
-    found = []
-    for row, own in zip(groups.itertuples(), settings):
-        noise = "with noise" if row.noise != "none" else ""
-        length = (
-            f"{row.steps:,} {'updates' if row.family in TASKS else 'steps'}" if row.steps != row.paper_steps else ""
-        )
-        found.append(", ".join(filter(None, [row.algorithm, noise, length, *(x for x in own if x not in common)])))
-    return found
-
-
 def lines(groups: pd.DataFrame, cycle: dict[str, str]) -> list[tuple[str, dict, list[str]]]:
-    """A line for each group: dashed with noise, in the algorithm's color or, at other settings, one of its own."""
-    found = []
-    for label, row in zip(labels(groups), groups.itertuples()):
+    """A line (label, style, folders) for each group of a panel; the label leaves out settings that all have in common.
+
+    Dashed with noise, in the algorithm's color or, at other settings, one of its own.
+    """
+    settings = [set(text.split(", ")) for text in groups.other_settings]
+    common, found = set.intersection(*settings) if len(groups) > 1 else set(), []
+    for row in groups.itertuples():
+        unit = "updates" if row.family in TASKS else "steps"
+        parts = [row.algorithm, "with noise" if row.noise != "none" else ""]
+        parts += [f"{row.steps:,} {unit}" if row.steps != row.paper_steps else ""]
+        parts += [text for text in row.other_settings.split(", ") if text not in common]
+        label = ", ".join(filter(None, parts))
         color = None if row.other_settings else COLORS.get(row.algorithm)
-        color = color or cycle.setdefault(label, CYCLE[len(cycle) % len(CYCLE)])
-        style = {"color": color, "linestyle": "-" if row.noise == "none" else "--"}
+        style = {"color": color or cycle.setdefault(label, CYCLE[len(cycle) % len(CYCLE)])}
+        style["linestyle"] = "-" if row.noise == "none" else "--"
         style["linewidth"] = 0.7 if row.algorithm.endswith("control") and not row.other_settings else 1.2
         found.append((label, style, row.folders))
     return found

@@ -58,26 +58,19 @@ DENIES = r"""(?ix)n.t\b | \b(no|not|none|never|neither|nor|cannot|both|either|ti
 
 @dataclass
 class Args:
-    run_dir: tyro.conf.Positional[Path]
-    """finished run of a language script"""
-    judge_url: str
-    """endpoint, with or without /chat/completions at its end: http://localhost:8000/v1"""
-    judge_model: str
-    """model that judges, as the endpoint calls it"""
-    judge_samples: int = 100
-    """samples to judge at most, the first ones; each costs two requests"""
-    against: str = "reference"
-    """"reference", or the directory of another run on the same prompts"""
+    run_dir: tyro.conf.Positional[Path]  # finished run of a language script
+    judge_url: str  # endpoint, with or without /chat/completions at its end: http://localhost:8000/v1
+    judge_model: str  # model that judges, as the endpoint calls it
+    judge_samples: int = 100  # samples to judge at most, the first ones; each costs two requests
+    against: str = "reference"  # "reference", or the directory of another run on the same prompts
     max_tokens: int = 16
     """tokens of an answer at most; 0: these and the temperature as the endpoint has them, for judges that think"""
     structured: bool = False
     """ask the endpoint for an answer that can only be A or B, by response_format; not every endpoint can"""
     retries: int = 6
     """attempts after a failed one, with growing waits, or those that the endpoint asks for up to two minutes"""
-    timeout: float = 60.0
-    """seconds to wait for an answer"""
-    dry_run: bool = False
-    """print the number of requests and ask nothing"""
+    timeout: float = 60.0  # seconds to wait for an answer
+    dry_run: bool = False  # print the number of requests and ask nothing
 
 
 def read_samples(run_dir: Path) -> tuple[str, list[tuple[int, str, str, str]]]:

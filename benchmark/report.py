@@ -99,12 +99,10 @@ def report_text(found: Found, out: Path) -> str:
 class Args:
     folders: tyro.conf.Positional[tuple[Path, ...]] = (Path("runs"),)
     """folders with runs, searched with all their subfolders"""
-    out: Path | None = None
-    """where report.md and the figures go; without, into the first of the folders"""
+    out: Path | None = None  # where report.md and the figures go; without, into the first of the folders
     document: tuple[Path, ...] = ()
     """Markdown files in which to renew what stands between marker lines: verdict, scores, missing cells, ..."""
-    missing: bool = False
-    """print a line for each cell of the sweeps without a run, for run_cells.sh, and write nothing"""
+    missing: bool = False  # print a line for each cell of the sweeps without a run, for run_cells.sh, and write nothing
 
 
 def fail(message: str) -> int:

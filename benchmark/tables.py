@@ -180,9 +180,9 @@ def copies_text(runs: pd.DataFrame) -> str | None:
     key = ["origin", "family", "environment", "noise", "steps", "alike", "policy", "dataset", "reward_model"]
     both = groups[changed].merge(groups[~changed], "left", key, suffixes=("_a", "_b"))
     alone, both = both[both.algorithm_b.isna()], compare(both[both.algorithm_b.notna()])
-    names = both.algorithm_b + (", " + both.other_settings_b).where(both.other_settings_b != "", "")
+    originals = both.algorithm_b + (", " + both.other_settings_b).where(both.other_settings_b != "", "")
     frame = {"Environment": both.environment.map(short), "Noise": both.noise, "Length": both.steps.map("{:,}".format)}
-    frame |= {"Copy": both.algorithm_a, "Original": names}
+    frame |= {"Copy": both.algorithm_a, "Original": originals}
     frame |= {"Copy's score": map(stats.mean_se, both.ours_a, both.se_a)}
     frame |= {"Original's": map(stats.mean_se, both.ours_b, both.se_b)}
     frame |= {"n": [f"{len(a)}, {len(b)}" for a, b in zip(both.scores_a, both.scores_b)]}
