@@ -34,6 +34,7 @@ def compare(both: pd.DataFrame, values: tuple[str, str, str] = OURS, prefix: str
     a, b = ([both[f"{name}_{side}"] for name in values] for side in "ab")
     t, p, z = stats.welch(*a, *b)
     found = {"difference": a[0] - b[0], "joint": np.hypot(a[1], b[1]), "t": t, "p": p, "z": z, "holm": stats.holm(p)}
+    found["among"] = np.isfinite(p).sum()  # comparisons that Holm's method counts
     found["gain"] = [stats.gain(*x) for x in zip(found["difference"], found["joint"])]
     return both.assign(**{prefix + name: column for name, column in found.items()})
 
@@ -121,10 +122,9 @@ def pairs_text(cells: pd.DataFrame, pooled: pd.DataFrame) -> str:
             if len(some):
                 row = some.assign(size=-some.t.abs()).sort_values(["p", "size"], kind="stable").iloc[0]
                 where = plain(row.environment) + (" with noise" if row.noise != "none" else "")
-                of = some.holm.notna().sum() if noise == "both" else both.holm.notna().sum()
                 texts = [f"{first} over {second}", noise, f"{(some.difference > 0).sum()} of {len(some)}"]
                 texts += [stats.span([*some.n_a, *some.n_b]), chance(some), f"{where}, {row.gain} ({row.n} seeds)"]
-                rows.append([*texts, stats.p_text(row.p), f"{stats.p_text(row.holm)} (of {of})"])
+                rows.append([*texts, stats.p_text(row.p), f"{stats.p_text(row.holm)} (of {row.among})"])
     header = ["Pair", "Noise", "Higher mean in", "Seeds", "Probability of improvement", "Clearest difference"]
     return stats.markdown(pd.DataFrame(rows, columns=[*header, "Welch's p", "by Holm"])) + "\n"
 

@@ -44,6 +44,7 @@ of a seed is the mean of its 10 evaluation episodes, or of its evaluation sample
   DSPPO's (SPPO's), which they are by the identity; two runs of one seed begin alike and count as one, their mean.
 - z: the normal number with the p of Welch's t, so that few seeds do not count too much. Its mean is over cells, with
   the interval of a t test over cells; p of all cells is Stouffer's.
+- Improvements in per cent are means over environments; their 95 % interval is that of a t test over environments.
 - Probability of improvement: that a run of the first algorithm scores above one of the second, averaged over
   environments, with its 95 % stratified-bootstrap interval. It has none where all runs of one are above all of the
   other, since no resampling can change that.
