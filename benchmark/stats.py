@@ -194,7 +194,7 @@ def span(numbers, unit: str = "") -> str:
 
 def markdown(frame: pd.DataFrame) -> str:
     """A Markdown table, columns of numbers to the right; what is missing is empty."""
-    texts = frame.fillna("").astype(str)
+    texts = frame.astype(object).where(frame.notna(), "").astype(str)
     right = [texts[name].str.match(r"[-+<]?\s*[\d.]|-?$").all() for name in texts]
     sides = ["right" if number else "left" for number in right]
     return texts.to_markdown(index=False, disable_numparse=True, colalign=sides) if len(texts) else ""

@@ -94,10 +94,15 @@ def make_report(folder, *options):
     return (out / "report.md").read_text(encoding="utf-8")
 
 
+@pytest.fixture
+def drawing():
+    """For a test that looks at figures."""
+
+
 @pytest.fixture(autouse=True)
 def no_drawing(request, monkeypatch):
-    """Figures take most of a report's time: only the tests that look at them have more than one pixel."""
-    if not request.node.get_closest_marker("draws"):
+    """Figures take most of a report's time: where a test does not look at them they have one pixel."""
+    if "drawing" not in request.fixturenames:
         monkeypatch.setattr(Figure, "savefig", lambda self, file, **_: Image.new("RGB", (1, 1)).save(file, "png"))
 
 
@@ -320,7 +325,7 @@ def test_documents_are_filled_in(tmp_path, capsys):
     ]
 
 
-@pytest.mark.draws
+@pytest.mark.usefixtures("drawing")
 def test_figures_are_written_and_small(tmp_path):
     runs = tmp_path / "runs"
     write_run(runs / "dsppo", [9000.0, 9200.0], curves={}, **DSPPO)
@@ -792,7 +797,7 @@ def test_folders_without_results_and_out_that_names_a_file(tmp_path, capsys):
     assert not (tmp_path / "report").exists() and (tmp_path / "file").read_text() == "mine"
 
 
-@pytest.mark.draws
+@pytest.mark.usefixtures("drawing")
 def test_our_runs_beside_those_of_stable_baselines3(tmp_path, capsys):
     """The curves rise on a line to the score: the mean of their last tenth is 95 % of it."""
     cells = tmp_path / "runs"
@@ -816,7 +821,7 @@ def test_our_runs_beside_those_of_stable_baselines3(tmp_path, capsys):
     assert all(1_000 < path.stat().st_size < 300_000 for path in (tmp_path / "figures").iterdir())
 
 
-@pytest.mark.draws
+@pytest.mark.usefixtures("drawing")
 def test_the_report_has_stable_baselines3_beside_ours_at_the_same_step(tmp_path):
     """DSPPO is Stable-Baselines3's PPO with its policy loss times 20.5; both curves rise at the same speed."""
     theirs = {"script": "sb3_baseline", "num_bins": 11, "algo": "ppo", "curves": {}}
