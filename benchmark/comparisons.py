@@ -3,10 +3,9 @@
 import numpy as np
 import pandas as pd
 import stats
-from runs import BASELINES, FAMILY, SAME
+from runs import BASELINES
 
 MODES = {("continuous_ppo", "Swimmer-v4"): 60.0, ("continuous_ppo", "HalfCheetah-v4"): 2000.0}  # scores in between
-PRINTED_WINS = {(8, "none"): 12, (8, "BSC(0.1)"): 15, (11, "none"): 16, (11, "BSC(0.1)"): 19}
 OURS, PAPERS = ("ours", "se", "n"), ("paper", "paper_se", "paper_n")
 CELL = ["table", "family", "environment", "noise"]
 
@@ -27,21 +26,34 @@ def symmetric_of(family: str) -> tuple[str, str, str]:
     return symmetric, BASELINES[symmetric], f"{BASELINES[symmetric]} control"
 
 
-def pairs(cells: pd.DataFrame, first: str, second: str, values: tuple[str, str, str] = OURS) -> pd.DataFrame:
-    """Where both algorithms have a cell, side by side (_a, _b), with t, p and z of the difference and p by Holm.
+def compare(both: pd.DataFrame, values: tuple[str, str, str] = OURS, prefix: str = "") -> pd.DataFrame:
+    """both with the difference of its two sides (_a minus _b), its error, t, p, z, p by Holm and a text.
 
-    values: the columns with mean, standard error and n, PAPERS for the paper's own cells.
+    values: the columns with mean, standard error and n; prefix: of the new columns.
     """
-    some = cells[cells[values[0]].notna() & (cells.in_paper if values == PAPERS else True)]
-    a, b = (some[some.algorithm == name] for name in (first, second))
-    both = a.merge(b, on=CELL, suffixes=("_a", "_b"))
     a, b = ([both[f"{name}_{side}"] for name in values] for side in "ab")
-    both["t"], both["p"], both["z"] = stats.welch(*a, *b)
-    both["holm"], both["among"] = stats.holm(both.p), both.p.notna().sum()
-    both["difference"], both["joint"] = a[0] - b[0], np.hypot(a[1], b[1])
-    both["gain"] = [stats.gain(*x) for x in zip(both.difference, both.joint)]
-    both["n"] = both.n_a.astype(int).astype(str) + ", " + both.n_b.astype(int).astype(str)
-    return both
+    t, p, z = stats.welch(*a, *b)
+    found = {"difference": a[0] - b[0], "joint": np.hypot(a[1], b[1]), "t": t, "p": p, "z": z, "holm": stats.holm(p)}
+    found["among"] = np.isfinite(p).sum()  # comparisons that Holm's method counts
+    found["gain"] = [stats.gain(*x) for x in zip(found["difference"], found["joint"])]
+    return both.assign(**{prefix + name: column for name, column in found.items()})
+
+
+def pairs(cells: pd.DataFrame, first: str, second: str) -> pd.DataFrame:
+    """Two algorithms side by side in every cell that the runs or the paper have of both: see compare.
+
+    Columns with paper_ in front are of the paper's own cells.
+    """
+    both = pd.merge(*(cells[cells.algorithm == name] for name in (first, second)), on=CELL, suffixes=("_a", "_b"))
+    printed = both.in_paper_a & both.in_paper_b
+    both["paper_a"], both["paper_b"] = both.paper_a.where(printed), both.paper_b.where(printed)
+    both["n"] = both.n_a.astype(str) + ", " + both.n_b.astype(str)
+    return compare(compare(both), PAPERS, "paper_")
+
+
+def ran(both: pd.DataFrame) -> pd.DataFrame:
+    """The cells in which both sides were run."""
+    return both[both.difference.notna()]
 
 
 def chance(both: pd.DataFrame) -> str:
@@ -54,161 +66,112 @@ def chances(both: pd.DataFrame) -> list[str]:
     return [chance(both.iloc[[i]]) for i in range(len(both))]
 
 
-def chance_rows(both: pd.DataFrame) -> list[tuple[str, str]]:
-    """(which cells, probability of improvement) over all, and without the environment that moves it most."""
-    rows = [(f"all {len(both)}", chance(both))] if len(both) > 1 else []
+def chance_rows(both: pd.DataFrame) -> dict[str, str]:
+    """Probability of improvement over all cells, and without the environment that moves it most."""
+    rows = {f"all {len(both)}": chance(both)} if len(both) > 1 else {}
     if len(both) > 2:
         single = [stats.probability_of_improvement(*map(np.array, two)) for two in zip(both.scores_a, both.scores_b)]
         out = both.index[np.argmax(np.abs(single - np.mean(single)))]
-        rows.append((f"all but {short(both.environment[out])}", chance(both.drop(out))))
+        rows[f"all but {short(both.environment[out])}"] = chance(both.drop(out))
     return rows
 
 
-def drop_noise(frame: pd.DataFrame, cells: pd.DataFrame, table: int) -> pd.DataFrame:
-    """Without the column of the noise where the table has one, which its title names."""
-    one = cells.noise[(cells.table == table) & cells.in_paper].nunique() == 1
-    return frame.drop(columns="Noise") if one else frame
-
-
-def comparison(cells: pd.DataFrame, table: int, first: str, second: str) -> str | None:
-    """Two algorithms in one table, environment by environment, ours and the paper's; None where no pair was run."""
-    family = cells[cells.family == FAMILY[table]]
-    both, printed = (pairs(family, first, second, values) for values in (OURS, PAPERS))
-    base = family[family.algorithm == symmetric_of(FAMILY[table])[1]].rename(columns={"paper": "unit"})
-    both = both.merge(printed[[*CELL, "gain"]], "left", CELL, suffixes=("", "_paper"))
-    both = both.merge(base[[*CELL, "unit"]], "left", CELL)
-    parts, lines, title = [], [], f"{first} minus {second}"
-    for noise, some in both[both.table == table].groupby("noise", sort=False):
-        frame = {"Environment": some.environment.map(short), "Noise": noise, "n": some.n, f"{title}, ours": some.gain}
-        frame |= {"the paper's": some.gain_paper, "Probability of improvement": chances(some)}
+def comparison_text(both: pd.DataFrame, first: str, second: str) -> str | None:
+    """The pairs of one table, ours and the paper's, environment by environment; None where no pair was run."""
+    parts, lines = [], []
+    for noise, cells in both.groupby("noise", sort=False):
+        if (some := ran(cells)).empty:
+            continue
+        frame = {"Environment": some.environment.map(short), "Noise": noise, "n": some.n}
+        frame |= {f"{first} minus {second}, ours": some.gain, "the paper's": some.paper_gain}
+        frame |= {"Probability of improvement": chances(some)}
         frame |= {"Welch's p": some.p.map(stats.p_text), "by Holm": some.holm.map(stats.p_text)}
-        parts.append(pd.DataFrame(frame))
-        rows = [(name, noise, text) for name, text in chance_rows(some)]
-        parts.append(pd.DataFrame(rows, columns=["Environment", "Noise", "Probability of improvement"]))
-        wins = wins_text(some, printed[(printed.table == table) & (printed.noise == noise)], f"{first} over {second}")
-        lines.append(f"- {wins}{f' Noise: {noise}.' if FAMILY[table].startswith('atari') else ''}")
+        rows = chance_rows(some)
+        more = {"Environment": rows.keys(), "Noise": noise, "Probability of improvement": rows.values()}
+        parts += [pd.DataFrame(frame), pd.DataFrame(more)]
+        lines.append(f"- {first} over {second}, noise {noise}: {wins_text(cells)}.")
     if not parts:
         return None
-    frame = drop_noise(pd.concat(parts), cells, table).dropna(axis=1, how="all")
-    return f"{stats.markdown(frame)}\n\n" + "\n".join(lines)
+    frame = pd.concat(parts).fillna("")
+    return f"{stats.markdown(frame.loc[:, (frame != '').any()])}\n\n" + "\n".join(lines)
 
 
-def wins_text(some: pd.DataFrame, printed: pd.DataFrame, title: str) -> str:
-    """Wins, average improvement and interquartile means over the cells of one table and noise, ours and the paper's."""
-    texts = [f"{title}: higher mean in {(some.ours_a > some.ours_b).sum()} of {len(some)} environments"]
-    texts.append(f"average improvement {stats.improvement_text(some.ours_b, some.ours_a)}")
+def wins_text(cells: pd.DataFrame) -> str:
+    """In how many cells the first one has the higher mean and by how much, ours and the paper's."""
+    some, printed = ran(cells), cells[cells.paper_difference.notna()]
+    wins = f"higher mean in {(some.difference > 0).sum()} of {len(some)} environments"
+    gain = f"average improvement {stats.improvement_text(some.ours_b, some.ours_a)}"
     if len(printed):
-        same, wins = printed[printed.environment.isin(some.environment)], (printed.paper_a > printed.paper_b).sum()
-        claimed = PRINTED_WINS.get((some.table.iloc[0], some.noise.iloc[0]), wins)
-        misprint = f" (the paper prints {claimed})" if claimed != wins else ""
-        here, everywhere = (stats.improvement_text(cells.paper_b, cells.paper_a) for cells in (same, printed))
-        these = (same.paper_a > same.paper_b).sum()
-        texts[0] += f" (the paper's cells: {these} of these, {wins} of all {len(printed)}{misprint})"
-        texts[1] += f" (the paper's cells: {here} in these environments, {everywhere} in all {len(printed)})"
-    units = [[np.divide(x, unit) for x, unit in zip(scores, some.unit)] for scores in (some.scores_a, some.scores_b)]
-    means = " and ".join(stats.interval_text(values, stats.interquartile_mean) for values in units)
-    return f"{'; '.join(texts)}; interquartile means of score / the paper's baseline {means}."
+        same = ran(printed)
+        here, everywhere = (stats.improvement_text(x.paper_b, x.paper_a) for x in (same, printed))
+        these, all_of_them = ((x.paper_difference > 0).sum() for x in (same, printed))
+        wins += f" (the paper's cells: {these} of these, {all_of_them} of all {len(printed)})"
+        gain += f" (the paper's cells: {here} in these environments, {everywhere} in all {len(printed)})"
+    return f"{wins}; {gain}"
 
 
-def modes_table(cells: pd.DataFrame, table: int) -> str | None:
+def pairs_text(cells: pd.DataFrame, pooled: pd.DataFrame) -> str:
+    """A row per pair of the discretized algorithms: wins, probability of improvement, the clearest difference."""
+    rows = []
+    for family in ("continuous_ppo", "continuous_a2c"):
+        symmetric, baseline, control = symmetric_of(family)
+        both = ran(pairs(pooled, symmetric, baseline))
+        sets = [(symmetric, baseline, noise, some) for noise, some in both.groupby("noise", sort=False)]
+        sets += [(*two, "both", ran(pairs(cells, *two))) for two in ((symmetric, control), (control, baseline))]
+        for first, second, noise, some in sets:
+            if len(some):
+                row = some.assign(size=-some.t.abs()).sort_values(["p", "size"], kind="stable").iloc[0]
+                where = plain(row.environment) + (" with noise" if row.noise != "none" else "")
+                texts = [f"{first} over {second}", noise, f"{(some.difference > 0).sum()} of {len(some)}"]
+                texts += [stats.span([*some.n_a, *some.n_b]), chance(some), f"{where}, {row.gain} ({row.n} seeds)"]
+                rows.append([*texts, stats.p_text(row.p), f"{stats.p_text(row.holm)} (of {row.among})"])
+    header = ["Pair", "Noise", "Higher mean in", "Seeds", "Probability of improvement", "Clearest difference"]
+    return stats.markdown(pd.DataFrame(rows, columns=[*header, "Welch's p", "by Holm"])) + "\n"
+
+
+def modes_text(cells: pd.DataFrame) -> str:
     """Scores of all seeds where they have shown two modes, and how many lie below the bar between them."""
-    rows, run = [], cells[(cells.table == table) & (cells.n > 0)].sort_values(["environment", "algorithm"])
-    for row in run[run.environment.isin([environment for _, environment in MODES])].itertuples():
-        bar, values = MODES.get((row.family, row.environment), np.inf), np.sort(row.scores)
-        parts = [
-            ", ".join(map(stats.number, part)) for part in (values[values <= bar], values[values > bar]) if len(part)
-        ]
-        counts = [f"{bar:g}", (values <= bar).sum(), (values > bar).sum()] if bar < np.inf else [None, None, None]
-        rows.append([row.environment, row.algorithm, row.noise, row.n, *counts, "; ".join(parts)])
+    rows, known = [], [environment for _, environment in MODES]
+    for x in cells[cells.environment.isin(known)].sort_values(["environment", "algorithm"]).itertuples():
+        bar, values = MODES.get((x.family, x.environment), np.inf), np.sort(x.scores)
+        parts = [values[values <= bar], values[values > bar]]
+        counts = [f"{bar:g}", *map(len, parts)] if bar < np.inf else [""] * 3
+        texts = "; ".join(", ".join(map(stats.number, part)) for part in parts if len(part))
+        rows.append([x.environment, x.algorithm, x.noise, x.n, *counts, texts])
     header = ["Environment", "Algorithm", "Noise", "n", "Bar", "Below", "Above", "Scores of the seeds, sorted"]
-    frame = drop_noise(pd.DataFrame(rows, columns=header), cells, table).dropna(axis=1, how="all")
-    return stats.markdown(frame) or None
+    frame = pd.DataFrame(rows, columns=header)
+    return stats.markdown(frame.loc[:, (frame != "").any()])
 
 
 def together(cells: pd.DataFrame) -> pd.DataFrame:
-    """A row per algorithm: how its cells lie from the paper's, all together; no interval for fewer than 5 cells."""
+    """A row per algorithm: how its cells lie from the paper's, all together."""
     rows, run = [], cells[cells.z.notna() & cells.in_paper]
     for name, some in run.groupby("algorithm", sort=False):
-        mean, low, high = stats.mean_interval(some.z if len(some) >= 5 else [some.z.mean()])
-        percent = stats.improvements(some.paper, some.ours).mean()
-        rows.append(
-            [name, len(some), stats.span(some.n), some.t.mean(), mean, low, high, *stats.stouffer(some.z), percent]
-        )
-    return pd.DataFrame(rows, columns=["algorithm", "cells", "seeds", "t", "mean", "low", "high", "z", "p", "percent"])
+        row = {"Algorithm": name, "Cells": len(some), "Seeds of a cell": stats.span(some.n)}
+        row |= {"Mean difference / joint SE": f"{some.t.mean():+.2f}", "Mean z [95 %]": stats.mean_z_text(some.z)}
+        row |= {"p, all cells": stats.p_text(stats.stouffer(some.z)[1])}
+        rows.append(row | {"In per cent of the paper's means [95 %]": stats.improvement_text(some.paper, some.ours)})
+    return pd.DataFrame(rows)
 
 
 def together_text(cells: pd.DataFrame) -> str:
-    some = together(cells)
-    frame = {"Algorithm": some.algorithm, "Cells": some.cells, "Seeds of a cell": some.seeds}
-    frame |= {"Mean difference / joint SE": some.t.map("{:+.2f}".format)}
-    frame |= {"Mean z [95 %]": map(stats.bracket_text, some["mean"], some.low, some.high)}
-    frame |= {
-        "p, all cells": some.p.map(stats.p_text),
-        "In per cent of the paper's means": some.percent.map("{:+.1f} %".format),
-    }
-    return f"{stats.markdown(pd.DataFrame(frame))}\n"
+    return stats.markdown(together(cells)) + "\n"
 
 
-def clearest(some: pd.DataFrame) -> str:
-    """HalfCheetah-v4 with noise, +658 ± 362 (20, 10 seeds; Welch's p 0.083, by Holm over 14 comparisons 1.00)."""
-    row = some.assign(size=-some.t.abs()).sort_values(["p", "size"], kind="stable").iloc[0]
-    corrected = f", by Holm over {row.among} comparisons {stats.p_text(row.holm)}" if row.among > 1 else ""
-    where = row.environment + (" with noise" if row.noise != "none" else "")
-    return f"{where}, {row.gain} ({row.n} seeds; Welch's p {stats.p_text(row.p)}{corrected})"
-
-
-def sentences(cells: pd.DataFrame, pooled: pd.DataFrame, family: str) -> list[str]:
-    """On a family of the paper's tables: without noise, with noise, and what the control says."""
-    symmetric, baseline, control = symmetric_of(family)
-    both = pairs(pooled[pooled.family == family], symmetric, baseline)
-    beside, weight = (pairs(cells[cells.family == family], *two) for two in ((symmetric, control), (control, baseline)))
-    factor = "alpha - beta Z, by the identity the same algorithm" if control in SAME else "alpha"
-    texts = []
-    for where, first, second, some in (
-        ("Without noise", symmetric, baseline, both[both.noise == "none"]),
-        ("With noise", symmetric, baseline, both[both.noise != "none"]),
-        (f"The control is {baseline} with its policy loss times {factor}:", symmetric, "the control", beside),
-        ("By the weight alone", "the control", baseline, weight),
-    ):
-        if len(some):
-            higher = f"{(some.ours_a > some.ours_b).sum()} of {len(some)} cell{'s' * (len(some) > 1)}"
-            texts.append(
-                f"{where} {first} has the higher mean than {second} in {higher} "
-                f"({stats.span([*some.n_a, *some.n_b])} seeds); a run of the one scores above a run of the other with "
-                f"probability {chance(some)}; the clearest difference is on {clearest(some)}."
-            )
-    return texts
-
-
-def standing(cells: pd.DataFrame) -> dict:
-    """How the continuous cells lie from the paper's: numbers within two joint standard errors, names of the others."""
-    control = cells[cells.family.str.startswith("continuous") & cells.in_paper]
-    run = control[control.t.notna()]
+def standing_text(cells: pd.DataFrame) -> str:
+    """How many continuous cells were found again, and on which side of the paper's the others are."""
+    some = cells[cells.family.str.startswith("continuous") & cells.in_paper]
+    run = some[some.t.notna()]
+    if run.empty:
+        return ""
     names = run.algorithm + " on " + run.environment.map(plain) + np.where(run.noise == "none", "", " with noise")
-    found = {"cells": len(control), "run": len(run), "near": int((run.t.abs() <= 2).sum())}
-    found |= {"below": list(names[run.t < -2]), "above": list(names[run.t > 2])}
-    if len(run):
-        corrected = stats.holm(run.p)
-        found |= {"seeds": stats.span(run.n), "smallest": corrected.min(), "significant": int((corrected < 0.05).sum())}
-        found["by_chance"] = len(run) - stats.beyond_by_chance(run.se, run.n, run.paper_se, run.paper_n)
-    return found
-
-
-def standing_text(cells: pd.DataFrame) -> list[str]:
-    """How many continuous cells were found again, on which side the others are, and what all say together."""
-    found, texts = standing(cells), []
-    if found["run"]:
-        sides = [
-            f" {side.capitalize()} the paper: {', '.join(found[side])}." for side in ("below", "above") if found[side]
-        ]
-        texts.append(
-            f"{found['run']} of the paper's {found['cells']} continuous-control cells were run ({found['seeds']} seeds "
-            f"each). {found['near']} are within two joint standard errors of the paper's; chance alone would leave "
-            f"{found['by_chance']:.0f}.{''.join(sides)} Significant by Holm's method: "
-            f"{found['significant'] or 'none'} (smallest p {stats.p_text(found['smallest'])})."
-        )
-    lie = [
-        f"{name} {stats.bracket_text(*bounds)} ({cells} cells, p {stats.p_text(p)}, {percent:+.1f} %)"
-        for name, cells, _, _, *bounds, _, p, percent in together(cells).itertuples(index=False)
-    ]
-    return [*texts, f"All cells together, ours minus the paper's as mean z [95 %]: {', '.join(lie)}."] if lie else texts
+    sides = {"Below": names[run.t < -2], "Above": names[run.t > 2]}
+    sides = [f" {side} the paper: {', '.join(which)}." for side, which in sides.items() if len(which)]
+    corrected = stats.holm(run.p)
+    by_chance = len(run) - stats.beyond_by_chance(run.se, run.n, run.paper_se, run.paper_n)
+    return (
+        f"{len(run)} of the paper's {len(some)} continuous-control cells were run ({stats.span(run.n)} seeds each). "
+        f"{(run.t.abs() <= 2).sum()} are within two joint standard errors of the paper's; chance alone would leave "
+        f"{by_chance:.0f}.{''.join(sides)} Significant by Holm's method: {(corrected < 0.05).sum() or 'none'} "
+        f"(smallest p {stats.p_text(np.nanmin(corrected))}).\n"
+    )

@@ -1,49 +1,74 @@
 """Sections of README.md and docs/ that are made from the runs, each between two marker lines."""
 
 from pathlib import Path
-from textwrap import fill
 
 import pandas as pd
 import stats
-from comparisons import plain, sentences, standing_text, together_text
+from comparisons import pairs_text, plain, short, standing_text, together_text
 from findings import FINDINGS
-from language import language_cells
-from missing import missing_text
-from runs import Found
-from tables import coverage_table, gains_text
-
-FAMILIES = ("continuous_ppo", "continuous_a2c")
-
-
-def verdict(found: Found) -> str:
-    """What can be said of the paper's continuous cells and of the symmetric algorithms, as bullets."""
-    texts = standing_text(found.cells)
-    texts += [text for family in FAMILIES for text in sentences(found.cells, found.pooled, family)[:2]]
-    options = {"subsequent_indent": "  ", "break_on_hyphens": False, "break_long_words": False}
-    return "".join(fill(f"- {text}", 120, **options) + "\n" for text in texts)
+from runs import GROUP, Found, describe, parse
+from sweeps import SWEEPS, seconds, speeds
+from sweeps import cells as lines_of
+from tables import gains_text
 
 
 def scores_table(cells: pd.DataFrame) -> str:
     """A row per environment: DPPO and DSPPO, without and with noise, each beside the paper's mean."""
-    some, rows = cells[(cells.family == FAMILIES[0]) & cells.algorithm.isin(["DPPO", "DSPPO"]) & (cells.n > 0)], []
-    for environment, own in some.groupby("environment", sort=False):
-        row = {"Mean ± SE (the paper's mean)": plain(environment), "n": stats.span(own.n)}
-        row |= dict.fromkeys(("DPPO", "DSPPO", "DPPO, noise", "DSPPO, noise"))
-        for x in own.itertuples():
-            text = f"{stats.mean_se(x.ours, x.se)} ({x.printed.split()[0]})"
-            row[x.algorithm + ("" if x.noise == "none" else ", noise")] = text
-        rows.append(row)
-    return stats.markdown(pd.DataFrame(rows)) + "\n"
+    some = cells[cells.algorithm.isin(["DPPO", "DSPPO"]) & (cells.n > 0)]
+    texts = [f"{stats.mean_se(x.ours, x.se)} ({x.printed.split()[0]})" for x in some.itertuples()]
+    names = some.algorithm + some.noise.map(lambda noise: "" if noise == "none" else ", noise")
+    table = some.assign(text=texts, name=names).set_index(["environment", "name"]).text.unstack(sort=False)
+    table = table.reindex(columns=["DPPO", "DSPPO", "DPPO, noise", "DSPPO, noise"])
+    table.insert(0, "n", some.groupby("environment").n.agg(stats.span))
+    table.insert(0, "Mean ± SE (the paper's mean)", table.index.map(plain))
+    return stats.markdown(table) + "\n"
+
+
+def plan(runs: pd.DataFrame) -> pd.DataFrame:
+    """A row per cell of the sweeps, each once, described as the runs that its line makes; missing: it has no run."""
+    rows = []
+    for sweep in SWEEPS:
+        for line in map(parse, lines_of(sweep)):
+            lengths = dict.fromkeys(("total_timesteps", "num_updates"), line["steps"])
+            result = {"script": line["script"], "env_id": line["environment"], "args": line["settings"]}
+            rows.append(line | describe(result | lengths) | {"sweep": sweep})
+    planned = pd.DataFrame(rows).drop_duplicates(GROUP, ignore_index=True)
+    merged = planned.merge(runs[GROUP].drop_duplicates(), "left", GROUP, indicator=True)
+    return planned.assign(missing=merged._merge == "left_only")
+
+
+def missing_text(folders: list[Path], runs: pd.DataFrame) -> str:
+    """A row per algorithm and noise of a sweep, with the environments that lack it."""
+    planned, speed, rows = plan(runs), speeds(folders), []
+    times = [
+        seconds(speed, x.script, x.settings | {"compile": "compile" in x.settings}, x.seeds * x.steps)[0]
+        for x in planned.itertuples()
+    ]
+    planned["hours"] = pd.Series(times, dtype=float) / 3600
+    names = (planned.algorithm + " " + planned.other_settings).str.strip()
+    for (sweep, name, noise), some in planned.groupby(["sweep", names, "noise"], sort=False):
+        left = some[some.missing]
+        if len(left):
+            where = f"all {len(left)}" if 2 < len(left) == len(some) else ", ".join(left.environment.map(short))
+            time = left.hours.sum()
+            estimate = f"{time:,.{0 if time >= 10 else 1}f}{'+' if left.hours.isna().any() else ''}" if time else "-"
+            tables = ", ".join(map(str, SWEEPS[sweep]))
+            rows.append([tables, name, noise, f"{len(left)} of {len(some)}", where, left.seeds.iloc[0], estimate])
+    header = ["Tables", "Algorithm", "Noise", "Cells missing", "Environments", "Seeds", "Hours"]
+    where, total = ", ".join(f"`{folder}`" for folder in folders), planned.hours[planned.missing].sum()
+    return (
+        f"{planned.missing.sum()} of the {len(planned)} cells of the sweeps have no run at the paper's settings and "
+        f"length. Hours are those of one process after the other, at the speeds of the runs in {where}: {total:,.0f} "
+        "in all, without what no run has told the speed of (- or +). `benchmark/judge.py` finds the win rates of Table "
+        f"3 when the runs are there.\n\n{stats.markdown(pd.DataFrame(rows, columns=header))}\n"
+    )
 
 
 SECTIONS = FINDINGS | {
-    "verdict": verdict,
+    "verdict": lambda found: standing_text(found.cells),
     "scores": lambda found: scores_table(found.cells),
     "together": lambda found: together_text(found.cells),
-    "sentences": lambda found: "".join(
-        f"- {text}\n" for family in FAMILIES for text in sentences(found.cells, found.pooled, family)
-    ),
-    "coverage": lambda found: coverage_table(found.cells, language_cells(found.runs), found.runs) + "\n",
+    "pairs": lambda found: pairs_text(found.cells, found.pooled),
     "gains": lambda found: gains_text(found.cells),
     "missing cells": lambda found: missing_text(found.folders, found.runs),
 }

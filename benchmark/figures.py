@@ -2,6 +2,7 @@
 
 import io
 import math
+from itertools import product
 from pathlib import Path
 
 import matplotlib
@@ -82,27 +83,24 @@ def figure(path: Path, panels: list[tuple], unit: str = "million steps", columns
     return True
 
 
-def labels(groups: pd.DataFrame) -> list[str]:
-    """Names of the lines of a panel, without the settings that all of them have in common."""
-    settings = [text.split(", ") for text in groups.other_settings]
-    common = set.intersection(*map(set, settings)) if len(groups) > 1 else set()
-    found = []
-    for row, own in zip(groups.itertuples(), settings):
-        noise = "with noise" if row.noise != "none" else ""
-        length = (
-            f"{row.steps:,} {'updates' if row.family in TASKS else 'steps'}" if row.steps != row.paper_steps else ""
-        )
-        found.append(", ".join(filter(None, [row.algorithm, noise, length, *(x for x in own if x not in common)])))
-    return found
-
-
 def lines(groups: pd.DataFrame, cycle: dict[str, str]) -> list[tuple[str, dict, list[str]]]:
-    """A line for each group: dashed with noise, in the algorithm's color or, at other settings, one of its own."""
-    found = []
-    for label, row in zip(labels(groups), groups.itertuples()):
+    """A line (label, style, folders) for each group of a panel; the label leaves out settings that all have in common.
+
+    Dashed with noise, in the algorithm's color or, at other settings, one of its own.
+    """
+    settings = [set(text.split(", ")) for text in groups.other_settings]
+    common, found = set.intersection(*settings) if len(groups) > 1 else set(), []
+    for row in groups.itertuples():
+        unit = "updates" if row.family in TASKS else "steps"
+        parts = [row.algorithm, "with noise" if row.noise != "none" else ""]
+        parts += [f"{row.steps:,} {unit}" if row.steps != row.paper_steps else ""]
+        parts += [text for text in row.other_settings.split(", ") if text not in common]
+        label = ", ".join(filter(None, parts))
         color = None if row.other_settings else COLORS.get(row.algorithm)
-        color = color or cycle.setdefault(label, CYCLE[len(cycle) % len(CYCLE)])
-        found.append((label, {"color": color, "linestyle": "-" if row.noise == "none" else "--"}, row.folders))
+        style = {"color": color or cycle.setdefault(label, CYCLE[len(cycle) % len(CYCLE)])}
+        style["linestyle"] = "-" if row.noise == "none" else "--"
+        style["linewidth"] = 0.7 if row.algorithm.endswith("control") and not row.other_settings else 1.2
+        found.append((label, style, row.folders))
     return found
 
 
@@ -115,47 +113,22 @@ def curves(path: Path, runs: pd.DataFrame, tag: str, y_label: str, scale: float)
         title = ", ".join(names) if names and runs.kind.iloc[0] == "other" else plain(environment)
         panels.append((title, y_label, tag, scale, lines(some, cycle)))
     unit = "updates" if runs.family.isin(TASKS).all() else "million steps"
-    return figure(path, panels, unit, 5 if len(panels) > 9 else 3)
+    return figure(path, panels, unit, 5 if len(panels) > 9 else 4 if len(panels) > 6 else 3)
 
 
-def picture(path: Path, cells: pd.DataFrame) -> bool:
-    """The one of README.md: DPPO and DSPPO where both were run, dashed with noise, the control thin."""
-    some = cells[(cells.family == "continuous_ppo") & cells.algorithm.isin(["DPPO", "DSPPO", "DPPO control"])]
-    panels = []
-    for environment, rows in some[some.n > 0].groupby("environment", sort=False):
-        if {"DPPO", "DSPPO"} <= set(rows.algorithm):
-            styled = lines(rows, {})
-            thin = [(label, style | {"linewidth": 0.7 if "control" in label else 1.5}, x) for label, style, x in styled]
-            panels.append((plain(environment), "training return", RETURN, 1, thin))
-    return figure(path, panels, columns=4)
-
-
-def arms(path: Path, groups: pd.DataFrame) -> bool:
-    """Return, entropy and value loss of runs beside each other, a line for each algorithm with its settings."""
-    cycle, tags = {}, {RETURN: "training return", "losses/entropy": "entropy", "losses/value_loss": "value loss"}
-    styled = lines(groups.assign(paper_steps=groups.steps, noise="none"), cycle)
-    return figure(path, [(label, "", tag, 1, styled) for tag, label in tags.items()])
-
-
-def figures_text(out: Path, runs: pd.DataFrame, cells: pd.DataFrame, compared: dict[tuple, pd.DataFrame]) -> str:
-    """The report's section; compared: arms of other settings."""
+def figures_text(out: Path, runs: pd.DataFrame) -> str:
+    """The report's section, and its figures into out."""
     text = [
         "## Figures\n\nMean over seeds, averaged over each hundredth of the run; the band is the standard error. Where "
-        "settings are not the paper's, the legend names those in which the lines of a panel differ. Dashed: noise.\n"
+        "settings are not the paper's, the legend names those in which the lines of a panel differ. Dashed: noise. "
+        "Thin: controls.\n"
     ]
-    if picture(out / "picture.png", cells):
-        text.append("DPPO and DSPPO, the control thin.\n\n![DPPO and DSPPO](picture.png)\n")
-    for (_, environment, noise, steps), groups in compared.items():
-        name = f"arms_{plain(environment).lower()}_{steps}{'' if noise == 'none' else '_noise'}.png"
-        if arms(out / name, groups):
-            text.append(f"{plain(environment)}, {steps:,} steps, noise {noise}: arms.\n\n![Arms]({name})\n")
     for file, tag, y_label, scale, caption in TAGS:
-        for kind, title in KINDS.items():
-            for family, domain in DOMAINS.items():
-                some = runs[(runs.kind == kind) & (runs.family == family)]
-                name = f"{file}_{family}{'' if kind == 'paper' else f'_{kind}'}.png"
-                if (family in TASKS) == (tag == SCORES) and len(some) and curves(out / name, some, tag, y_label, scale):
-                    text.append(f"{caption}: {domain}, {title}.\n\n![{caption}]({name})\n")
+        for (kind, title), (family, domain) in product(KINDS.items(), DOMAINS.items()):
+            some = runs[(runs.kind == kind) & (runs.family == family)]
+            name = f"{file}_{family}{'' if kind == 'paper' else f'_{kind}'}.png"
+            if (family in TASKS) == (tag == SCORES) and len(some) and curves(out / name, some, tag, y_label, scale):
+                text.append(f"{caption}: {domain}, {title}.\n\n![{caption}]({name})\n")
     without = [folder for folder in runs.folder if not Path(folder, "curves.csv").exists()]
     if without:
         text.append(f"Without curves.csv, in no figure: {', '.join(sorted(without))}.\n")

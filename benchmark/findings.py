@@ -1,14 +1,11 @@
-"""What the runs say beyond the paper's tables: the numbers of docs/findings.md.
-
-Each finding is a function that returns a table of numbers, and one that makes Markdown of it.
-"""
+"""What the runs say beyond the paper's tables: the tables of docs/findings.md."""
 
 import numpy as np
 import pandas as pd
 import stats
-from comparisons import CELL, OURS, PAPERS, chance, pairs, plain, symmetric_of, together, together_text
-from runs import FAMILY, GROUP, MODELS, TASKS, UNNORMALIZED, Found, bin_means, by_group, read_cells, series
-from tables import last_texts
+from comparisons import CELL, OURS, PAPERS, chance, pairs, plain, ran, symmetric_of, together, together_text
+from runs import FAMILY, MODELS, TASKS, UNNORMALIZED, Found, bin_means, read_cells, series
+from tables import other_groups, settings_table
 
 TRAINING = {"approx_kl": "KL", "clipfrac": "Clip fraction", "entropy": "Entropy", "value_loss": "Value loss"}
 TRAINING |= {"grad_norm": "Gradient norm"}
@@ -27,55 +24,59 @@ def means(folders: list[str], tag: str, part: tuple[float, float] = (0, 1)) -> n
 def weight_in_training(cells: pd.DataFrame) -> pd.DataFrame:
     """What SPPO's weight changes in continuous control: DSPPO over DPPO, means over the run and the seeds.
 
-    A row per cell: ratios of KL, clip fraction, entropy, value loss and gradient norm before the clip, and DPPO's norm.
+    A row per cell and tag, with the ratio, its standard error (of first order), and DPPO's own mean and error.
     """
     rows = []
-    for x in pairs(cells, "DSPPO", "DPPO").itertuples():
-        both = [[means(folders, f"losses/{tag}").mean() for tag in TRAINING] for folders in (x.folders_a, x.folders_b)]
-        rows.append([x.environment, x.noise, *np.divide(*both), both[1][-1]])
-    return pd.DataFrame(rows, columns=["environment", "noise", *TRAINING, "norm"]).dropna()
+    for x in ran(pairs(cells, "DSPPO", "DPPO")).itertuples():
+        for tag in TRAINING:
+            own, se, _ = stats.summary(means(x.folders_b, f"losses/{tag}"))
+            other, other_se, _ = stats.summary(means(x.folders_a, f"losses/{tag}"))
+            error = other / own * np.hypot(other_se / other, se / own)
+            rows.append([x.environment, x.noise, x.n, tag, other / own, error, own, se])
+    found = pd.DataFrame(rows, columns=["environment", "noise", "n", "tag", "ratio", "error", "own", "se"])
+    return found[found.groupby(["environment", "noise"]).ratio.transform(lambda x: x.notna().all())]
 
 
 def weight_text(found: Found) -> str:
     some = weight_in_training(found.cells)
     if some.empty:
         return ""
-    spans = {name: f"{some[name].min():.2f} to {some[name].max():.2f}" for name in [*TRAINING, "norm"]}
-    frame = {"Environment": some.environment.map(plain), "Noise": some.noise}
-    frame |= {f"{title}, DSPPO / DPPO": some[name].map("{:.2f}".format) for name, title in TRAINING.items()}
+    norm = some[some.tag == "grad_norm"]
+    spans = {tag: f"{x.min():.2f} to {x.max():.2f}" for tag, x in some.groupby("tag").ratio}
+    texts = some.assign(text=[f"{x.ratio:.2f} ± {x.error:.2f}" for x in some.itertuples()])
+    table = texts.set_index(["environment", "noise", "n", "tag"]).text.unstack(sort=False)
+    table = table.rename(columns={tag: f"{title}, DSPPO / DPPO" for tag, title in TRAINING.items()}).reset_index()
+    table["Gradient norm, DPPO"] = [f"{x.own:.2f} ± {x.se:.2f}" for x in norm.itertuples()]
+    table["environment"] = table.environment.map(plain)
     return (
-        f"DSPPO over DPPO in {len(some)} cells, means over the run and the seeds: KL {spans['approx_kl']}, "
+        f"DSPPO over DPPO in {len(table)} cells, means over the run and the seeds: KL {spans['approx_kl']}, "
         f"clip fraction {spans['clipfrac']}, entropy {spans['entropy']}, value loss {spans['value_loss']}. The "
-        f"gradient norm before the clip is {spans['grad_norm']} times as large. DPPO's own norm is {spans['norm']}; "
-        "the clip is at 0.5.\n\n"
-        f"{stats.markdown(pd.DataFrame(frame | {'Gradient norm, DPPO': some.norm.map('{:.2f}'.format)}))}\n"
+        f"gradient norm before the clip is {spans['grad_norm']} times as large. DPPO's own norm is "
+        f"{norm.own.min():.2f} to {norm.own.max():.2f}; the clip is at 0.5.\n\n"
+        f"{stats.markdown(table.rename(columns={'environment': 'Environment', 'noise': 'Noise'}))}\n"
     )
 
 
 def sign_flips(cells: pd.DataFrame) -> pd.DataFrame:
-    """Advantage sign flips in percent without and with reward noise, means over the run, of DPPO and DSPPO.
-
-    all_below: every seed of DPPO with noise is below every one without; p: Welch's, of DPPO.
-    """
-    rows, both = [], pairs(cells, "DSPPO", "DPPO")
-    for environment, some in both.groupby("environment", sort=False):
-        if set(some.noise == "none") == {True, False}:
-            some = some.sort_values("noise", key=lambda noise: noise != "none")
-            sppo, ppo = ([100 * means(x, "losses/sign_flips") for x in some[f"folders_{side}"]] for side in "ab")
-            row = [environment, ppo[0].mean(), ppo[1].mean(), sppo[0].mean(), sppo[1].mean(), min(map(len, ppo + sppo))]
-            rows.append([*row, ppo[1].max() < ppo[0].min(), stats.welch_of(*ppo)[1]])
-    names = ["DPPO", "DPPO, noise", "DSPPO", "DSPPO, noise"]
-    return pd.DataFrame(rows, columns=["environment", *names, "n", "all_below", "p"]).dropna(subset=names)
+    """Advantage sign flips of each seed in percent, means over the run: a row per environment, four columns."""
+    some = cells[cells.algorithm.isin(["DPPO", "DSPPO"]) & (cells.n > 0)]
+    name = some.algorithm + np.where(some.noise == "none", "", ", noise")
+    flips = some.folders.map(lambda folders: 100 * means(folders, "losses/sign_flips"))
+    flips = flips.where([np.isfinite(x).all() for x in flips])
+    frame = some.assign(name=name, flips=flips).set_index(["environment", "name"]).flips.unstack(sort=False)
+    return frame.reindex(columns=["DPPO", "DPPO, noise", "DSPPO", "DSPPO, noise"]).dropna()
 
 
 def flips_text(found: Found) -> str:
     some = sign_flips(found.cells)
     if some.empty:
         return ""
-    shares = some.drop(columns=["environment", "n", "all_below", "p"]).map("{:.1f}".format)
-    frame = {"Sign flips (%)": some.environment.map(plain), "Seeds, at least": some.n, **shares}
-    frame |= {"Welch's p, DPPO": some.p.map(stats.p_text)}
-    lower, below = (some["DPPO, noise"] < some.DPPO).sum(), some.all_below.sum()
+    without, noisy = some["DPPO"], some["DPPO, noise"]
+    lower = sum(x.mean() > y.mean() for x, y in zip(without, noisy))
+    below = sum(x.min() > y.max() for x, y in zip(without, noisy))
+    frame = {"Sign flips (%)": some.index.map(plain), "Seeds, at least": some.map(len).min(axis=1)}
+    frame |= {name: some[name].map(lambda x: f"{x.mean():.1f} ± {stats.summary(x)[1]:.1f}") for name in some}
+    frame |= {"Welch's p, DPPO": [stats.p_text(stats.welch_of(*x)[1]) for x in zip(without, noisy)]}
     return (
         f"Reward noise lowers DPPO's sign flips in {lower} of {len(some)} environments; in {below} of them every seed "
         f"with noise is below every seed without.\n\n{stats.markdown(pd.DataFrame(frame))}\n"
@@ -89,7 +90,7 @@ def sample_weights(found: Found) -> pd.DataFrame:
     the weight over the control's alpha at that pi.
     """
     symmetric, _, control = symmetric_of("continuous_a2c")
-    both = pairs(found.cells, symmetric, control)
+    both = ran(pairs(found.cells, symmetric, control))
     runs = found.runs[(found.runs.kind == "paper") & (found.runs.algorithm == symmetric)]
     both = both.merge(runs.drop_duplicates(CELL[1:])[[*CELL[1:], "alpha", "beta", "Z"]], "left", CELL[1:])
     for name, part in (("first", (0, 0.1)), ("last", (0.9, 1))):
@@ -115,130 +116,97 @@ def sample_weight_text(found: Found) -> str:
     )
 
 
+def difference(both: pd.DataFrame, values: tuple[str, str, str], suffix: str = "") -> tuple:
+    """Mean, standard error and degrees of freedom + 1 of the difference of both sides."""
+    return stats.difference(*(both[f"{name}_{side}{suffix}"] for side in "ab" for name in values))
+
+
 def rise(both: pd.DataFrame, values: tuple[str, str, str]) -> tuple[np.ndarray, np.ndarray]:
     """(z, p) of the gain with noise minus the gain without, an element per environment that has both."""
-    quiet, noisy = (both[(both.noise == "none") == x].set_index("environment") for x in (True, False))
-    both = noisy.join(quiet, lsuffix="_noisy", rsuffix="_quiet", how="inner")
-    gains = [[both[f"{name}_{side}_{which}"] for side in "ab" for name in values] for which in ("noisy", "quiet")]
-    _, p, z = stats.welch(*stats.difference(*gains[0]), *stats.difference(*gains[1]))
+    noisy, quiet = both[both.noise != "none"], both[both.noise == "none"]
+    both = noisy.merge(quiet, on="environment", suffixes=("_noisy", "_quiet"))
+    _, p, z = stats.welch(*(x for suffix in ("_noisy", "_quiet") for x in difference(both, values, suffix)))
     return z, p
 
 
 def claims(found: Found) -> pd.DataFrame:
-    """The paper's claim, symmetric above baseline, tested alike on its own cells and on ours: a row per set of cells.
+    """The paper's claim, symmetric above baseline, tested alike on its own cells and on ours: z and p by set of cells.
 
-    Mean z and its interval over cells, Stouffer's z and p, cells with p below 0.05, smallest p, smallest p by Holm.
+    A row per set: claim, whose, z and p of its cells.
     """
     rows = []
     for family in dict.fromkeys(FAMILY.values()):
         symmetric, baseline, _ = symmetric_of(family)
-        printed = pairs(found.cells[found.cells.family == family], symmetric, baseline, PAPERS)
-        ours = pairs(found.pooled[found.pooled.family == family], symmetric, baseline)
-        both = ours[ours.z.notna()].merge(printed, on=CELL, suffixes=("", "_printed"))
-        sets = {"the paper's": (printed.z, printed.p), "the paper's, with noise minus without": rise(printed, PAPERS)}
-        if len(both):
-            gains = [stats.difference(*(both[f"{name}_{side}"] for side in "ab" for name in x)) for x in (OURS, PAPERS)]
-            _, p, z = stats.welch(*gains[0], *gains[1])
-            sets["the paper's, cells that were run here"] = both.z_printed, both.p_printed
-            sets |= {"ours": (both.z, both.p), "ours minus the paper's": (z, p)}
-            sets["ours, with noise minus without"] = rise(ours, OURS)
-        for whose, (z, p) in ((whose, x) for whose, x in sets.items() if len(x[0])):
-            row = [len(z), *stats.mean_interval(z), *stats.stouffer(z), int((np.asarray(p) < 0.05).sum())]
-            where = " (Atari)" if family.startswith("atari") else ""
-            rows.append([f"{symmetric} minus {baseline}{where}", whose, *row, np.min(p), np.min(stats.holm(p))])
-    names = ["cells", "mean", "low", "high", "z", "p", "below", "smallest", "smallest_holm"]
-    return pd.DataFrame(rows, columns=["claim", "whose", *names])
+        both = pairs(found.pooled[found.pooled.family == family], symmetric, baseline)
+        printed, ours = both[both.paper_z.notna()], both[both.z.notna()]
+        _, p, z = stats.welch(*difference(ours, OURS), *difference(ours, PAPERS))
+        sets = {
+            "the paper's": (printed.paper_z, printed.paper_p),
+            "the paper's, with noise minus without": rise(printed, PAPERS),
+            "the paper's, cells that were run here": (ours.paper_z, ours.paper_p),
+            "ours": (ours.z, ours.p),
+            "ours minus the paper's": (z, p),
+            "ours, with noise minus without": rise(ours, OURS),
+        }
+        claim = f"{symmetric} minus {baseline}{' (Atari)' if family.startswith('atari') else ''}"
+        rows += [[claim, whose, np.array(z), np.array(p)] for whose, (z, p) in sets.items() if len(z)]
+    return pd.DataFrame(rows, columns=["claim", "whose", "z", "p"])
 
 
 def claims_text(found: Found) -> str:
     some = claims(found)
-    frame = {"Difference": some.claim, "Whose": some.whose, "Cells": some.cells}
-    frame |= {"Mean z [95 %]": map(stats.bracket_text, some["mean"], some.low, some.high)}
-    frame |= {"z of all": some.z.map("{:+.1f}".format), "p of all": some.p.map(stats.p_text), "p < 0.05": some.below}
-    frame |= {"Smallest p": some.smallest.map(stats.p_text), "by Holm": some.smallest_holm.map(stats.p_text)}
+    stouffer = [stats.stouffer(z) for z in some.z]
+    frame = {"Difference": some.claim, "Whose": some.whose, "Cells": some.z.map(len)}
+    frame |= {"Mean z [95 %]": some.z.map(stats.mean_z_text), "z of all": [f"{z:+.1f}" for z, _ in stouffer]}
+    frame |= {"p of all": [stats.p_text(p) for _, p in stouffer], "p < 0.05": [(p < 0.05).sum() for p in some.p]}
+    frame |= {"Smallest p": [stats.p_text(p.min()) for p in some.p]}
+    frame |= {"by Holm": [stats.p_text(stats.holm(p).min()) for p in some.p]}
     return stats.markdown(pd.DataFrame(frame)) + "\n"
-
-
-def algorithms(found: Found) -> pd.DataFrame:
-    """One table of the discretized algorithms: a row each.
-
-    run: cells run, of all; distance: ours minus the paper's as mean z; gain and paper_gain: over the baseline in per
-    cent on the same cells; chance: probability of improvement over it, without and with noise.
-    """
-    rows, lie = [], together(found.cells).set_index("algorithm")[["mean", "low", "high", "p"]]
-    for family in ("continuous_ppo", "continuous_a2c"):
-        symmetric, baseline, _ = symmetric_of(family)
-        both = pairs(found.pooled[found.pooled.family == family], symmetric, baseline)
-        for name in (baseline, symmetric):
-            some = found.cells[(found.cells.algorithm == name) & found.cells.in_paper]
-            row = [name, (some.n > 0).sum(), len(some), *lie.reindex([name]).to_numpy()[0], None, None, None, None]
-            if name == symmetric and len(both):
-                row[-4:-2] = [stats.improvements(both[f"{x}_b"], both[f"{x}_a"]).mean() for x in ("ours", "paper")]
-                parts = both[both.noise == "none"], both[both.noise != "none"]
-                row[-2:] = [chance(part) if len(part) else None for part in parts]
-            rows.append(row)
-    names = "algorithm run cells distance low high p gain paper_gain chance noisy_chance"
-    return pd.DataFrame(rows, columns=names.split())
 
 
 def algorithms_text(found: Found) -> str:
-    some = algorithms(found)
-    gains = [some[name].map("{:+.1f} %".format, na_action="ignore") for name in ("gain", "paper_gain")]
-    frame = {"Algorithm": some.algorithm, "Cells run": some.run.astype(str) + " of " + some.cells.astype(str)}
-    frame |= {"Ours minus the paper's, mean z [95 %]": map(stats.bracket_text, some.distance, some.low, some.high)}
-    frame |= {"Gain over its baseline": gains[0], "the paper's, same cells": gains[1]}
-    frame |= {"P(above its baseline)": some.chance, "with noise": some.noisy_chance}
-    return stats.markdown(pd.DataFrame(frame)) + "\n"
-
-
-def without_normalization(runs: pd.DataFrame) -> pd.DataFrame:
-    """PPO of language models without advantage normalization minus all other arms of the same task, pooled.
-
-    A row per task, length and metric: difference, its standard error and 95 % interval, seeds. Seen post hoc.
-    """
-    rows = []
-    for (task, updates, *_), some in runs[runs.family.isin(TASKS)].groupby(["environment", "steps", *MODELS]):
-        plain_ppo = some.algorithm == UNNORMALIZED
-        first, others = some[plain_ppo], some[~plain_ppo]
-        for name in ("score", "perplexity", "kl") if min(len(first), len(others)) > 1 else ():
-            mean, se, _ = stats.difference(*stats.summary(first[name]), *stats.summary(others[name]))
-            interval = stats.difference_interval(first[name], others[name])
-            rows.append([task, updates, name, float(mean), float(se), *interval, len(first), len(others)])
-    return pd.DataFrame(rows, columns=["task", "updates", "metric", "mean", "se", "low", "high", "n", "n_others"])
+    """One table of the discretized algorithms: distance from the paper, and gain over the baseline."""
+    rows, lie = [], together(found.cells)
+    lie = dict(zip(lie["Algorithm"], lie["Mean z [95 %]"])) if len(lie) else {}
+    for family in ("continuous_ppo", "continuous_a2c"):
+        symmetric, baseline, _ = symmetric_of(family)
+        both = ran(pairs(found.pooled[found.pooled.family == family], symmetric, baseline))
+        for name in (baseline, symmetric):
+            some = found.cells[(found.cells.algorithm == name) & found.cells.in_paper]
+            row = {"Algorithm": name, "Cells run": f"{(some.n > 0).sum()} of {len(some)}"}
+            row |= {"Ours minus the paper's, mean z [95 %]": lie.get(name)}
+            if name == symmetric and len(both):
+                row["Gain [95 %]"] = stats.improvement_text(both.ours_b, both.ours_a)
+                row["Paper's, same cells"] = stats.improvement_text(both.paper_b, both.paper_a)
+                parts = {"P(above its baseline)": both.noise == "none", "with noise": both.noise != "none"}
+                row |= {title: chance(both[part]) for title, part in parts.items() if part.any()}
+            rows.append(row)
+    return stats.markdown(pd.DataFrame(rows)) + "\n"
 
 
 def normalization_text(found: Found) -> str:
-    lines = []
-    for x in without_normalization(found.runs).itertuples():
-        difference = f"{stats.gain(x.mean, x.se)} {stats.bounds_text(x.low, x.high, x.mean)}"
-        lines.append(
-            f"- {x.task}, {x.updates} updates: without advantage normalization {x.metric} differs by {difference} from "
-            f"the other arms pooled ({x.n}, {x.n_others} seeds; seen post hoc).\n"
-        )
-    return "".join(lines)
-
-
-def arms(runs: pd.DataFrame) -> dict[tuple, pd.DataFrame]:
-    """Atari runs that are not the paper's beside each other: {(family, environment, noise, steps): a row per arm}.
-
-    An arm is an algorithm with its other settings; three or more make a set.
-    """
-    found, others = {}, runs[runs.family.str.startswith("atari") & (runs.kind != "paper")]
-    for key, alike in others.groupby(["family", "environment", "noise", "steps"]):
-        groups = by_group(alike, GROUP).sort_values(["rank", "other_settings"], ignore_index=True)
-        if len(groups) > 2:
-            found[key] = groups
-    return found
+    """PPO of language models without advantage normalization minus all other arms of the same task, pooled."""
+    rows = []
+    for (task, updates, *_), some in found.runs[found.runs.family.isin(TASKS)].groupby(
+        ["environment", "steps", *MODELS]
+    ):
+        arm = some.algorithm == UNNORMALIZED
+        for name in ("score", "perplexity", "kl") if min(arm.sum(), (~arm).sum()) > 1 else ():
+            first, others = some[name][arm], some[name][~arm]
+            mean, se, _ = stats.difference(*stats.summary(first), *stats.summary(others))
+            interval = stats.bounds_text(*stats.difference_interval(first, others), float(mean))
+            difference = f"{stats.gain(float(mean), float(se))} {interval}"
+            rows.append([task, updates, name, f"{len(first)}, {len(others)}", difference])
+    header = ["Task", "Updates", "Metric", "n", "Without normalization minus all other arms [95 %]"]
+    return stats.markdown(pd.DataFrame(rows, columns=header)) + "\n" if rows else ""
 
 
 def arms_text(found: Found) -> str:
-    parts = []
-    for (_, environment, noise, steps), groups in arms(found.runs).items():
-        names = groups.algorithm + (", " + groups.other_settings).where(groups.other_settings != "", "")
-        frame = {"Arm": names, "n": groups.n, "Score": map(stats.mean_se, groups.ours, groups.se)} | last_texts(groups)
-        title = f"{plain(environment)}, {steps:,} steps, noise {noise}; all but the score are means of the last tenth."
-        parts.append(f"{title}\n\n{stats.markdown(pd.DataFrame(frame))}\n")
-    return "\n".join(parts)
+    """Atari runs that are not the paper's and differ in algorithm or settings alone, where there are three or more."""
+    groups = other_groups(found.runs)
+    groups = groups[groups.family.str.startswith("atari")]
+    alike = groups.groupby(["family", "environment", "noise", "steps"]).n.transform("size")
+    return settings_table(groups[alike > 2]) + "\n" if (alike > 2).any() else ""
 
 
 def training_text(found: Found) -> str:

@@ -14,7 +14,6 @@ import hashlib
 import json
 import os
 import re
-import statistics
 import sys
 import unicodedata
 from dataclasses import dataclass
@@ -24,6 +23,7 @@ import tyro
 
 try:
     import openai
+    import pandas as pd
     from tqdm import tqdm
 except ModuleNotFoundError as error:
     print(f"error: there is no {error.name}: pip install -r requirements-benchmark.txt", file=sys.stderr)
@@ -58,26 +58,19 @@ DENIES = r"""(?ix)n.t\b | \b(no|not|none|never|neither|nor|cannot|both|either|ti
 
 @dataclass
 class Args:
-    run_dir: tyro.conf.Positional[Path]
-    """finished run of a language script"""
-    judge_url: str
-    """endpoint, with or without /chat/completions at its end: http://localhost:8000/v1"""
-    judge_model: str
-    """model that judges, as the endpoint calls it"""
-    judge_samples: int = 100
-    """samples to judge at most, the first ones; each costs two requests"""
-    against: str = "reference"
-    """"reference", or the directory of another run on the same prompts"""
+    run_dir: tyro.conf.Positional[Path]  # finished run of a language script
+    judge_url: str  # endpoint, with or without /chat/completions at its end: http://localhost:8000/v1
+    judge_model: str  # model that judges, as the endpoint calls it
+    judge_samples: int = 100  # samples to judge at most, the first ones; each costs two requests
+    against: str = "reference"  # "reference", or the directory of another run on the same prompts
     max_tokens: int = 16
     """tokens of an answer at most; 0: these and the temperature as the endpoint has them, for judges that think"""
     structured: bool = False
     """ask the endpoint for an answer that can only be A or B, by response_format; not every endpoint can"""
     retries: int = 6
     """attempts after a failed one, with growing waits, or those that the endpoint asks for up to two minutes"""
-    timeout: float = 60.0
-    """seconds to wait for an answer"""
-    dry_run: bool = False
-    """print the number of requests and ask nothing"""
+    timeout: float = 60.0  # seconds to wait for an answer
+    dry_run: bool = False  # print the number of requests and ask nothing
 
 
 def read_samples(run_dir: Path) -> tuple[str, list[tuple[int, str, str, str]]]:
@@ -222,20 +215,17 @@ def read_judgments(path: Path) -> dict[str, dict]:
 
 def summarize(args: Args, judged: list[dict]) -> dict:
     """The share of wins of the samples that were judged in both orders: one that each side won once counts a half."""
-    answers = [row["answer"] for row in judged if row["answer"]]
-    wins = {}
-    for row in judged:
-        if row["answer"]:
-            wins.setdefault(row["index"], []).append((row["answer"] == "A") == row["ours_first"])
-    shares = [statistics.fmean(both) for both in wins.values() if len(both) > 1]
+    usable = pd.DataFrame(judged).dropna(subset="answer")
+    wins = ((usable.answer == "A") == usable.ours_first).groupby(usable["index"]).agg(["mean", "size"])
+    shares = wins["mean"][wins["size"] > 1]
     return {
-        "win_rate": statistics.fmean(shares) if shares else None,
-        "win_rate_se": statistics.stdev(shares) / len(shares) ** 0.5 if len(shares) > 1 else None,
+        "win_rate": shares.mean() if len(shares) else None,
+        "win_rate_se": shares.sem() if len(shares) > 1 else None,
         "judge_model": args.judge_model,
         "against": args.against,
         "samples": len(shares),
-        "unparsed": len(judged) - len(answers),
-        "chose_a": answers.count("A") / len(answers) if answers else None,  # 0.5 without position bias
+        "unparsed": len(judged) - len(usable),
+        "chose_a": (usable.answer == "A").mean() if len(usable) else None,  # 0.5 without position bias
     }
 
 

@@ -2,7 +2,8 @@
 
     python benchmark/report.py runs/                             # writes runs/report.md and PNGs beside it
     python benchmark/report.py runs/ more-runs/ --out report/
-    python benchmark/report.py benchmark/results --document README.md docs/results.md docs/missing.md
+    python benchmark/report.py benchmark/results --document README.md docs/findings.md docs/results.md docs/missing.md
+    python benchmark/report.py benchmark/results --missing | grep Hopper | benchmark/run_cells.sh --compile
 
 Reads every result.json below the folders and the curves.csv beside it, nothing else. A run is compared with a cell of
 the paper only if its settings, its models and its length are those of the sweep that runs the cell; all others have
@@ -15,17 +16,17 @@ from dataclasses import dataclass
 from pathlib import Path
 
 try:
-    import findings
     import tyro
-    from comparisons import sentences, symmetric_of, together_text
-    from documents import filled
+    from comparisons import together_text
+    from documents import filled, plan
     from figures import figures_text
+    from findings import FINDINGS
     from language import language_cells, language_table, language_text
     from peers.same_as_sb3 import NOTE, beside, both_sides
     from runs import FAMILY, PARTS, TASKS, Found, unfinished
     from stats import markdown
     from sweeps import find
-    from tables import copies_text, coverage_table, gains_text, groups_text, table_4_text, table_text
+    from tables import copies_text, coverage_table, gains_text, other_text, table_4_text, table_text
 except ModuleNotFoundError as error:
     print(f"error: there is no {error.name}: pip install -r requirements-benchmark.txt", file=sys.stderr)
     sys.exit(2)
@@ -43,11 +44,17 @@ of a seed is the mean of its 10 evaluation episodes, or of its evaluation sample
   DSPPO's (SPPO's), which they are by the identity; two runs of one seed begin alike and count as one, their mean.
 - z: the normal number with the p of Welch's t, so that few seeds do not count too much. Its mean is over cells, with
   the interval of a t test over cells; p of all cells is Stouffer's.
+- Improvements in per cent are means over environments; their 95 % interval is that of a t test over environments.
 - Probability of improvement: that a run of the first algorithm scores above one of the second, averaged over
   environments, with its 95 % stratified-bootstrap interval. It has none where all runs of one are above all of the
   other, since no resampling can change that.
+- Controls: DPPO and PPO with their policy loss times alpha - beta Z, by the identity DSPPO and SPPO, so that the
+  difference is chance; DA2C and A2C with theirs times alpha, which are DSA2C and SA2C without their reverse loss.
+- PPO (without A normalization): the Atari baseline as the authors released it; PPO is that of the paper's text.
 - Where scores have two modes: Swimmer's agents below the bar stayed on a plateau, HalfCheetah's ran on their backs,
   wherever that was looked at."""
+
+GAINS = "The paper's SPPO and SA2C cells without noise; docs/results.md says where the scores of others come from."
 
 
 def left_out_text(left_out: list[tuple[Path, str]]) -> str:
@@ -60,33 +67,30 @@ def left_out_text(left_out: list[tuple[Path, str]]) -> str:
 
 def report_text(found: Found, out: Path) -> str:
     """The whole report; figures go to out."""
-    runs, cells, pooled, kinds = found.runs, found.cells, found.pooled, found.runs.kind.value_counts()
+    runs, kinds, language = found.runs, found.runs.kind.value_counts(), language_cells(found.runs)
     counts = ", ".join(f"{kinds.get(kind, 0)} {text}" for kind, text in COUNTED.items())
     where = ", ".join(f"`{folder}`" for folder in found.folders)
     first = f"{len(runs)} runs in {where}: {counts}, {len(found.left_out)} left out."
-    parts = [f"# Our results beside the paper's\n\n{first}\n\n{INTRO}\n", copies_text(runs)]
-    language = language_cells(runs)
     note = "; ".join(f"Table {part} is a part of Table {whole}" for part, whole in PARTS.items()) + "."
-    parts.append(f"## Cells that were run\n\n{coverage_table(cells, language, runs)}\n\n{note}\n")
-    parts.append(f"## All cells together\n\n{together_text(cells)}")
-    parts += [table_text(cells, pooled, table, runs[runs.kind == "shorter"]) for table in FAMILY]
-    for family in ("continuous_ppo", "continuous_a2c"):
-        if lines := sentences(cells, pooled, family):
-            parts.append(f"## {symmetric_of(family)[0]}, in sentences\n\n" + "".join(f"- {x}\n" for x in lines))
-    for name, make in findings.FINDINGS.items():
-        if section := make(found):
-            parts.append(f"## Finding: {name}\n\n{section}")
+    parts = [
+        f"# Our results beside the paper's\n\n{first}\n\n{INTRO}\n",
+        copies_text(runs),
+        f"## Cells that were run\n\n{coverage_table(found, language)}\n\n{note}\n",
+        f"## All cells together\n\n{together_text(found.cells)}",
+        *(table_text(found, table) for table in FAMILY),
+    ]
+    sections = {name: make(found) for name, make in FINDINGS.items() if name != "arms"}
+    parts += [f"## Finding: {name}\n\n{section}" for name, section in sections.items() if section]
     if len(rows := beside(both_sides(runs), out / "beside_sb3.png")):
         title = "## Beside Stable-Baselines3 with bins, at the same step"
         parts.append(f"{title}\n\n{NOTE}\n\n{markdown(rows)}\n\n![Training returns of both sides](beside_sb3.png)\n")
-    parts.append(table_4_text(runs, cells))
+    parts.append(table_4_text(runs, found.cells))
     if runs.family.str.startswith("atari").any():
-        parts.append(f"## The paper's gain over each baseline\n\n{gains_text(cells)}")
-    parts += [language_table(language, table) for table in (3, 14)]
-    parts += [groups_text(runs, cells, kind) for kind in ("shorter", "longer", "other")]
+        parts.append(f"## The paper's gain over each baseline\n\n{GAINS}\n\n{gains_text(found.cells)}")
+    parts += [*(language_table(language, table) for table in (3, 14)), other_text(runs)]
     if runs.family.isin(TASKS).any():
         parts.append(language_text(runs))
-    parts += [left_out_text(found.left_out), figures_text(out, runs, cells, findings.arms(runs))]
+    parts += [left_out_text(found.left_out), figures_text(out, runs)]
     made_by = (runs["commit"] + "; " + runs.versions).value_counts()
     parts.append("## Made by\n\n" + "".join(f"- {n} runs: commit {text}\n" for text, n in made_by.items()))
     return "\n".join(filter(None, parts))
@@ -96,10 +100,10 @@ def report_text(found: Found, out: Path) -> str:
 class Args:
     folders: tyro.conf.Positional[tuple[Path, ...]] = (Path("runs"),)
     """folders with runs, searched with all their subfolders"""
-    out: Path | None = None
-    """where report.md and the figures go; without, into the first of the folders"""
+    out: Path | None = None  # where report.md and the figures go; without, into the first of the folders
     document: tuple[Path, ...] = ()
-    """Markdown files in which to renew what stands between marker lines: verdict, scores, tables, missing cells, ..."""
+    """Markdown files in which to renew what stands between marker lines: verdict, scores, missing cells, ..."""
+    missing: bool = False  # print a line for each cell of the sweeps without a run, for run_cells.sh, and write nothing
 
 
 def fail(message: str) -> int:
@@ -118,6 +122,10 @@ def main(argv: list[str] | None = None) -> int:
     if found.runs.empty:
         path, reason = found.left_out[0]
         return fail(f"no usable result.json among {len(found.left_out)}; the first, {path}: {reason}")
+    if args.missing:
+        cells = plan(found.runs)
+        print(*cells.line[cells.missing], sep="\n")
+        return 0
     documents = {}
     for path in args.document:
         try:

@@ -163,8 +163,10 @@ def read_runs(folders: list[Path]) -> tuple[pd.DataFrame, list[tuple[Path, str]]
     if len(runs):
         first = runs.groupby([*GROUP, "seed"], dropna=False).folder.transform("first")
         again = runs.folder != first
-        reasons = "seed " + runs.seed.astype(str) + " again, as in " + first
-        left_out += [(Path(folder), reason) for folder, reason in zip(runs.folder[again], reasons[again])]
+        left_out += [
+            (Path(folder), f"seed {seed} again, as in {where}")
+            for folder, seed, where in zip(runs.folder[again], runs.seed[again], first[again])
+        ]
         runs = runs[~again].reset_index(drop=True)
     for folder in unfinished(folders):
         steps = curve(str(folder)).index
@@ -174,16 +176,10 @@ def read_runs(folders: list[Path]) -> tuple[pd.DataFrame, list[tuple[Path, str]]
 
 
 def unfinished(folders: list[Path]) -> list[Path]:
-    """Run directories without a result; of runs with several seeds, whose args.json is the parent's, the seeds'."""
-    found = set()
-    for path in find(folders, "args.json"):
-        try:
-            args = json.loads(path.read_text())["args"]
-            seeds = range(args["seed"], args["seed"] + args["num_seeds"]) if args["num_seeds"] > 1 else ()
-        except (OSError, ValueError, KeyError, TypeError):
-            seeds = ()
-        found |= {path.with_name(f"seed{seed}") for seed in seeds} or {path.parent}
-    return sorted(folder for folder in found if not (folder / "result.json").exists())
+    """Run directories without a result; the parent of several seeds, which has the args.json of all, is none."""
+    begun = {path.parent for name in ("args.json", "curves.csv", "result.json") for path in find(folders, name)}
+    parents = {folder.parent for folder in begun}
+    return sorted(folder for folder in begun - parents if not (folder / "result.json").exists())
 
 
 @cache
@@ -254,29 +250,25 @@ def read_cells(runs: pd.DataFrame, pooled: bool = False) -> pd.DataFrame:
     one, and runs of one seed count as their mean: they begin alike, so they are not independent.
     """
     paper = read_paper().query("table in @FAMILY").reset_index(names="order").drop(columns="metric")
-    paper["family"], paper["in_paper"] = paper.table.map(FAMILY), True
+    paper = paper.assign(family=paper.table.map(FAMILY), in_paper=True)
+    ppo = paper[(paper.table == 11) & (paper.algorithm == "PPO")]
+    paper = pd.concat([paper, ppo.assign(algorithm=UNNORMALIZED, in_paper=False, order=np.inf)])
     ours = runs[(runs.kind == "paper") & ~runs.family.isin(TASKS)]
     if pooled:
         ours = ours.assign(algorithm=ours.algorithm.replace(SAME))
         ours["score"] = ours.groupby([*KEY, "seed"], dropna=False).score.transform("mean")
         ours = ours.drop_duplicates([*KEY, "seed"])
-    ours = by_group(ours, KEY)
-    cells = paper.merge(ours, "outer", KEY)
-    first = paper.groupby(["family", "environment", "noise"])[["table", "order"]].first()
-    where = first.reindex(pd.MultiIndex.from_frame(cells[["family", "environment", "noise"]]))
-    cells["table"], cells["first"] = where.table.to_numpy(int), where.order.to_numpy()
+    cells = paper.merge(by_group(ours, KEY), "outer", KEY)
     cells["in_paper"], cells["n"] = cells.in_paper.eq(True), cells.n.fillna(0).astype(int)
-    cells["order"] = cells.order.fillna(np.inf)
+    cells = cells[cells.in_paper | (cells.n > 0)].fillna({"order": np.inf})
+    cells[["ours", "se"]] = cells[["ours", "se"]].astype(float)  # where there are no runs they are objects
+    same = cells.groupby(["family", "environment", "noise"])
+    cells["table"], cells["first"] = same.table.transform("first").astype(int), same.order.transform("min")
     cells["paper_n"] = cells.family.str.partition("_")[0].map(PAPER_SEEDS)
-    ppo = cells[cells.algorithm == "PPO"].set_index(["environment", "noise"])
-    for i, row in cells[cells.algorithm == UNNORMALIZED].iterrows():
-        for name in ("paper", "paper_se", "printed"):
-            cells.loc[i, name] = ppo.loc[(row.environment, row.noise), name]
-    cells["t"], cells["p"], cells["z"] = welch(
-        *(cells[name] for name in ("ours", "se", "n", "paper", "paper_se", "paper_n"))
-    )
-    tables = cells.table.map(list(FAMILY).index)
-    return cells.assign(tables=tables).sort_values(["tables", "first", "order", "rank", "algorithm"], ignore_index=True)
+    numbers = [cells[name] for name in ("ours", "se", "n", "paper", "paper_se", "paper_n")]
+    cells["t"], cells["p"], cells["z"] = welch(*numbers)
+    cells["tables"] = cells.table.map(list(FAMILY).index)
+    return cells.sort_values(["tables", "first", "order", "rank", "algorithm"], ignore_index=True)
 
 
 def read_judgments(folders: pd.Series) -> pd.DataFrame:

@@ -54,16 +54,15 @@ def difference_interval(first, second) -> tuple[float, float]:
 
 def stouffer(z) -> tuple[float, float]:
     """(sum of z / sqrt(cells), its two-sided p): whether cells together differ from chance."""
-    z = np.asarray(z, float)
-    total = z.sum() / math.sqrt(len(z))
-    return float(total), float(2 * stats.norm.sf(abs(total)))
+    total = float(np.sum(z) / math.sqrt(len(z)))
+    return total, float(2 * stats.norm.sf(abs(total)))
 
 
-def mean_interval(z) -> tuple[float, float, float]:
-    """Mean of z over cells and its 95 % interval, that of a t test over cells; nan bounds for a single cell."""
-    z = np.asarray(z, float)
-    bounds = stats.ttest_1samp(z, 0).confidence_interval() if len(z) > 1 else (math.nan, math.nan)
-    return float(z.mean()), float(bounds[0]), float(bounds[1])
+def mean_interval(values) -> tuple[float, float, float]:
+    """Mean over cells and its 95 % interval, that of a t test over cells; nan bounds for fewer than three cells."""
+    values = np.asarray(values, float)
+    bounds = stats.ttest_1samp(values, 0).confidence_interval() if len(values) > 2 else (math.nan, math.nan)
+    return float(values.mean()), float(bounds[0]), float(bounds[1])
 
 
 def holm(p) -> np.ndarray:
@@ -100,11 +99,6 @@ def probability_of_improvement(*samples, axis=-1):
     return np.mean([((x > y) + 0.5 * (x == y)).mean((-2, -1)) for x, y in pairs], axis=0)
 
 
-def interquartile_mean(*samples, axis=-1):
-    """Mean of the middle half of all runs; each sample holds the normalized scores of one environment, (..., seeds)."""
-    return stats.trim_mean(np.concatenate(samples, axis=axis), 0.25, axis=axis)
-
-
 def bootstrap_interval(samples, statistic) -> tuple[float, float] | None:
     """95 % interval of a statistic, seeds resampled within each environment; None if one has one seed."""
     if min(map(len, samples)) < 2:
@@ -131,15 +125,22 @@ def improvements(baseline, symmetric) -> np.ndarray:
 
 
 def improvement_text(baseline, symmetric) -> str:
-    """Mean improvement in percent, and without the failures of a baseline."""
+    """Mean improvement in percent with its interval over cells, and without the failures of a baseline."""
     percent = improvements(baseline, symmetric)
     if not len(percent):
         return "undefined for a baseline of 0"
-    text, without = f"{percent.mean():+.1f} %", percent[percent <= FAILURE]
+    without = percent[percent <= FAILURE]
+    text = percent_text(percent)
     if len(without) < len(percent):
-        rest = f"{without.mean():+.1f} %" if len(without) else "nothing left"
+        rest = percent_text(without) if len(without) else "nothing left"
         text += f" ({rest} without the {len(percent) - len(without)} above {FAILURE} %)"
     return text
+
+
+def percent_text(percent) -> str:
+    """+3.1 % [-4.2, +10.4], the mean alone where there is no interval."""
+    mean, low, high = mean_interval(percent)
+    return f"{mean:+.1f} %" + (f" [{low:+.1f}, {high:+.1f}]" if math.isfinite(low) else "")
 
 
 def number(value: float, like: float | None = None) -> str:
@@ -174,8 +175,9 @@ def p_text(p: float) -> str:
     return "-" if math.isnan(p) else "< 0.001" if p < 0.001 else f"{p:.{3 if p < 0.0995 else 2}f}"
 
 
-def bracket_text(mean: float, low: float, high: float) -> str:
-    """+0.12 [-0.30, +0.54], the mean alone where there is no interval."""
+def mean_z_text(z) -> str:
+    """+0.12 [-0.30, +0.54]: mean over cells, alone where there is no interval."""
+    mean, low, high = mean_interval(z)
     return f"{mean:+.2f}" + (f" [{low:+.2f}, {high:+.2f}]" if math.isfinite(low) else "")
 
 
@@ -192,7 +194,7 @@ def span(numbers, unit: str = "") -> str:
 
 def markdown(frame: pd.DataFrame) -> str:
     """A Markdown table, columns of numbers to the right; what is missing is empty."""
-    texts = frame.fillna("").astype(str)
+    texts = frame.astype(object).where(frame.notna(), "").astype(str)
     right = [texts[name].str.match(r"[-+<]?\s*[\d.]|-?$").all() for name in texts]
     sides = ["right" if number else "left" for number in right]
     return texts.to_markdown(index=False, disable_numparse=True, colalign=sides) if len(texts) else ""

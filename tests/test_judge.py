@@ -28,7 +28,7 @@ class Server:
     """Chat completions at url; answer(prompt, number of the request) gives a text, or (status, headers, body)."""
 
     def __init__(self, answer):
-        self.requests, outer = [], self  # requests: (headers, body) of each
+        self.requests, self.waits, outer = [], [], self  # requests: (headers, body) of each
 
         class Handler(BaseHTTPRequestHandler):
             def do_POST(self):
@@ -64,7 +64,6 @@ def serve(monkeypatch):
 
     def start(answer):
         servers.append(Server(answer))
-        servers[-1].waits = []
         monkeypatch.setattr(time, "sleep", servers[-1].waits.append)
         return servers[-1]
 
@@ -131,10 +130,7 @@ def test_a_perfect_judge_and_what_it_is_asked(tmp_path, serve, capsys):
     assert options(server.requests[1][1]["messages"][0]["content"]) == options(prompt)[::-1]
 
 
-MANNERS = [
-    "{0}", "**{0}**", "{1}: good. {0}: better. Answer: {0}", "{1}\n{0}", "Summary {0} is better.",
-    '{{"answer": "{0}"}}', "<think>{1}?</think>{0}", "Summary {1} is long.\n\nThe better one is summary {0}.",
-]  # fmt: skip
+MANNERS = ["{0}", "{1}: good. {0}: better. Answer: {0}", "<think>{1}?</think>Summary {0} is better."]
 UNUSABLE = ["A: 3/10, B: 8/10", "A) too long, B) short, B", "**A** is weaker than **B**", "Neither summary A"]
 
 
@@ -146,9 +142,8 @@ def test_a_judge_that_prefers_the_reference_scores_0(tmp_path, serve, manner):
     assert (result(run_dir)["win_rate"], result(run_dir)["win_rate_se"], result(run_dir)["chose_a"]) == (0, 0, 0.5)
 
 
-@pytest.mark.parametrize("words", UNUSABLE)
-def test_an_unusable_answer_is_asked_for_again_and_its_sample_does_not_count(tmp_path, serve, capsys, words):
-    good = prefer("good", "mediocre")
+def test_an_unusable_answer_is_asked_for_again_and_its_sample_does_not_count(tmp_path, serve, capsys):
+    good, words = prefer("good", "mediocre"), UNUSABLE[0]
     server = serve(lambda prompt, number: words if number in (1, 2) or "post 3" in prompt else good(prompt, number))
     run_dir = write_run(tmp_path / "run", num=5)
     assert run(run_dir, server) == 0 and len(server.requests) == 10 + 3
@@ -160,10 +155,9 @@ def test_an_unusable_answer_is_asked_for_again_and_its_sample_does_not_count(tmp
     assert output.err == "warning: above a tenth of the answers is unusable; try --structured or another judge\n"
     assert run(run_dir, server) == 0 and len(server.requests) == 13  # nor is it asked for a third time
     capsys.readouterr()
-    second = serve(lambda prompt, number: words if number % 2 else good(prompt, 0))
     run_dir = write_run(tmp_path / "second", num=2)
-    assert run(run_dir, second) == 0 and (result(run_dir)["win_rate"], result(run_dir)["unparsed"]) == (1, 0)
-    assert not capsys.readouterr().err
+    assert run(run_dir, serve(lambda prompt, number: words if number % 2 else good(prompt, 0))) == 0
+    assert (result(run_dir)["win_rate"], result(run_dir)["unparsed"]) == (1, 0) and not capsys.readouterr().err
     run_dir = write_run(tmp_path / "none", num=2)
     assert run(run_dir, serve(lambda *_: words)) == 1 and not (run_dir / "judge.json").exists()
     error = capsys.readouterr().err
@@ -188,19 +182,9 @@ LETTERS = {  # texts, between bars
 }
 
 
-@pytest.mark.parametrize(("letter", "text"), [(key, text) for key in LETTERS for text in LETTERS[key].split("|")])
-def test_answers(letter, text):
-    assert judge.parse(text) == letter
-
-
-def test_judgments_that_were_read_otherwise_are_asked_for_anew(tmp_path, serve):
-    server = serve(prefer("good", "mediocre"))
-    run_dir = write_run(tmp_path / "run")
-    assert run(run_dir, server) == 0
-    rows = judgments(run_dir)
-    rows[0]["text"] = "A: 3/10, B: 8/10"
-    (run_dir / "judgments-judge-reference.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    assert run(run_dir, server) == 0 and len(server.requests) == 11
+@pytest.mark.parametrize("letter", LETTERS)
+def test_answers(letter):
+    assert [text for text in LETTERS[letter].split("|") if judge.parse(text) != letter] == []
 
 
 def test_continuations_are_compared_by_sentiment_at_like_lengths(tmp_path, serve):
@@ -232,39 +216,27 @@ def test_against_another_run(tmp_path, serve, capsys):
 
 
 THINKING = {"type": "thinking", "thinking": [{"type": "text", "text": "Summary A is long."}]}
+FORMS = [  # of a reply, its letter, and the text that is kept
+    (says([THINKING, {"type": "text", "text": "B"}]), "B", "B"),
+    (says([{"type": "reasoning", "text": "Summary A"}, {"type": "output_text", "text": "B."}]), "B", "B."),
+    (says([{"type": "text", "text": "The better is "}, {"type": "text", "text": "B."}]), "B", "The better is B."),
+    (says("B", "length", reasoning_content="Summary A is long."), "B", "B"),
+    (says("B", refusal=None, tool_calls=[]), "B", "B"),
+    (says(None, refusal="I'm sorry, but I cannot."), None, "I'm sorry, but I cannot."),
+    ((200, {}, '{"choices": [{"message": {"role": "assistant"}, "finish_reason": "tool_calls"}]}'), None, ""),
+    (says([THINKING]), None, ""),
+    ("<think>Hm.</think>", None, "<think>Hm.</think>"),
+]
 
 
-@pytest.mark.parametrize(
-    "reply",
-    [
-        says([THINKING, {"type": "text", "text": "B"}]),
-        says([{"type": "reasoning", "text": "Summary A"}, {"type": "output_text", "text": "B."}]),
-        says([{"type": "text", "text": "The better one is "}, {"type": "text", "text": "summary B."}]),
-        says("B", "length", reasoning_content="Summary A is long."),
-        says("B", refusal=None, tool_calls=[]),
-    ],
-)
-def test_forms_of_an_answer(tmp_path, serve, reply):
-    server = serve(lambda *_: reply)
-    run_dir = write_run(tmp_path / "run", num=1)
-    assert run(run_dir, server) == 0 and len(server.requests) == 2
-    assert [judgment["answer"] for judgment in judgments(run_dir)] == ["B", "B"]
-
-
-@pytest.mark.parametrize(
-    ("reply", "said"),
-    [
-        (says(None, refusal="I'm sorry, but I cannot."), "I'm sorry, but I cannot."),
-        ((200, {}, '{"choices": [{"message": {"role": "assistant"}, "finish_reason": "tool_calls"}]}'), ""),
-        (says([THINKING]), ""),
-        ("<think>Hm.</think>", "<think>Hm.</think>"),
-    ],
-)
-def test_a_judge_that_declines_is_no_error_and_no_empty_message_goes_back(tmp_path, serve, reply, said):
-    server = serve(lambda prompt, number: reply if number < 3 else "A")
+@pytest.mark.parametrize(("reply", "letter", "said"), FORMS)
+def test_forms_of_an_answer(tmp_path, serve, reply, letter, said):
+    """A judge that declines is no error: it is asked once more, and no empty message goes back."""
+    again = letter is None
+    server = serve(lambda prompt, number: reply if number < 2 + again else "A")
     run_dir = write_run(tmp_path / "run", num=2)
-    assert run(run_dir, server) == 0 and len(server.requests) == 5
-    assert [judgment["answer"] for judgment in judgments(run_dir)] == [None, "A", "A", "A"]
+    assert run(run_dir, server) == 0 and len(server.requests) == 4 + again
+    assert [judgment["answer"] for judgment in judgments(run_dir)] == [letter, "A", "A", "A"]
     assert judgments(run_dir)[0]["text"] == said
     assert len(server.requests[1][1]["messages"]) == (3 if "sorry" in said else 1)
 
@@ -326,11 +298,9 @@ def test_a_slow_answer_is_asked_for_again(tmp_path, serve):
         ((400, {}, "not\nJSON"), "not JSON"),
         ((400, {}, json.dumps({"error": "x" * 290 + KEY})), "x***"),
         ((200, {"Content-Type": "text/html"}, "<html>Welcome</html>"), "chat completions does: <html>Welcome"),
-        ((200, {}, '{"choices": []}'), 'chat completions does: {"choices":[]'),
         ((200, {}, '{"choices": null, "detail": "Not here"}'), "Not here"),
         ((200, {}, '["A"]'), "chat completions does: ['A']"),
         ((200, {}, ""), "chat completions does: nothing"),
-        ((200, {}, 'data: {"choices": []}'), "chat completions does: data: {"),
         (says(5), "chat completions does: {"),
     ],
 )
@@ -395,6 +365,10 @@ def test_a_dry_run_asks_nothing_and_what_was_judged_is_not_asked_again(tmp_path,
     path.write_text(path.read_text().replace("good summary of 3", "bad summary of 3"))
     assert run(run_dir, server, "--judge-samples", "5") == 0
     assert len(server.requests) == 22 and result(run_dir)["win_rate"] == pytest.approx(0.8)
+    rows = judgments(run_dir)  # one that an older version read otherwise is asked for anew
+    rows[0]["text"] = UNUSABLE[0]
+    (run_dir / "judgments-judge-reference.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert run(run_dir, server, "--judge-samples", "5") == 0 and len(server.requests) == 23
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
