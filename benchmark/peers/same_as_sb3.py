@@ -10,6 +10,7 @@ The return of a run is the mean of its training curve over the last tenth of the
 
 import os
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -86,12 +87,19 @@ def section(cells: pd.DataFrame, out: Path, base: Path) -> str:
 
 @dataclass
 class Args:
-    folders: tyro.conf.Positional[tuple[Path, ...]] = (Path("runs/benchmark"),)
-    """folders with runs of same_as_sb3.sh"""
-    out: Path = Path("docs")
-    """where the figures go"""
-    document: Path | None = None
-    """write the table between the marker lines of this Markdown file instead of printing it"""
+    folders: tyro.conf.Positional[tuple[Path, ...]] = (Path("runs/benchmark"),)  # folders with runs of both sides
+    out: Path = Path("docs")  # where the figures go
+    document: Path | None = None  # write between the marker lines of this Markdown file instead of printing
+
+
+def write(args: Args, marker: str, section: Callable[[Path], str]) -> None:
+    """The section, which names its figures as seen from a folder, into the document, or to standard output."""
+    args.out.mkdir(parents=True, exist_ok=True)
+    text = section(args.document.parent if args.document else Path())
+    if args.document:
+        args.document.write_text(replace_section(args.document.read_text("utf-8"), text, marker), "utf-8")
+    else:
+        print(text)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -101,12 +109,7 @@ def main(argv: list[str] | None = None) -> int:
     if cells.empty or all(cells.noise != "none"):
         print("error: no finished runs of both sides; start benchmark/peers/same_as_sb3.sh", file=sys.stderr)
         return 2
-    args.out.mkdir(parents=True, exist_ok=True)
-    text = section(cells, args.out, args.document.parent if args.document else Path())
-    if args.document:
-        args.document.write_text(replace_section(args.document.read_text("utf-8"), text, MARKER), "utf-8")
-    else:
-        print(text)
+    write(args, MARKER, lambda base: section(cells, args.out, base))
     return 0
 
 
