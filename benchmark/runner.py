@@ -39,9 +39,9 @@ MAX_ARRAY = 1000  # tasks; Slurm's default MaxArraySize is 1001
 LOG_TAIL = 10  # lines
 
 
-def fail(message: str) -> None:
-    print(f"error: {message}", file=sys.stderr)
-    sys.exit(2)
+def fail(message: object, code: int = 2) -> None:
+    print(f"error: {' '.join(str(message).split())}", file=sys.stderr, flush=True)
+    sys.exit(code)
 
 
 def whole_number(variable: str, default: int | None = None) -> int | None:
@@ -233,8 +233,8 @@ def expand(line: str, args: Args) -> list[Job]:
 def run(jobs: list[Job], args: Args, finished: int = 0, failed: int = 0) -> int:
     """Run the jobs, WORKERS at a time, after finished and failed others. Returns the exit code."""
     signals, passed_on = [], 0
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
-        signal.signal(number, lambda number, _: signals.append(number))
+    stops, handler = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1), lambda number, _: signals.append(number)
+    handlers = [signal.signal(number, handler) for number in stops]
     before, waiting, running = finished, list(jobs), []
 
     def counts() -> str:
@@ -282,6 +282,8 @@ def run(jobs: list[Job], args: Args, finished: int = 0, failed: int = 0) -> int:
         time.sleep(0.2)
     bar.close()
     print(counts(), flush=True)
+    for number, former in zip(stops, handlers):
+        signal.signal(number, former)
     if not signals:
         return 1 if failed else 0
     print("stopped; the same command goes on", flush=True)

@@ -7,9 +7,9 @@
 
 Machines are shared and drift, so every round runs all sides one after the other, backwards in every second round, and
 only ratios within a round are compared: by the clock and, which neighbours disturb less, by CPU seconds of the whole
-process. Printed are their medians with 95 % bootstrap intervals over the rounds after the first, absolute speeds, peak
-memory, and where the time goes (with a GPU, where the program waits for it). Compilation and evaluation are not
-counted, on either side. Both sides of Atari use a GPU where there is one.
+process. Printed are their medians with 95 % bootstrap intervals over the rounds after the first, absolute speeds and
+peak memory. Compilation and evaluation are not counted, on either side. Both sides of Atari use a GPU where there is
+one.
 
 "environments" and "arithmetic" are physical limits: what the environments alone would reach (continuous scripts), or
 the script's matrix products and convolutions at the rate of large matrix products.
@@ -30,7 +30,7 @@ import time
 import warnings
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
@@ -72,7 +72,6 @@ class Speed:
 
     wall: float  # steps, or tokens of responses, per second
     cpu: float  # the same per CPU second of the process with all its threads
-    shares: dict[str, float] = field(default_factory=dict)  # of the time by the clock
     memory: float = 0.0  # GiB, at most
 
 
@@ -81,9 +80,9 @@ def clocks() -> np.ndarray:
     return np.array([time.perf_counter(), time.process_time()])
 
 
-def speed(steps: int, seconds: np.ndarray, shares: dict[str, float] | None = None) -> Speed:
-    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-    return Speed(*map(float, steps / seconds), shares or {}, memory)
+def speed(steps: int, seconds: np.ndarray) -> Speed:
+    """Of so many steps in so many seconds by the clock and of CPU."""
+    return Speed(*map(float, steps / seconds), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)
 
 
 # One run of a side
@@ -125,14 +124,11 @@ def stable_baselines3(script: str, env_id: str, steps: int, threads: int) -> Spe
 
 
 def ours(script: str, env_id: str, steps: int, threads: int, num_seeds: int, compiled: bool) -> Speed:
-    """One of our scripts, steps summed over its agents, and where the time goes.
+    """One of our scripts, steps summed over its agents.
 
     train calls perf_counter before and after each iteration; the CPU time is taken there too.
     """
-    import torch
-
-    module = importlib.import_module(script)
-    marks, seconds, busy, perf_counter = [], {}, [], time.perf_counter
+    marks, perf_counter = [], time.perf_counter
 
     def clock() -> float:
         now = perf_counter()
@@ -140,36 +136,14 @@ def ours(script: str, env_id: str, steps: int, threads: int, num_seeds: int, com
             marks.append((now, time.process_time()))
         return now
 
-    def time_method(owner: type, name: str, part: str) -> None:
-        method = getattr(owner, name)
-
-        def timed(*inputs, **options):
-            if busy or torch.compiler.is_compiling() or torch.is_grad_enabled():  # the update's forward passes
-                return method(*inputs, **options)
-            busy.append(part)  # what it calls is in its own time
-            start = perf_counter()
-            result = method(*inputs, **options)
-            seconds[part] = seconds.get(part, 0.0) + perf_counter() - start
-            busy.clear()
-            return result
-
-        setattr(owner, name, timed)
-
-    time.perf_counter = clock
-    atari = script.endswith("atari")
-    time_method(module.Envs, "step", "environment")
-    time_method(module.Agent, "forward" if atari else "logits", "policy")
-    for name in () if atari else ("count", "obs", "rewards"):
-        time_method(module.Normalizer, name, "normalization")
-    results = finished_run(script, env_id, steps, threads, num_seeds, compiled)
-    time.perf_counter = perf_counter
+    with mock.patch("time.perf_counter", clock):
+        results = finished_run(script, env_id, steps, threads, num_seeds, compiled)
     timed = iterations(marks)
     counted = len(timed) / (len(timed) + 1)  # the first one is not timed: it may compile
-    total, passed = num_seeds * results[0]["total_timesteps"] * counted, timed.sum(0)
-    if abs(sum(result["sps"] for result in results) / (total / passed[0]) - 1) > 0.01:
+    total, seconds = num_seeds * results[0]["total_timesteps"] * counted, timed.sum(0)
+    if abs(sum(result["sps"] for result in results) / (total / seconds[0]) - 1) > 0.01:
         raise RuntimeError(f"{script} counts other iterations than this program")
-    shares = {part: value / passed[0] * counted for part, value in seconds.items()}
-    return speed(total, passed, shares | {"update and the rest": 1 - sum(shares.values())})
+    return speed(total, seconds)
 
 
 def iterations(marks: list[tuple[float, float]]) -> np.ndarray:
@@ -329,7 +303,7 @@ def ratio(speeds: list[Speed], others: list[Speed], kind: str) -> str:
 
 
 def table(found: dict[str, list[Speed]], bases: list[str]) -> pd.DataFrame:
-    """A row for each side: its ratios to each of bases, and medians of its speed and of where its time goes."""
+    """A row for each side: its ratios to each of bases, its median speed and its memory."""
     rows = []
     for name, speeds in found.items():
         row = {"": name}
@@ -338,9 +312,7 @@ def table(found: dict[str, list[Speed]], bases: list[str]) -> pd.DataFrame:
             row[f"per CPU second, times {base}"] = ratio(speeds, found[base], "cpu")
         row["per second"] = f"{np.median([one.wall for one in speeds]):,.0f}"
         row["per CPU second"] = f"{np.median([one.cpu for one in speeds]):,.0f}"
-        row["GiB"] = f"{max(one.memory for one in speeds):.2f}"
-        shares = pd.DataFrame([one.shares for one in speeds]).median()
-        rows.append(row | {part: f"{share:.0%}" for part, share in shares.items()})
+        rows.append(row | {"GiB": f"{max(one.memory for one in speeds):.2f}"})
     return pd.DataFrame(rows)
 
 
