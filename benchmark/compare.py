@@ -21,6 +21,7 @@ import time
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import compare_rule as rule
@@ -53,6 +54,11 @@ class Args:
     out: Path | None = None  # folder of everything; default runs/compare/<A>__<B>
     workers: int = len(os.sched_getaffinity(0))  # processes at once
     dry_run: bool = False  # print the plan and stop
+
+
+@cache
+def without_comments(code: str) -> str:
+    return ast.unparse(ast.parse(code))
 
 
 class Side:
@@ -89,8 +95,8 @@ class Side:
         A factor of the whole loss changes nothing: gradients are clipped at a norm, and the optimizer divides by it.
         """
         settings = {name: value for name, value in self.settings.items() if name not in {*NOT_COMPARED, "seed"}}
-        paths = self.script.path, *(ROOT / f"{name}.py" for name in ORIGINALS)
-        code, *originals = (ast.unparse(ast.parse(path.read_text())) for path in paths)
+        code = without_comments(self.script.path.read_text())
+        originals = (without_comments((ROOT / f"{name}.py").read_text()) for name in ORIGINALS)
         if code in originals:  # in a changed copy the identity may not hold
             alpha, reverse = settings.pop("alpha"), -settings.pop("beta") * settings.pop("Z")
             weights = [alpha + reverse] if "clip_coef" in settings else [alpha, reverse]
