@@ -12,20 +12,13 @@ from questions import evaluate_same_starts
 @pytest.fixture(scope="module")
 def lunar_runs(tmp_path_factory):
     """Two short runs of each continuous script on LunarLander and one on another task, in a folder of their own."""
-    short = {"total_timesteps": 256, "num_steps": 32, "num_envs": 2}
-    ppo = {"update_epochs": 1, "num_minibatches": 2}
+    small = {"total_timesteps": 256, "num_steps": 32, "num_envs": 2}
     folder = tmp_path_factory.mktemp("runs")
     for parameter in import_scripts("*_continuous_discretized.py"):
         (script,) = parameter.values
+        flags = small | ({"update_epochs": 1, "num_minibatches": 2} if script.__name__.startswith("sppo") else {})
         for env_id, num_seeds in (("LunarLanderContinuous-v3", 2), ("InvertedPendulum-v4", 1)):
-            run_dir = folder / f"{env_id}-{script.__name__}"
-            train_here(
-                script,
-                run_dir,
-                env_id=env_id,
-                num_seeds=num_seeds,
-                **short | (ppo if "sppo" in script.__name__ else {}),
-            )
+            train_here(script, folder / f"{env_id}-{script.__name__}", env_id=env_id, num_seeds=num_seeds, **flags)
     return folder
 
 
