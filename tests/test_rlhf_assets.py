@@ -321,7 +321,7 @@ def test_bad_flags(command, tmp_path, monkeypatch):
     (tmp_path / "files/vaderSentiment-3.3.2.tar.gz").write_text("not the package")
     (tmp_path / "a file").touch()
     for flags, message in (
-        (["--packages", tmp_path / "nowhere"], "is no folder"),
+        (["--packages", tmp_path / "a file"], "File exists"),
         (["--packages", tmp_path / "files"], "could not fetch vaderSentiment==3.3.2 (pip: ERROR"),
         (["--out", tmp_path / "a file"], "File exists"),
     ):

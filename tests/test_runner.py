@@ -613,17 +613,6 @@ def test_advantage_norm_takes_one_task(tmp_path):
     assert process.returncode == 2 and "need TASKS=imdb or TASKS=tldr" in process.stderr
 
 
-def test_a_command_line_in_full(tmp_path):
-    process = sweep("continuous_ppo", tmp_path, "--dry-run", ENVS="Hopper", SEEDS="12")
-    flags = "--env-id Hopper-v4 --total-timesteps 2000000 --alpha 0.5 --beta 50 --reward-noise-std 0.05"
-    cell = f"{tmp_path}/Hopper-v4__sppo_continuous_discretized__alpha0.5_beta50_noise0.05"
-    command = f"{sys.executable} sppo_continuous_discretized.py {flags}"
-    assert process.stdout.splitlines()[-3:-1] == [
-        f"{command} --seed 1 --num-seeds 10 --run-dir {cell}/seeds1-10 --num-threads 1",
-        f"{command} --seed 11 --num-seeds 2 --run-dir {cell}/seeds11-12 --num-threads 1",
-    ]
-
-
 def test_continuous_a2c_for_real(tmp_path):
     narrow = {"ENVS": "InvertedDoublePendulum-v4", "SEEDS": "1", "STEPS": "2048", "WORKERS": "3", "TABLE": "9"}
     process = sweep("continuous_a2c", tmp_path, **narrow)
