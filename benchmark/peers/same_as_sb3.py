@@ -12,6 +12,7 @@ import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -87,17 +88,17 @@ def section(cells: pd.DataFrame, out: Path, base: Path) -> str:
 
 @dataclass
 class Args:
-    folders: tyro.conf.Positional[tuple[Path, ...]] = (Path("runs/benchmark"),)  # folders with runs of both sides
+    folders: tyro.conf.Positional[tuple[Path, ...]] = (Path("runs/benchmark"),)  # folders with runs of same_as_sb3.sh
     out: Path = Path("docs")  # where the figures go
     document: Path | None = None  # write between the marker lines of this Markdown file instead of printing
 
 
-def write(args: Args, marker: str, section: Callable[[Path], str]) -> None:
-    """The section, which names its figures as seen from a folder, into the document, or to standard output."""
-    args.out.mkdir(parents=True, exist_ok=True)
-    text = section(args.document.parent if args.document else Path())
-    if args.document:
-        args.document.write_text(replace_section(args.document.read_text("utf-8"), text, marker), "utf-8")
+def write(section: Callable[[Path, Path], str], out: Path, document: Path | None, marker: str) -> None:
+    """The text of section(out, folder of the document) between marker lines of the document, or else printed."""
+    out.mkdir(parents=True, exist_ok=True)
+    text = section(out, document.parent if document else Path())
+    if document:
+        document.write_text(replace_section(document.read_text("utf-8"), text, marker), "utf-8")
     else:
         print(text)
 
@@ -109,7 +110,7 @@ def main(argv: list[str] | None = None) -> int:
     if cells.empty or all(cells.noise != "none"):
         print("error: no finished runs of both sides; start benchmark/peers/same_as_sb3.sh", file=sys.stderr)
         return 2
-    write(args, MARKER, lambda base: section(cells, args.out, base))
+    write(partial(section, cells), args.out, args.document, MARKER)
     return 0
 
 

@@ -13,6 +13,8 @@ import json
 import math
 import os
 import sys
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +23,7 @@ import tyro
 from matplotlib.figure import Figure
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from peers.same_as_sb3 import Args, write
+from peers.same_as_sb3 import write
 from runs import series
 from stats import markdown, mean_text, welch_of
 from sweeps import find
@@ -85,6 +87,13 @@ def section(found: pd.DataFrame, out: Path, base: Path) -> str:
     return f"![Score against tokens and against KL]({picture})\n\n{table}\n"
 
 
+@dataclass
+class Args:
+    folders: tyro.conf.Positional[tuple[Path, ...]] = (Path("runs/benchmark"),)  # folders with runs of same_as_trl.sh
+    out: Path = Path("docs")  # where the figure goes
+    document: Path | None = None  # write between the marker lines of this Markdown file instead of printing
+
+
 def main(argv: list[str] | None = None) -> int:
     args = tyro.cli(Args, args=argv, description=__doc__)
     try:
@@ -94,7 +103,7 @@ def main(argv: list[str] | None = None) -> int:
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    write(args, MARKER, lambda base: section(found, args.out, base))
+    write(partial(section, found), args.out, args.document, MARKER)
     return 0
 
 
