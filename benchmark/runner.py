@@ -233,8 +233,8 @@ def expand(line: str, args: Args) -> list[Job]:
 def run(jobs: list[Job], args: Args, finished: int = 0, failed: int = 0) -> int:
     """Run the jobs, WORKERS at a time, after finished and failed others. Returns the exit code."""
     signals, passed_on = [], 0
-    stops, handler = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1), lambda number, _: signals.append(number)
-    handlers = [signal.signal(number, handler) for number in stops]
+    stops = signal.SIGINT, signal.SIGTERM, signal.SIGUSR1
+    handlers = {number: signal.signal(number, lambda number, _: signals.append(number)) for number in stops}
     before, waiting, running = finished, list(jobs), []
 
     def counts() -> str:
@@ -282,8 +282,8 @@ def run(jobs: list[Job], args: Args, finished: int = 0, failed: int = 0) -> int:
         time.sleep(0.2)
     bar.close()
     print(counts(), flush=True)
-    for number, former in zip(stops, handlers):
-        signal.signal(number, former)
+    for number, handler in handlers.items():  # a caller goes on
+        signal.signal(number, handler)
     if not signals:
         return 1 if failed else 0
     print("stopped; the same command goes on", flush=True)
