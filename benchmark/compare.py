@@ -21,6 +21,7 @@ import time
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import compare_rule as rule
@@ -29,6 +30,7 @@ import pandas as pd
 import runner
 import tyro
 from matplotlib.figure import Figure
+from runner import fail
 from stats import difference_interval, gain, interval_text, markdown, mean_text, p_text, probability_of_improvement
 from sweeps import NOT_COMPARED, ROOT, CellError, Script, find
 
@@ -54,9 +56,9 @@ class Args:
     dry_run: bool = False  # print the plan and stop
 
 
-def fail(message: object, code: int = 2) -> None:
-    print(f"error: {' '.join(str(message).split())}", file=sys.stderr, flush=True)
-    raise SystemExit(code)
+@cache
+def without_comments(code: str) -> str:
+    return ast.unparse(ast.parse(code))
 
 
 class Side:
@@ -93,8 +95,8 @@ class Side:
         A factor of the whole loss changes nothing: gradients are clipped at a norm, and the optimizer divides by it.
         """
         settings = {name: value for name, value in self.settings.items() if name not in {*NOT_COMPARED, "seed"}}
-        paths = self.script.path, *(ROOT / f"{name}.py" for name in ORIGINALS)
-        code, *originals = (ast.unparse(ast.parse(path.read_text())) for path in paths)
+        code = without_comments(self.script.path.read_text())
+        originals = (without_comments((ROOT / f"{name}.py").read_text()) for name in ORIGINALS)
         if code in originals:  # in a changed copy the identity may not hold
             alpha, reverse = settings.pop("alpha"), -settings.pop("beta") * settings.pop("Z")
             weights = [alpha + reverse] if "clip_coef" in settings else [alpha, reverse]
@@ -345,23 +347,12 @@ def make_plan(args: Args, sides: list[Side], old: dict, out: Path) -> dict:
     return wanted | plan | {"one_algorithm": sides[0].algorithm() == sides[1].algorithm()}
 
 
-def main() -> int:
-    words = sys.argv[1:]
-    end = words.index("--") if "--" in words else len(words)
-    args, common = tyro.cli(Args, args=words[:end], description=__doc__), words[end + 1 :]
-    if min(x for x in (args.seeds, args.steps, args.hours, args.workers) if x is not None) <= 0:
-        fail("--seeds, --steps, --hours and --workers must be above 0")
-    if args.seeds is not None and args.seeds < LEAST_SEEDS:
-        fail(f"--seeds {args.seeds}: fewer than {LEAST_SEEDS} seeds a side show nothing")
-    if args.hours and (args.seeds or args.steps):
-        fail("--hours chooses seeds and steps: drop --seeds and --steps")
-    texts = args.first, args.second
-    names = [" ".join([Path(text.partition(" ")[0]).stem, *text.split()[1:], *common]) for text in texts]
-    out = args.out or Path("runs/compare", "__".join(re.sub(r"[^\w.]+", "_", name) for name in names))
+def compare(args: Args, common: list[str], out: Path) -> int:
+    """Begin the comparison in out, or go on with it. Returns the exit code."""
     begun = (out / "compare.json").exists()
     with tempfile.TemporaryDirectory() as temporary:
         folder = out if begun else Path(temporary)
-        sides = [Side(label, text, common, folder / "scripts") for label, text in zip("AB", texts)]
+        sides = [Side(label, text, common, folder / "scripts") for label, text in zip("AB", (args.first, args.second))]
         plan = make_plan(args, sides, json.loads((out / "compare.json").read_text()) if begun else {}, out)
         sides[1].seeds_from = OTHER_SEEDS * plan["one_algorithm"]
         if not begun:
@@ -379,15 +370,32 @@ def main() -> int:
         side.script = Script(side.script.name, out / "scripts" / side.label)
     jobs = [job for _, job in make_jobs(sides, plan, out)]
     todo = [job for job in jobs if job.state() != "finished"]
-    if todo and runner.run(todo, runner.Args(out=out, workers=args.workers), len(jobs) - len(todo), 0) == 130:
+    if todo and runner.run(todo, runner.Args(out=out, workers=args.workers), len(jobs) - len(todo)) == 130:
         return 130
     return answer(sides, plan, out)
 
 
-if __name__ == "__main__":
+def main() -> int:
+    words = sys.argv[1:]
+    end = words.index("--") if "--" in words else len(words)
+    args, common = tyro.cli(Args, args=words[:end], description=__doc__), words[end + 1 :]
+    if min(x for x in (args.seeds, args.steps, args.hours, args.workers) if x is not None) <= 0:
+        fail("--seeds, --steps, --hours and --workers must be above 0")
+    if args.seeds is not None and args.seeds < LEAST_SEEDS:
+        fail(f"--seeds {args.seeds}: fewer than {LEAST_SEEDS} seeds a side show nothing")
+    if args.hours and (args.seeds or args.steps):
+        fail("--hours chooses seeds and steps: drop --seeds and --steps")
+    names = []
+    for text in (args.first, args.second):
+        script, *flags = text.split() or [""]
+        names.append(re.sub(r"[^\w.]+", "_", " ".join([Path(script).stem, *flags, *common])))
     try:
-        sys.exit(main())
+        return compare(args, common, args.out or Path("runs/compare", "__".join(names)))
     except CellError as error:
         fail(error)
     except KeyboardInterrupt:
         fail("stopped; the same command goes on", 130)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -3,7 +3,6 @@
 python benchmark/compare_rule.py               # 10,000 comparisons a row, resampled from benchmark/results
 """
 
-import json
 import math
 import sys
 from collections.abc import Iterable
@@ -16,8 +15,8 @@ import pandas as pd
 from scipy.optimize import brentq
 from scipy.stats import norm
 from stats import markdown, welch
-from sweeps import ROOT, find
 
+RESULTS = Path(__file__).with_name("results")
 ENVS = ("HalfCheetah-v4", "Hopper-v4", "Swimmer-v4", "BipedalWalker-v3")
 TWENTY_SEEDS = ("Swimmer-v4", "BipedalWalker-v3", "InvertedDoublePendulum-v4", "LunarLanderContinuous-v3")  # are kept
 RETURN, SCORES = "charts/episodic_return", "objective/scores"
@@ -122,17 +121,14 @@ def has_two_modes(scores: np.ndarray) -> bool:
 def kept_scores(env: str, steps: int | None = None, ppo: bool = True) -> list[np.ndarray]:
     """Scores of the runs in benchmark/results without reward noise, one array for each algorithm; without steps those
     of the final evaluation."""
-    groups = {}
-    for path in find([ROOT / "benchmark/results"], "result.json"):
-        result = json.loads(path.read_text())
-        args = result["args"]
-        noise = args.get("reward_noise_std") or args.get("reward_flip_prob")
-        if result.get("env_id") != env or "alpha" not in args or ("clip_coef" in args) != ppo or noise:
-            continue
-        if steps is None or result["total_timesteps"] >= steps:
-            score = mean_between(read_curve(path.parent, RETURN), 0, steps) if steps else result["eval_mean"]
-            groups.setdefault((args["alpha"], args["beta"]), []).append(score)
-    return [np.array(scores) for scores in groups.values() if len(scores) > 1]
+    runs = pd.read_csv(RESULTS / "scores.csv")
+    runs = runs[(runs.environment == env) & (runs.noise == "none") & (runs.steps >= (steps or 0))]
+    runs = runs[runs.family.str.endswith("_ppo" if ppo else "_a2c")]
+    if steps:
+        curves = [read_curve(RESULTS / folder, RETURN) for folder in runs.folder]
+        runs = runs.assign(score=[mean_between(curve, 0, steps) for curve in curves])
+    groups = runs.groupby(["alpha", "beta"], sort=False).score  # without Stable-Baselines3's, which have none
+    return [scores.to_numpy() for _, scores in groups if len(scores) > 1]
 
 
 def residuals(groups: list[np.ndarray]) -> np.ndarray:

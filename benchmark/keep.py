@@ -19,12 +19,9 @@ from sweeps import find
 
 @dataclass
 class Args:
-    runs: tyro.conf.Positional[Path | None] = None
-    """folder with runs, searched to any depth"""
-    out: Path = Path(__file__).parent / "results"
-    """where to keep them"""
-    rows: int = 100
-    """rows of curves.csv to keep at most, evenly spaced, besides the rows with an evaluation"""
+    runs: tyro.conf.Positional[Path | None] = None  # folder with runs, searched to any depth
+    out: Path = Path(__file__).parent / "results"  # where to keep them
+    rows: int = 100  # rows of curves.csv to keep at most, evenly spaced, besides the rows with an evaluation
 
 
 def thin(path: Path, copy: Path, rows: int) -> None:

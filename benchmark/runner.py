@@ -23,6 +23,7 @@ import statistics
 import subprocess
 import sys
 import time
+from collections import defaultdict
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -38,94 +39,78 @@ MAX_ARRAY = 1000  # tasks; Slurm's default MaxArraySize is 1001
 LOG_TAIL = 10  # lines
 
 
+def fail(message: object, code: int = 2) -> None:
+    print(f"error: {' '.join(str(message).split())}", file=sys.stderr, flush=True)
+    sys.exit(code)
+
+
 def whole_number(variable: str, default: int | None = None) -> int | None:
     """The number in an environment variable, by which a sweep is narrowed too."""
     value = os.environ.get(variable, "")
     if value and not value.isdigit():
-        print(f"error: {variable} must be a whole number, not {value!r}", file=sys.stderr)
-        sys.exit(2)
+        fail(f"{variable} must be a whole number, not {value!r}")
     return int(value) if value else default
 
 
 @dataclass
 class Args:
-    out: Path = Path("runs/benchmark")
-    """parent of all run directories"""
-    seeds: int | None = whole_number("SEEDS")
-    """seeds of every cell instead of its own number [SEEDS]"""
-    envs: str = os.environ.get("ENVS", "")
-    """only these environments or data sets, separated by spaces: Ant-v4 or Ant, AlienNoFrameskip-v4 or Alien [ENVS]"""
-    steps: int | None = whole_number("STEPS")
-    """total timesteps, or updates, of every cell instead of its own, in run directories that say so [STEPS]"""
-    workers: int = whole_number("WORKERS", len(os.sched_getaffinity(0)))
-    """processes at once [WORKERS]"""
-    batch: int = whole_number("BATCH", 10)
-    """most seeds of one process, for scripts with --num-seeds [BATCH]"""
-    threads: int = 1
-    """threads of each process"""
-    compile: bool = False
-    """add --compile where the script has it"""
-    dry_run: bool = False
-    """print the commands, or the job array, and run nothing"""
-    cells: bool = False
-    """print the cells that ENVS leaves, and run nothing"""
+    out: Path = Path("runs/benchmark")  # parent of all run directories
+    seeds: int | None = whole_number("SEEDS")  # seeds of every cell instead of its own number [SEEDS]
+    envs: str = os.environ.get("ENVS", "")  # only these environments or data sets: "Ant-v4 Hopper Alien" [ENVS]
+    steps: int | None = whole_number("STEPS")  # timesteps, or updates, of every cell instead of its own [STEPS]
+    workers: int = whole_number("WORKERS", len(os.sched_getaffinity(0)))  # processes at once [WORKERS]
+    batch: int = whole_number("BATCH", 10)  # most seeds of one process, for scripts with --num-seeds [BATCH]
+    threads: int = 1  # threads of each process
+    compile: bool = False  # add --compile where the script has it
+    dry_run: bool = False  # print the commands, or the job array, and run nothing
+    cells: bool = False  # print the cells that ENVS leaves, and run nothing
     root: Path = Path(os.path.relpath(Path(__file__).resolve().parent.parent))
     """folder of the scripts, which may also be in its benchmark/ or benchmark/peers/"""
 
-    slurm: bool = False
-    """submit one job array instead of running here"""
-    partition: str | None = None
-    """Slurm partition"""
+    slurm: bool = False  # submit one job array instead of running here
+    partition: str | None = None  # Slurm partition
     time: str | None = None
     """Slurm time limit of a task, some minutes at least; a run that comes near it is requeued and resumed"""
-    notice: int = 120
-    """seconds before that limit at which a task has to save; longer than one update takes"""
-    cpus_per_task: int = 1
-    """Slurm CPUs, and threads, of a task"""
-    gpus_per_task: int = 0
-    """Slurm GPUs of a task"""
-    array_limit: int | None = None
-    """most tasks at once"""
-    task: str | None = None
-    """internal: I/N is task I of an array of N and runs every N-th job"""
+    notice: int = 120  # seconds before that limit at which a task has to save; longer than one update takes
+    cpus_per_task: int = 1  # Slurm CPUs, and threads, of a task
+    gpus_per_task: int = 0  # Slurm GPUs of a task
+    array_limit: int | None = None  # most tasks at once
+    task: str | None = None  # internal: I/N is task I of an array of N and runs every N-th job
 
 
 class Job:
     """One process to run: a script and all its flags, --seed and --run-dir among them."""
 
     def __init__(self, script: Script, flags: list[str]):
-        self.script, self.flags, self.given = script, flags, script.parse(flags)
-        self.run_dir, self.process = Path(self.given["run_dir"]), None
+        self.script, self.flags, self.process = script, flags, None
+        self.settings = script.defaults | script.parse(flags)
+        self.run_dir = Path(self.settings["run_dir"])
         self.log = Path(f"{self.run_dir}.log")
-        first, count = int(self.given["seed"]), self.given.get("num_seeds", 1)
+        first, count = int(self.settings["seed"]), self.settings.get("num_seeds", 1)
         seeds = range(first, first + count)
-        self.seed_dirs = [self.run_dir / f"seed{seed}" if count > 1 else self.run_dir for seed in seeds]
-        self.steps = (script.defaults | self.given)[script.length] * count
+        self.seed_dirs = [self.run_dir / f"seed{seed}" for seed in seeds] if count > 1 else [self.run_dir]
+        self.steps = self.settings[script.length] * count
+
+    def finished(self) -> bool:
+        return all((folder / "result.json").exists() for folder in self.seed_dirs)
 
     def state(self) -> str:
         """new, unfinished or finished. Raises CellError when the directory holds another run."""
-        finished = [path for folder in self.seed_dirs if (path := folder / "result.json").exists()]
-        begun = [path for folder in (self.run_dir, *self.seed_dirs) if (path := folder / "args.json").exists()]
-        if not begun + finished and self.run_dir.exists() and any(self.run_dir.iterdir()):
+        paths = [folder / name for folder in (self.run_dir, *self.seed_dirs) for name in ("args.json", "result.json")]
+        files = [path for path in paths if path.exists()]
+        if not files and self.run_dir.exists() and any(self.run_dir.iterdir()):
             raise CellError(f"{self.run_dir} is in use, but there is no args.json in it")
-        ours = {"script": self.script.name} | self.script.defaults | self.given
-        for file in finished + begun:
+        ours = {"script": self.script.name} | self.settings
+        for file in files:
             try:
                 saved = json.loads(file.read_text())
-                theirs = (
-                    self.script.defaults | saved["args"] | {"script": saved["script"]}
-                )  # older than a flag: default
+                theirs = self.script.defaults | saved["args"] | {"script": saved["script"]}  # a run may lack a new flag
             except (OSError, ValueError, KeyError, TypeError):
                 raise CellError(f"{file} cannot be read") from None
             for key in ours.keys() - {"seed", *NOT_COMPARED}:
                 if theirs[key] != ours[key] and (theirs[key] or ours[key]):  # {} is None
                     raise CellError(f"{file.parent} holds a run with {key} {theirs[key]}, not {ours[key]}")
-        if len(finished) == len(self.seed_dirs):
-            return "finished"
-        return "unfinished" if begun or finished else "new"
-
-    def has_finished(self) -> bool:
-        return all((folder / "result.json").exists() for folder in self.seed_dirs)
+        return "finished" if self.finished() else "unfinished" if files else "new"
 
     def starts_over(self) -> bool:
         return "resume" not in self.script.defaults and self.state() == "unfinished"
@@ -133,7 +118,7 @@ class Job:
     def command(self, args: Args) -> list[str]:
         """What starts or resumes the run."""
         command, has = [sys.executable, str(self.script.path)], self.script.defaults
-        if self.state() == "unfinished" and "resume" in has:
+        if "resume" in has and self.state() == "unfinished":
             return [*command, "--resume", str(self.run_dir)]
         threads = ["--num-threads", str(args.threads)] if "num_threads" in has else []
         return [*command, *self.flags, *threads, *(["--compile"] if args.compile and "compile" in has else [])]
@@ -180,14 +165,10 @@ class Job:
         results = [json.loads((path / "result.json").read_text()) for path in self.seed_dirs]
         found = [result.get("eval_mean", result.get("eval_score")) for result in results]
         scores = [score for score in found if isinstance(score, float) and math.isfinite(score)]
-        mean = f"{statistics.mean(scores):.4g}" if scores else "unknown"
-        se = f" ± {statistics.stdev(scores) / len(scores) ** 0.5:.4g} (n {len(scores)})" if len(scores) > 1 else ""
-        return f"finished: {self.run_dir}: score {mean}{se}; log: {self.log}"
-
-    def seconds(self, speed: dict, compile: bool) -> tuple[float | None, bool]:
-        """How long the whole of it takes, by the speeds of finished runs."""
-        compiled = {"compile": True} if compile and "compile" in self.script.defaults else {}
-        return seconds(speed, self.script.name, self.script.defaults | self.given | compiled, self.steps)
+        text = f"{statistics.mean(scores):.4g}" if scores else "unknown"
+        if len(scores) > 1:
+            text += f" ± {statistics.stdev(scores) / len(scores) ** 0.5:.4g} (n {len(scores)})"
+        return f"finished: {self.run_dir}: score {text}; log: {self.log}"
 
 
 def batches(cell: Path, num_seeds: int, most: int) -> list[tuple[int, int]]:
@@ -252,18 +233,23 @@ def expand(line: str, args: Args) -> list[Job]:
 def run(jobs: list[Job], args: Args, finished: int = 0, failed: int = 0) -> int:
     """Run the jobs, WORKERS at a time, after finished and failed others. Returns the exit code."""
     signals, passed_on = [], 0
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
-        signal.signal(number, lambda number, _: signals.append(number))
+    stops = signal.SIGINT, signal.SIGTERM, signal.SIGUSR1
+    handlers = {number: signal.signal(number, lambda number, _: signals.append(number)) for number in stops}
     before, waiting, running = finished, list(jobs), []
-    interval = 0.5 if sys.stderr.isatty() else 60
-    done = {job.run_dir: job.steps_done() for job in jobs}
-    options = {"initial": sum(done.values()), "smoothing": 0, "mininterval": interval}
+
+    def counts() -> str:
+        ended = f"finished {finished} ({before} before), failed {failed}"
+        return f"{ended}, running {len(running)}, waiting {len(waiting)}"
+
+    steps = {job.run_dir: job.steps_done() for job in jobs}
+    options = {"initial": sum(steps.values()), "smoothing": 0, "mininterval": 0.5 if sys.stderr.isatty() else 60}
     bar = tqdm(total=sum(job.steps for job in jobs), unit=" steps", unit_scale=True, **options)
-    while True:
+    while running or (waiting and not signals):
         for job in [job for job in running if job.process.poll() is not None]:
             running.remove(job)
-            if job.has_finished():
-                finished, done[job.run_dir] = finished + 1, job.steps
+            if job.finished():
+                finished += 1
+                steps[job.run_dir] = job.steps
                 bar.write(job.success())
             elif not signals:
                 failed += 1
@@ -273,7 +259,7 @@ def run(jobs: list[Job], args: Args, finished: int = 0, failed: int = 0) -> int:
                 break
             try:
                 if not job.start(args):
-                    continue
+                    continue  # another runner has it
                 if job.process:
                     running.append(job)
                     bar.write(f"started: {job.run_dir}; log: {job.log}")
@@ -290,19 +276,14 @@ def run(jobs: list[Job], args: Args, finished: int = 0, failed: int = 0) -> int:
                 for job in running:
                     job.process.send_signal(signal.SIGKILL if passed_on else signal.SIGINT)
             passed_on += 1
-        counts = f"finished {finished} ({before} before), failed {failed}"
-        counts = f"{counts}, running {len(running)}, waiting {len(waiting)}"
-        bar.set_postfix_str(counts, refresh=counts != bar.postfix)
-        done |= {job.run_dir: job.steps_done() for job in running}
-        bar.update(sum(done.values()) - bar.n)
-        if not running and (signals or not waiting):
-            break
+        bar.set_postfix_str(counts(), refresh=counts() != bar.postfix)
+        steps |= {job.run_dir: job.steps_done() for job in running}
+        bar.update(sum(steps.values()) - bar.n)
         time.sleep(0.2)
     bar.close()
-    print(counts, flush=True)
-    if finished:
-        report = os.path.relpath(Path(__file__).with_name("report.py"))
-        print(f"results: {args.out}; tables: {shlex.join([sys.executable, report, str(args.out)])}", flush=True)
+    print(counts(), flush=True)
+    for number, handler in handlers.items():  # a caller goes on
+        signal.signal(number, handler)
     if not signals:
         return 1 if failed else 0
     print("stopped; the same command goes on", flush=True)
@@ -344,22 +325,21 @@ def job_array(jobs: list[Job], args: Args) -> str:
 def hours(jobs: list[Job], args: Args) -> str:
     """How long the jobs take by the speeds of finished runs, below --out or else kept ones, and what that misses."""
     kept, own = speeds([Path(__file__).with_name("results")]), speeds([args.out])
-    times, notes = [], {}
+    times, notes = [], defaultdict(set)
     for job in jobs:
-        time, alike = job.seconds(kept | own, args.compile)
-        if time is None:
-            note = "not in the hours, no finished run tells its speed"
-        elif not alike:
-            note = f"known only {'without' if args.compile else 'with'} --compile"
-        elif job.seconds(own, args.compile)[0] is None:
-            note = "at the speed of the finished runs in benchmark/results, not of this machine"
-        else:
-            note = ""
+        settings = job.settings | ({"compile": True} if args.compile and "compile" in job.settings else {})
+        time, alike = seconds(kept | own, job.script.name, settings, job.steps)
         times.append(time or 0)
-        notes.setdefault(note, set()).add(job.script.name)
+        if time is None:
+            notes["not in the hours, no finished run tells its speed"].add(job.script.name)
+        elif not alike:
+            notes[f"known only {'without' if args.compile else 'with'} --compile"].add(job.script.name)
+        elif seconds(own, job.script.name, settings, job.steps)[0] is None:
+            note = "at the speed of the finished runs in benchmark/results, not of this machine"
+            notes[note].add(job.script.name)
     at_once = min(len(jobs), (args.array_limit or MAX_ARRAY) if args.slurm else args.workers)
     total = max(sum(times) / at_once, *times) / 3600
-    texts = [f"{', '.join(sorted(scripts))}: {note}" for note, scripts in notes.items() if note]
+    texts = [f"{', '.join(sorted(scripts))}: {note}" for note, scripts in notes.items()]
     more = f" ({'; '.join(texts)}; a short run here, with STEPS and SEEDS=1, tells)" if texts else ""
     return f"{f'{total:,.1f} hours' if total else 'hours unknown'} with {at_once} at once{more}"
 
@@ -373,29 +353,33 @@ def totals(jobs: list[Job], todo: list[Job], args: Args) -> str:
     return f"{text}, {hours(todo, args)}" if todo else text
 
 
-def main() -> int:
-    args = tyro.cli(Args, description=__doc__)
+def read_cells(args: Args) -> list[str]:
+    """The lines on standard input that ENVS leaves. Ends the program where they or the arguments are wrong."""
     lines = [line for line in map(str.strip, sys.stdin) if line]
     wanted, known = set(args.envs.split()), set().union(*map(env_names, lines))
     counts = [args.workers, args.batch, args.threads, args.cpus_per_task]
     counts += [args.array_limit, args.notice, args.seeds, args.steps]
-    no_slurm = args.slurm and not args.dry_run and not shutil.which("sbatch")
-    for wrong, message in (
-        (not lines, "no cells on standard input; start a sweep such as benchmark/continuous_ppo.sh"),
-        (wanted - known and not args.task, f"ENVS: this sweep has no {' '.join(sorted(wanted - known))}"),
-        (any(count is not None and count < 1 for count in counts), "every number must be at least 1"),
-        (no_slurm, "--slurm: there is no sbatch on this machine"),
-    ):
-        if wrong:
-            print(f"error: {message}", file=sys.stderr)
-            return 2
-    if wanted and not args.task:
-        lines = [line for line in lines if env_names(line) & wanted]
+    if not lines:
+        fail("no cells on standard input; start a sweep such as benchmark/continuous_ppo.sh")
+    if args.task:  # its list was narrowed before
+        return lines
+    if wanted - known:
+        fail(f"ENVS: this sweep has no {' '.join(sorted(wanted - known))}")
+    if any(count is not None and count < 1 for count in counts):
+        fail("every number must be at least 1")
+    if args.slurm and not args.dry_run and not shutil.which("sbatch"):
+        fail("--slurm: there is no sbatch on this machine")
+    return [line for line in lines if not wanted or env_names(line) & wanted]
+
+
+def main() -> int:
+    args = tyro.cli(Args, description=__doc__)
+    lines = read_cells(args)
     if args.cells:
         print(*lines, sep="\n")
         return 0
 
-    jobs, todo, finished, failed = {}, [], 0, 0
+    jobs, todo, failed = {}, [], 0
     for line in lines:
         try:
             jobs |= {job.run_dir: job for job in expand(line, args)}
@@ -406,6 +390,7 @@ def main() -> int:
     if args.task:
         index, count = map(int, args.task.split("/"))
         jobs = jobs[index - 1 :: count]
+    finished = 0
     for job in jobs:
         try:
             if job.state() == "finished":
@@ -415,6 +400,7 @@ def main() -> int:
         except CellError as error:
             failed += 1
             print(f"failed: {error}", file=sys.stderr, flush=True)
+
     if args.dry_run:
         if args.slurm:
             print(job_array(todo, args), end="")
@@ -423,13 +409,17 @@ def main() -> int:
                 print(f"rm -r {job.run_dir} && " * job.starts_over() + shlex.join(job.command(args)))
         print(totals(jobs, todo, args))
         return 1 if failed else 0
-    if not args.slurm:
-        return run(todo, args, finished, failed)
-    print(f"finished {finished} before, failed {failed}, to submit {len(todo)}", flush=True)
-    args.out.mkdir(parents=True, exist_ok=True)
-    if todo:
-        failed += subprocess.run(["sbatch"], input=job_array(todo, args), text=True).returncode
-    return 1 if failed else 0
+    if args.slurm:
+        print(f"finished {finished} before, failed {failed}, to submit {len(todo)}", flush=True)
+        args.out.mkdir(parents=True, exist_ok=True)
+        if todo:
+            failed += subprocess.run(["sbatch"], input=job_array(todo, args), text=True).returncode
+        return 1 if failed else 0
+    code = run(todo, args, finished, failed)
+    if any(job.finished() for job in jobs):
+        report = os.path.relpath(Path(__file__).with_name("report.py"))
+        print(f"results: {args.out}; tables: {shlex.join([sys.executable, report, str(args.out)])}")
+    return code
 
 
 if __name__ == "__main__":

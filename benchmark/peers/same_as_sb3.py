@@ -10,7 +10,9 @@ The return of a run is the mean of its training curve over the last tenth of the
 
 import os
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -86,12 +88,19 @@ def section(cells: pd.DataFrame, out: Path, base: Path) -> str:
 
 @dataclass
 class Args:
-    folders: tyro.conf.Positional[tuple[Path, ...]] = (Path("runs/benchmark"),)
-    """folders with runs of same_as_sb3.sh"""
-    out: Path = Path("docs")
-    """where the figures go"""
-    document: Path | None = None
-    """write the table between the marker lines of this Markdown file instead of printing it"""
+    folders: tyro.conf.Positional[tuple[Path, ...]] = (Path("runs/benchmark"),)  # folders with runs of same_as_sb3.sh
+    out: Path = Path("docs")  # where the figures go
+    document: Path | None = None  # write between the marker lines of this Markdown file instead of printing
+
+
+def write(section: Callable[[Path, Path], str], out: Path, document: Path | None, marker: str) -> None:
+    """The text of section(out, folder of the document) between marker lines of the document, or else printed."""
+    out.mkdir(parents=True, exist_ok=True)
+    text = section(out, document.parent if document else Path())
+    if document:
+        document.write_text(replace_section(document.read_text("utf-8"), text, marker), "utf-8")
+    else:
+        print(text)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -101,12 +110,7 @@ def main(argv: list[str] | None = None) -> int:
     if cells.empty or all(cells.noise != "none"):
         print("error: no finished runs of both sides; start benchmark/peers/same_as_sb3.sh", file=sys.stderr)
         return 2
-    args.out.mkdir(parents=True, exist_ok=True)
-    text = section(cells, args.out, args.document.parent if args.document else Path())
-    if args.document:
-        args.document.write_text(replace_section(args.document.read_text("utf-8"), text, MARKER), "utf-8")
-    else:
-        print(text)
+    write(partial(section, cells), args.out, args.document, MARKER)
     return 0
 
 

@@ -6,14 +6,12 @@ Reward noise, evaluation and result.json are those of our scripts, whose environ
 DPPO and DA2C, and with --policy-coef 20.5 as well DSPPO (alpha 0.5, beta 20): a check on our scripts from outside.
 """
 
-import csv
 import json
 import math
 import os
 import platform
 import sys
 import time
-from collections import deque
 from dataclasses import asdict, dataclass
 from importlib.metadata import distributions
 from pathlib import Path
@@ -34,36 +32,27 @@ except ModuleNotFoundError as error:
     sys.exit(2)
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from sppo_continuous_discretized import EVAL_EPISODES, EVALUATION, git_commit, make_env, write_atomic
+from sppo_continuous_discretized import EVAL_EPISODES, EVALUATION, RunLog, git_commit, make_env, write_atomic
 
 SCRIPT = Path(__file__).stem
 PACKAGES = ("stable_baselines3", "torch", "gymnasium", "mujoco", "Box2D", "numpy")
-METRICS = ("charts/episodic_return", "charts/episodic_length", "charts/SPS", "eval/episodic_return")
 LOG_EVERY = 2048  # steps
 
 
 @dataclass
 class Args:
-    run_dir: str
-    """where everything goes; must be new or empty"""
+    run_dir: str  # where everything goes; must be new or empty
     algo: Literal["ppo", "a2c"] = "ppo"
     """PPO with 1 environment and 2048 steps, or A2C with 4 and 8 (Section C.1); the rest is the library's default"""
-    env_id: str = "HalfCheetah-v4"
-    """gymnasium id of an environment with a Box action space"""
-    total_timesteps: int = 2_000_000
-    """environment steps, rounded up to whole rollouts (Table 6)"""
-    seed: int = 1
-    """seed of everything random"""
+    env_id: str = "HalfCheetah-v4"  # gymnasium id of an environment with a Box action space
+    total_timesteps: int = 2_000_000  # environment steps, rounded up to whole rollouts (Table 6)
+    seed: int = 1  # seed of everything random
     reward_noise_std: float = 0.0
     """standard deviation of the Gaussian noise on normalized training rewards (the paper's noise: 0.05)"""
-    gamma: float = 0.99
-    """discount factor, of the reward normalization too"""
-    num_bins: int | None = None
-    """bins of every action dimension; without, actions are Gaussian"""
-    policy_coef: float = 1.0
-    """weight of PPO's policy loss; alpha - beta Z makes it SPPO (docs/paper-notes.md)"""
-    num_threads: int = 1
-    """CPU threads of torch"""
+    gamma: float = 0.99  # discount factor, of the reward normalization too
+    num_bins: int | None = None  # bins of every action dimension; without, actions are Gaussian
+    policy_coef: float = 1.0  # weight of PPO's policy loss; alpha - beta Z makes it SPPO (docs/paper-notes.md)
+    num_threads: int = 1  # CPU threads of torch
 
 
 class Discretized(gym.ActionWrapper):
@@ -95,34 +84,26 @@ class NoisyReward(VecEnvWrapper):
 
 
 class Curves(BaseCallback):
-    """curves.csv with the tags of our scripts, and the raw returns of the last 10 episodes."""
+    """Logs as our scripts do, and keeps return and length of all episodes."""
 
-    def __init__(self, path: Path):
+    def __init__(self, log: RunLog):
         super().__init__()
-        self.file = path.open("w", newline="")
-        self.csv = csv.DictWriter(self.file, ("global_step", *METRICS), lineterminator="\n")
-        self.csv.writeheader()
-        self.last_returns, self.episodes = deque(maxlen=EVAL_EPISODES), []  # episodes since the last row
+        self.log, self.episodes, self.logged = log, [], 0  # logged: episodes that rows of the log have counted
         self.last_row, self.begin = 0, time.monotonic()
 
     def _on_step(self) -> bool:
-        for info in self.locals["infos"]:
-            if "episode" in info:
-                self.episodes.append((info["episode"]["r"], info["episode"]["l"]))
-                self.last_returns.append(float(info["episode"]["r"]))
+        episodes = [info["episode"] for info in self.locals["infos"] if "episode" in info]
+        self.episodes += [(float(episode["r"]), episode["l"]) for episode in episodes]
         return True
 
     def _on_rollout_end(self) -> None:
         if self.num_timesteps - self.last_row >= LOG_EVERY:
-            metrics = {"charts/SPS": self.num_timesteps / (time.monotonic() - self.begin)}
-            if self.episodes:
-                metrics |= dict(zip(METRICS, np.mean(self.episodes, axis=0)))
-            self.write(metrics)
-            self.last_row, self.episodes = self.num_timesteps, []
-
-    def write(self, metrics: dict[str, float]) -> None:
-        self.csv.writerow({"global_step": self.num_timesteps} | {tag: f"{x:.6g}" for tag, x in metrics.items()})
-        self.file.flush()
+            metrics, new = {}, self.episodes[self.logged :]
+            if new:
+                metrics = dict(zip(("charts/episodic_return", "charts/episodic_length"), np.mean(new, axis=0)))
+            sps = self.num_timesteps / (time.monotonic() - self.begin)
+            self.log.write(self.num_timesteps, metrics | {"charts/SPS": sps})
+            self.last_row, self.logged = self.num_timesteps, len(self.episodes)
 
 
 def make(args: Args) -> gym.Env:
@@ -140,22 +121,24 @@ def train(args: Args, run_dir: Path) -> dict:
     """Train, save the model with its statistics, and return the result."""
     start, commit = time.monotonic(), git_commit()
     torch.set_num_threads(args.num_threads)
-    ppo, a2c = (PPO, 1, weighted(args.policy_coef)), (A2C, 4, {"n_steps": 8})
-    algorithm, num_envs, settings = ppo if args.algo == "ppo" else a2c
+    algorithm, num_envs, settings = PPO, 1, weighted(args.policy_coef)
+    if args.algo == "a2c":
+        algorithm, num_envs, settings = A2C, 4, {"n_steps": 8}
     normalize = VecNormalize(DummyVecEnv([lambda: Monitor(make(args))] * num_envs), gamma=args.gamma)
     envs = NoisyReward(normalize, args.reward_noise_std, args.seed)
     model = algorithm("MlpPolicy", envs, gamma=args.gamma, seed=args.seed, device="cpu", **settings)
-    curves = Curves(run_dir / "curves.csv")
+    log = RunLog(str(run_dir), 0)
+    curves = Curves(log)
     train_start = time.monotonic()
     model.learn(args.total_timesteps, callback=curves)
     sps = model.num_timesteps / (time.monotonic() - train_start)
 
     eval_returns = evaluate(model, normalize, args)
-    curves.write({"eval/episodic_return": eval_returns.mean()})
+    log.write(model.num_timesteps, {"eval/episodic_return": eval_returns.mean()})
     model.save(run_dir / "model.zip")
     normalize.save(str(run_dir / "vecnormalize.pkl"))
-    installed = {d.name: d.version for d in distributions()}
-    versions = {"python": platform.python_version()} | {p: installed[p] for p in PACKAGES if p in installed}
+    versions = {d.name: d.version for d in distributions() if d.name in PACKAGES}
+    last_returns = [total for total, _ in curves.episodes[-EVAL_EPISODES:]]
     return {
         "script": SCRIPT,
         "env_id": args.env_id,
@@ -164,10 +147,10 @@ def train(args: Args, run_dir: Path) -> dict:
         "total_timesteps": model.num_timesteps,
         "eval_returns": eval_returns.tolist(),
         "eval_mean": eval_returns.mean(),
-        "train_last10_mean": np.mean(curves.last_returns) if curves.last_returns else None,
+        "train_last10_mean": np.mean(last_returns) if last_returns else None,
         "sps": sps,
         "wall_seconds": time.monotonic() - start,
-        "versions": versions,
+        "versions": versions | {"python": platform.python_version()},
         "commit": commit,
         "device": "cpu",
     }
@@ -190,38 +173,39 @@ def evaluate(model: PPO | A2C, normalize: VecNormalize, args: Args) -> np.ndarra
     return np.array(returns)
 
 
+def check(args: Args, run_dir: Path) -> None:
+    """Raises ValueError where an argument is wrong."""
+    if run_dir.exists() and (not run_dir.is_dir() or any(run_dir.iterdir())):
+        raise ValueError(f"--run-dir {run_dir} is in use: name another, or remove it to start over")
+    if args.total_timesteps < 1:
+        raise ValueError(f"--total-timesteps must be at least 1, not {args.total_timesteps}")
+    if not 0 <= args.gamma <= 1:
+        raise ValueError(f"--gamma must be between 0 and 1, not {args.gamma}")
+    if args.num_bins is not None and args.num_bins < 2:
+        raise ValueError(f"--num-bins must be at least 2, not {args.num_bins}")
+    if not 0 < args.policy_coef < math.inf or (args.policy_coef != 1 and args.algo != "ppo"):
+        raise ValueError(f"--policy-coef must be above 0, and 1 with --algo a2c, not {args.policy_coef}")
+    make(args).close()  # ends the program where there is no such environment
+
+
 def main(argv: list[str] | None = None) -> int:
     args = tyro.cli(Args, args=argv, description=__doc__)
     run_dir = Path(args.run_dir)
-    wrong = None
     try:
-        make(args).close()
-    except Exception as error:  # whatever gymnasium or the environment raises
-        wrong = f"--env-id {args.env_id}: {(str(error) or repr(error)).splitlines()[0]}"
-    if run_dir.exists() and (not run_dir.is_dir() or any(run_dir.iterdir())):
-        wrong = f"--run-dir {run_dir} is in use: name another, or remove it to start over"
-    elif args.total_timesteps < 1:
-        wrong = f"--total-timesteps must be at least 1, not {args.total_timesteps}"
-    elif not 0 <= args.gamma <= 1:
-        wrong = f"--gamma must be between 0 and 1, not {args.gamma}"
-    elif args.num_bins is not None and args.num_bins < 2:
-        wrong = f"--num-bins must be at least 2, not {args.num_bins}"
-    elif not 0 < args.policy_coef < math.inf or (args.policy_coef != 1 and args.algo != "ppo"):
-        wrong = f"--policy-coef must be above 0, and 1 with --algo a2c, not {args.policy_coef}"
-    if wrong:
-        print(f"error: {wrong}", file=sys.stderr)
+        check(args, run_dir)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
         return 2
     temporary = run_dir.with_name(f".{run_dir.name}.{os.getpid()}")
     temporary.mkdir(parents=True)
     (temporary / "args.json").write_text(json.dumps({"script": SCRIPT, "args": asdict(args)}, indent=2))
     os.replace(temporary, run_dir)
     try:
-        result = json.dumps(train(args, run_dir), indent=2) + "\n"
-        write_atomic(run_dir / "result.json", result.encode())
+        result = train(args, run_dir)
     except KeyboardInterrupt:
         print("\nstopped; this script cannot resume", file=sys.stderr)
         return 130
-    result = json.loads((run_dir / "result.json").read_text())
+    write_atomic(run_dir / "result.json", (json.dumps(result, indent=2) + "\n").encode())
     print(f"seed {args.seed}: {result['total_timesteps']:,} steps, evaluation {result['eval_mean']:.1f}")
     return 0
 

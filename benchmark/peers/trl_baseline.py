@@ -102,10 +102,10 @@ class ValueModel(nn.Module):
 
 
 class Log(TrainerCallback):
-    """TRL's metrics into curves.csv and TensorBoard, under its tags, and the clocks after every update."""
+    """TRL's metrics into curves.csv and TensorBoard, under its tags."""
 
     def __init__(self, run: script.Run, num_updates: int):
-        self.run, self.num_updates, self.marks, self.start = run, num_updates, [], time.monotonic()
+        self.run, self.num_updates, self.start = run, num_updates, time.monotonic()
 
     def on_log(self, args, state, control, logs: dict, **_) -> None:
         self.run.log(state.global_step, {tag: value for tag, value in logs.items() if "/" in tag})
@@ -113,9 +113,6 @@ class Log(TrainerCallback):
         update, total = state.global_step, self.num_updates
         left = timedelta(seconds=int((time.monotonic() - self.start) / update * (total - update)))
         print(f"update {update} of {total}  {text}  {left} left", flush=True)
-
-    def on_step_end(self, args, state, control, **_) -> None:
-        self.marks.append((time.perf_counter(), time.process_time()))
 
 
 def settings(args: Args) -> script.Args:
@@ -190,7 +187,8 @@ def train(args: Args, run_dir: Path) -> dict:
     learner = script.Learner(settings(args))
     before, _ = script.evaluate(learner, settings(args))
     run = script.Run(settings(args), learner)
-    write_json(run_dir / "args.json", {"script": SCRIPT, "args": asdict(args)})  # in place of our script's
+    arguments = {"script": SCRIPT, "args": asdict(args)}
+    (run_dir / "args.json").write_text(json.dumps(arguments, indent=2))  # in place of our script's
     signal.signal(signal.SIGINT, signal.default_int_handler)  # there are no checkpoints to wait for
     run.log(0, before)
     make_trainer(args, run_dir, learner, Log(run, args.num_updates)).train()
@@ -200,7 +198,7 @@ def train(args: Args, run_dir: Path) -> dict:
     metrics, samples = script.evaluate(learner, settings(args))
     run.log(args.num_updates, metrics)
     run.writer.close()
-    installed = {d.name: d.version for d in distributions()}
+    versions = {d.name: d.version for d in distributions() if d.name in PACKAGES}
     result = {"script": SCRIPT, "policy": args.policy, "dataset": args.dataset, "seed": args.seed}
     result |= {"args": asdict(args), "reward_model": args.reward_model, "num_updates": args.num_updates}
     result |= {tag.replace("/", "_"): value for tag, value in metrics.items()}
@@ -210,14 +208,7 @@ def train(args: Args, run_dir: Path) -> dict:
     memory = torch.cuda.max_memory_allocated() if learner.device.type == "cuda" else memory
     result["peak_memory_gib"] = memory / 2**30
     result |= {"wall_seconds": time.monotonic() - start, "commit": run.commit}
-    result["versions"] = {"python": platform.python_version()} | {p: installed[p] for p in PACKAGES if p in installed}
-    return result
-
-
-def write_json(path: Path, content: dict) -> None:
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(content, indent=2) + "\n")
-    temporary.replace(path)
+    return result | {"versions": versions | {"python": platform.python_version()}}
 
 
 def main() -> int:
@@ -233,7 +224,8 @@ def main() -> int:
     except KeyboardInterrupt:
         print("\nstopped; this script cannot resume", file=sys.stderr)
         return 130
-    write_json(run_dir / "result.json", result)
+    (temporary := run_dir / "result.json.tmp").write_text(json.dumps(result, indent=2) + "\n")
+    temporary.replace(run_dir / "result.json")
     print(f"seed {args.seed}: {args.num_updates} updates, {json.dumps(result['eval_score'])}")
     return 0
 

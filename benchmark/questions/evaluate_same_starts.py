@@ -28,14 +28,10 @@ SCRIPTS = ("sppo_continuous_discretized", "sa2c_continuous_discretized")
 
 @dataclass
 class Args:
-    runs: tyro.conf.Positional[Path]
-    """folder with runs, searched to any depth"""
-    env_id: str
-    """environment to play: agents trained on it (any version) take part"""
-    episodes: int = 100
-    """starts: episode i is reset with seed i, for every agent"""
-    out: Path | None = None
-    """CSV for the returns: a row per start, a column per agent"""
+    runs: tyro.conf.Positional[Path]  # folder with runs, searched to any depth
+    env_id: str  # environment to play: agents trained on it (any version) take part
+    episodes: int = 100  # starts: episode i is reset with seed i, for every agent
+    out: Path | None = None  # CSV for the returns: a row per start, a column per agent
 
 
 def load(path: Path) -> tuple[dict, dict[str, np.ndarray]] | None:
