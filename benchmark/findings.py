@@ -8,6 +8,7 @@ from runs import FAMILY, MODELS, TASKS, UNNORMALIZED, Found, bin_means, read_cel
 from tables import other_groups, settings_table
 
 TRAINING = {"approx_kl": "KL", "clipfrac": "Clip fraction", "entropy": "Entropy", "value_loss": "Value loss"}
+TESTED = TRAINING | {"sign_flips": "Sign flips"}
 TRAINING |= {"grad_norm": "Gradient norm"}
 
 
@@ -24,21 +25,25 @@ def means(folders: list[str], tag: str, part: tuple[float, float] = (0, 1)) -> n
 def weight_in_training(cells: pd.DataFrame) -> pd.DataFrame:
     """What SPPO's weight changes in continuous control: DSPPO over DPPO, means over the run and the seeds.
 
-    A row per cell and tag, with the ratio, its standard error (of first order), and DPPO's own mean and error.
+    A row per cell and tag: the ratio, its standard error (of first order), DPPO's own mean and error, and Welch's
+    z and p of the seeds.
     """
     rows = []
     for x in ran(pairs(cells, "DSPPO", "DPPO")).itertuples():
-        for tag in TRAINING:
-            own, se, _ = stats.summary(means(x.folders_b, f"losses/{tag}"))
-            other, other_se, _ = stats.summary(means(x.folders_a, f"losses/{tag}"))
+        for tag in TRAINING | TESTED:
+            first, second = (means(folders, f"losses/{tag}") for folders in (x.folders_a, x.folders_b))
+            (other, other_se, _), (own, se, _) = stats.summary(first), stats.summary(second)
             error = other / own * np.hypot(other_se / other, se / own)
-            rows.append([x.environment, x.noise, x.n, tag, other / own, error, own, se])
-    found = pd.DataFrame(rows, columns=["environment", "noise", "n", "tag", "ratio", "error", "own", "se"])
+            _, p, z = stats.welch_of(first, second)
+            rows.append([x.environment, x.noise, x.n, tag, other / own, error, own, se, z, p])
+    columns = ["environment", "noise", "n", "tag", "ratio", "error", "own", "se", "z", "p"]
+    found = pd.DataFrame(rows, columns=columns)
     return found[found.groupby(["environment", "noise"]).ratio.transform(lambda x: x.notna().all())]
 
 
 def weight_text(found: Found) -> str:
     some = weight_in_training(found.cells)
+    some = some[some.tag.isin(TRAINING)]
     if some.empty:
         return ""
     norm = some[some.tag == "grad_norm"]
@@ -55,6 +60,23 @@ def weight_text(found: Found) -> str:
         f"{norm.own.min():.2f} to {norm.own.max():.2f}; the clip is at 0.5.\n\n"
         f"{stats.markdown(table.rename(columns={'environment': 'Environment', 'noise': 'Noise'}))}\n"
     )
+
+
+def weight_tests_text(found: Found) -> str:
+    """Whether the weight's ratios differ from 1: in all cells together, and in the clearest cell."""
+    rows = []
+    for tag, cells in weight_in_training(found.cells).groupby("tag", sort=False):
+        if tag in TESTED:
+            mean, low, high = np.exp(stats.mean_interval(np.log(cells.ratio)))
+            first, by_holm = cells.loc[cells.p.fillna(1).idxmin()], stats.holm(cells.p)
+            where = (
+                f"{plain(first.environment)}, {'without' if first.noise == 'none' else 'with'} noise, {first.ratio:.2f}"
+            )
+            interval = f" [{low:.2f}, {high:.2f}]" if np.isfinite(low) else ""
+            row = [TESTED[tag], f"{mean:.2f}{interval}", stats.p_text(stats.stouffer(cells.z)[1])]
+            rows.append([*row, where, stats.p_text(by_holm.min()), f"{(by_holm < 0.05).sum()} of {len(cells)}"])
+    columns = ["DSPPO / DPPO", "Geometric mean [95 %]", "p, all cells", "Clearest cell", "its p, by Holm"]
+    return stats.markdown(pd.DataFrame(rows, columns=[*columns, "Cells with p < 0.05 by Holm"])) + "\n"
 
 
 def sign_flips(cells: pd.DataFrame) -> pd.DataFrame:
@@ -216,5 +238,10 @@ def training_text(found: Found) -> str:
 
 
 FINDINGS = {"algorithms": algorithms_text, "claims": claims_text, "weight": weight_text, "flips": flips_text}
-FINDINGS |= {"sample weight": sample_weight_text, "arms": arms_text, "normalization": normalization_text}
+FINDINGS |= {
+    "weight tests": weight_tests_text,
+    "sample weight": sample_weight_text,
+    "arms": arms_text,
+    "normalization": normalization_text,
+}
 FINDINGS |= {"training returns": training_text}

@@ -422,6 +422,15 @@ def test_findings_of_hand_made_runs(tmp_path):
         "1.00 ± 0.00",
         *same,
     ]
+    p = scipy_stats.ttest_ind([0.02, 0.03], [0.02, 0.02], equal_var=False).pvalue  # of the KL; nothing else differs
+    assert rows(findings.weight_tests_text(found))[0] == [
+        "KL",
+        f"{1.25**0.5:.2f}",
+        "-",
+        "InvertedDoublePendulum, without noise, 1.25",
+        f"{p:.2f}",
+        "0 of 2",
+    ]
     text = findings.flips_text(found)
     assert "sign flips in 1 of 1 environments; in 1 of them every seed with" in text
     flips = ["20.0 ± 0.0", "10.0 ± 0.0"] * 2
