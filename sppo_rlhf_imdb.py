@@ -407,9 +407,10 @@ def pad(prompts: list[list[int]], responses: list[list[int]], device: torch.devi
     return tokens, mask, mask[:, P:].bool()  # the masks keep padding out of everything, whatever token it is
 
 
-def padded_batches(prompts: list, responses: list, size: int, device: torch.device, padding: int = 0):
+def padded_batches(prompts: list, responses: list, size: int, device: torch.device, padding: int = 0, lengths=None):
     """Yields batches of sequences of similar length: their indices and the three outputs of pad()."""
-    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]) + len(responses[i]))
+    lengths = lengths or [len(prompt) + len(response) for prompt, response in zip(prompts, responses)]
+    order = sorted(range(len(lengths)), key=lengths.__getitem__)
     for start in range(0, len(order), size):
         batch = order[start : start + size]
         yield batch, *pad([prompts[i] for i in batch], [responses[i] for i in batch], device, padding)
@@ -470,8 +471,8 @@ class Classifier:
         ends, candidates = {text[-1] for text in tokens}, range(self.model.get_input_embeddings().num_embeddings)
         padding = next(i for i in (self.tokenizer.pad_token_id, *candidates) if i is not None and i not in ends)
         self.model.config.get_text_config().pad_token_id = padding
-        logits = torch.zeros(len(texts), self.model.config.num_labels)
-        inputs = [[]] * len(texts), tokens, self.batch_size, self.model.device, padding
+        logits, lengths = torch.zeros(len(texts), self.model.config.num_labels), [len(text) for text in texts]
+        inputs = [[]] * len(texts), tokens, self.batch_size, self.model.device, padding, lengths
         for batch, padded, mask, _ in padded_batches(*inputs):
             logits[batch] = self.model(padded, attention_mask=mask).logits.cpu()
         return logits
@@ -870,8 +871,9 @@ class Run:
 
 
 def main() -> None:
-    files = sys.stdin, sys.stdout, sys.stderr  # reopen closed ones: no file of the run may get descriptor 0, 1 or 2
-    sys.stdin, sys.stdout, sys.stderr = (file or open(os.devnull, "w") for file in files)  # noqa: SIM115
+    for name in ("stdin", "stdout", "stderr"):  # reopen closed ones: no file of the run may get descriptor 0, 1 or 2
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
     for library in (transformers.utils, huggingface_hub.utils, datasets):
         library.logging.set_verbosity(library.logging.CRITICAL)  # errors come as exceptions

@@ -495,9 +495,10 @@ def pad(prompts: list[list[int]], responses: list[list[int]], device: torch.devi
     return tokens, mask, mask[:, P:].bool()  # the masks keep padding out of everything, whatever token it is
 
 
-def padded_batches(prompts: list, responses: list, size: int, device: torch.device, padding: int = 0):
+def padded_batches(prompts: list, responses: list, size: int, device: torch.device, padding: int = 0, lengths=None):
     """Yields batches of sequences of similar length: their indices and the three outputs of pad()."""
-    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]) + len(responses[i]))
+    lengths = lengths or [len(prompt) + len(response) for prompt, response in zip(prompts, responses)]
+    order = sorted(range(len(lengths)), key=lengths.__getitem__)
     for start in range(0, len(order), size):
         batch = order[start : start + size]
         yield batch, *pad([prompts[i] for i in batch], [responses[i] for i in batch], device, padding)
@@ -554,8 +555,8 @@ class Classifier:
         ends, candidates = {text[-1] for text in tokens}, range(self.model.get_input_embeddings().num_embeddings)
         padding = next(i for i in (self.tokenizer.pad_token_id, *candidates) if i is not None and i not in ends)
         self.model.config.get_text_config().pad_token_id = padding
-        logits = torch.zeros(len(texts), self.model.config.num_labels)
-        inputs = [[]] * len(texts), tokens, self.batch_size, self.model.device, padding
+        logits, lengths = torch.zeros(len(texts), self.model.config.num_labels), [len(text) for text in texts]
+        inputs = [[]] * len(texts), tokens, self.batch_size, self.model.device, padding, lengths
         for batch, padded, mask, _ in padded_batches(*inputs):
             logits[batch] = self.model(padded, attention_mask=mask).logits.cpu()
         return logits
@@ -577,8 +578,8 @@ class AdapterReward:
         *biases, head = sorted(others.values(), key=Tensor.dim) or [torch.zeros(0)]
         is_head = head.shape == (1, self.actor_critic.hidden_size) and [x.shape for x in biases] in ([], [(1,)])
         found = ", ".join(sorted(others)[:3]) or "nothing"
-        rule = "needs LoRA and one scalar head; more would change the policy"
-        require(is_head, f"--{flag} {name} {rule}. Beside LoRA it has {found}")
+        rule = "needs one scalar head beside LoRA, and nothing that would change the policy"
+        require(is_head, f"--{flag} {name} {rule}, but has {found}")
         self.head, self.bias = head.float(), sum(x.item() for x in biases)
         config.modules_to_save, config.inference_mode = None, True  # the head is not a module of the base model
         try:
@@ -680,8 +681,8 @@ class Learner:
         can_chat = args.instruction is None or self.tokenizer.chat_template
         require(can_chat, f"--instruction needs a chat template, and the tokenizer of --policy {args.policy} has none")
         (frame,) = encode_prompts(self.tokenizer, [{"prompt": ""}], 0, args.instruction)
-        self.tolerance = 0.5 if args.tf32 or args.base_precision != "float32" else 1e-3  # of rounding
-        check_policy(args, base, args.prompt_length + len(frame), self.tolerance)
+        tolerance = 0.5 if args.tf32 or args.base_precision != "float32" else 1e-3  # of rounding
+        check_policy(args, base, args.prompt_length + len(frame), tolerance)
         listed = base.generation_config.eos_token_id  # chat models also end a response with the end of a turn
         ends = {self.tokenizer.eos_token_id, *(listed if isinstance(listed, list) else [listed])}
         self.ends = sorted(ends.intersection(range(base.get_input_embeddings().num_embeddings)))
@@ -706,8 +707,8 @@ class Learner:
             longest += " " + max((row["label"] for row in self.rows + self.validation), key=len)
             alone = torch.tensor(self.reward(["a b"], [""], []))
             beside = torch.tensor(self.reward(["a b", longest], ["", ""], [])[:1])
-            tolerance = (self.tolerance if adapter else 1e-3) * (1 + alone.abs().item())
-            check_same("reward-model", args.reward_model, beside, alone, tolerance)
+            tolerance = tolerance if adapter else 1e-3
+            check_same("reward-model", args.reward_model, beside, alone, tolerance * (1 + alone.abs().item()))
         self.actor_critic.switch_to("policy_adapter")  # which makes the reward's not trainable
         if args.evaluate is not None:
             weights = load(args, "evaluate", str(saved), peft.load_peft_weights, device="cpu")
@@ -1034,8 +1035,9 @@ class Run:
 
 
 def main() -> None:
-    files = sys.stdin, sys.stdout, sys.stderr  # reopen closed ones: no file of the run may get descriptor 0, 1 or 2
-    sys.stdin, sys.stdout, sys.stderr = (file or open(os.devnull, "w") for file in files)  # noqa: SIM115
+    for name in ("stdin", "stdout", "stderr"):  # reopen closed ones: no file of the run may get descriptor 0, 1 or 2
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
     for library in (transformers.utils, huggingface_hub.utils, datasets):
         library.logging.set_verbosity(library.logging.CRITICAL)  # errors come as exceptions
