@@ -34,7 +34,6 @@ from copy import deepcopy
 from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime, timedelta
 from importlib import import_module, metadata
-from itertools import product
 from pathlib import Path
 
 import accelerate
@@ -53,17 +52,11 @@ SCRIPT = Path(__file__).stem
 VERSION = 4  # of the format of checkpoint.pt
 RANK, WORLD_SIZE = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1)))
 TRAINING, EVALUATION = 0, 1  # streams of random numbers
-MAY_CHANGE = {"micro_batch_size", "rollout_batch_size"}  # on resume and for an evaluation
 OOM_HINT = "lower --micro-batch-size and --rollout-batch-size, which --resume takes as well"
 TOKENIZERS = {"rajkumarrrk/gpt2-fine-tuned-on-imdb-positive-reviews": "lvwerra/gpt2-imdb"}  # where the authors took it
 DISK_FULL, LOCKED = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG), (errno.EACCES, errno.EAGAIN)
 PACKAGES = ("torch", "transformers", "datasets", "accelerate", "numpy")  # their versions go into result.json
 FILES = {".csv": "csv", ".parquet": "parquet", ".json": "json", ".jsonl": "json"}  # data files, and datasets' readers
-CONFIGURATIONS = (
-    "tokenizer_config.json",
-    "adapter_config.json",
-    "config.json",
-)  # by which the commit in the cache is found
 
 
 @dataclass(frozen=True)
@@ -179,19 +172,14 @@ def response_logprobs(lm: Callable, tokens: Tensor, attention_mask: Tensor, num_
     return logits.float().log_softmax(-1).gather(-1, tokens[:, -num_actions:].unsqueeze(-1)).squeeze(-1)
 
 
-@torch.no_grad()
-def hidden_size(model: PreTrainedModel) -> int:
-    """Width of the last hidden states, which need not be the one inside the model."""
-    return model.base_model(torch.zeros(1, 1, dtype=torch.long, device=model.device)).last_hidden_state.shape[-1]
-
-
 class ActorCritic(nn.Module):
     """Policy and value model in one module, which Accelerate wraps and whose gradients are clipped jointly."""
 
     def __init__(self, policy: PreTrainedModel, value_model: PreTrainedModel):
         super().__init__()
         self.policy, self.value_model = policy, value_model
-        self.value_head = nn.Linear(hidden_size(policy), 1)
+        hidden = policy.base_model(torch.zeros(1, 1, dtype=torch.long, device=policy.device)).last_hidden_state
+        self.value_head = nn.Linear(hidden.shape[-1], 1)  # the width need not be the one inside the model
 
     def forward(self, tokens: Tensor, attention_mask: Tensor, num_actions: int, num_rows: int | None = None):
         """Log-probabilities of the last num_actions tokens, and values before them of the first num_rows sequences."""
@@ -219,8 +207,7 @@ def rollout(learner: "Learner", rows: list[dict], args: Args) -> tuple[Rollout, 
     # pi_old, V and pi_ref from a fresh forward pass: generation has other log-probabilities (top-k) and other kernels.
     mask = torch.zeros(len(prompts), args.response_length, dtype=torch.bool, device=device)
     logprob, values, ref_logprob = torch.zeros(3, *mask.shape, device=device)
-    lengths = [len(prompt) + len(response) for prompt, response in zip(prompts, responses)]
-    for batch, *padded, real in padded_batches(prompts, responses, lengths, args.rollout_batch_size, device):
+    for batch, *padded, real in padded_batches(prompts, responses, args.rollout_batch_size, device):
         R = real.shape[1]
         mask[batch, :R] = real
         logprob[batch, :R], values[batch, :R] = learner.actor_critic(*padded, R)
@@ -405,12 +392,10 @@ def make_examples(tokenizer: PreTrainedTokenizerBase, rows: list[dict], args: Ar
 
 def decode(learner: "Learner", prompts: list[list[int]], responses: list[list[int]]) -> list[str]:
     """Responses as texts, each decoded together with its prompt, since some tokenizers drop a leading space."""
-    texts, to_text = [], learner.tokenizer.decode
-    for prompt, response in zip(prompts, responses):
-        response = response[:-1] if response[-1:] and response[-1] in learner.ends else response  # ends may be shown
-        before = to_text(prompt, skip_special_tokens=True)
-        texts.append(to_text(prompt + response, skip_special_tokens=True)[len(before) :])
-    return texts
+    shown = [x[:-1] if x and x[-1] in learner.ends else x for x in responses]  # not every end counts as special
+    befores = learner.tokenizer.batch_decode(prompts, skip_special_tokens=True)
+    wholes = learner.tokenizer.batch_decode([p + r for p, r in zip(prompts, shown)], skip_special_tokens=True)
+    return [whole[len(before) :] for before, whole in zip(befores, wholes)]
 
 
 def pad(prompts: list[list[int]], responses: list[list[int]], device: torch.device, padding: int = 0) -> tuple:
@@ -422,8 +407,9 @@ def pad(prompts: list[list[int]], responses: list[list[int]], device: torch.devi
     return tokens, mask, mask[:, P:].bool()  # the masks keep padding out of everything, whatever token it is
 
 
-def padded_batches(prompts: list, responses: list, lengths: list, size: int, device: torch.device, padding: int = 0):
+def padded_batches(prompts: list, responses: list, size: int, device: torch.device, padding: int = 0, lengths=None):
     """Yields batches of sequences of similar length: their indices and the three outputs of pad()."""
+    lengths = lengths or [len(prompt) + len(response) for prompt, response in zip(prompts, responses)]
     order = sorted(range(len(lengths)), key=lengths.__getitem__)
     for start in range(0, len(order), size):
         batch = order[start : start + size]
@@ -433,8 +419,7 @@ def padded_batches(prompts: list, responses: list, lengths: list, size: int, dev
 def generate(policy: PreTrainedModel, prompts: list[list[int]], batch_size: int, sample: bool) -> list[list[int]]:
     """A response to each prompt, with its end token where it has one. Batches hold prompts of similar length."""
     responses, ends = [[] for _ in prompts], policy.generation_config.eos_token_id
-    inputs = prompts, responses, [len(prompt) for prompt in prompts], batch_size, policy.device
-    for batch, tokens, mask, _ in padded_batches(*inputs):
+    for batch, tokens, mask, _ in padded_batches(prompts, responses, batch_size, policy.device):
         output = policy.generate(tokens, attention_mask=mask, do_sample=sample)[:, tokens.shape[1] :].tolist()
         for i, response in zip(batch, output):
             length = next((t + 1 for t, token in enumerate(response) if token in ends), len(response))
@@ -487,7 +472,7 @@ class Classifier:
         padding = next(i for i in (self.tokenizer.pad_token_id, *candidates) if i is not None and i not in ends)
         self.model.config.get_text_config().pad_token_id = padding
         logits, lengths = torch.zeros(len(texts), self.model.config.num_labels), [len(text) for text in texts]
-        inputs = [[]] * len(texts), tokens, lengths, self.batch_size, self.model.device, padding
+        inputs = [[]] * len(texts), tokens, self.batch_size, self.model.device, padding, lengths
         for batch, padded, mask, _ in padded_batches(*inputs):
             logits[batch] = self.model(padded, attention_mask=mask).logits.cpu()
         return logits
@@ -502,10 +487,10 @@ def load_function(name: str) -> Callable:
     try:
         with unchanged(flag):
             found = getattr(import_module(module), function, None)
-    except ModuleNotFoundError as error:  # of the module, or of one that it imports
-        if not module.startswith(str(error.name)):
-            raise
-        require(False, f"{flag}: there is no module {module}, without .py, in the working directory or installed")
+    except ModuleNotFoundError as error:
+        its_own = not module.startswith(str(error.name))  # one that the module imports
+        require(its_own, f"{flag}: there is no module {module}, without .py, in the working directory or installed")
+        raise
     require(callable(found), f"{flag}: {module} has no function {function}")
     return found
 
@@ -552,15 +537,13 @@ class Learner:
         self.reward = load_function(function) if function else Classifier(args, self.device, longest)
         auto_class, tolerance = transformers.AutoModelForCausalLM, 0.5 if args.tf32 else 1e-3
         policy, self.tokenizer = load_network(args, "policy", args.policy, auto_class, dtype=torch.float32)
-        quantized = f"--policy {args.policy} is quantized: weights of so few bits cannot be trained"
-        require(not getattr(policy, "is_quantized", False), quantized)
+        require(not getattr(policy, "is_quantized", False), f"--policy {args.policy} is quantized, not trainable")
         check_policy(args, policy.to(self.device), args.prompt_length, tolerance)
         self.hub_commits = {args.dataset: data_commit} if data_commit else {}
         names = args.policy, self.tokenizer.name_or_path, *([] if function else [args.reward_model])
-        hub_ids = [name for name in names if not Path(name).exists()]
-        for name, file in product(hub_ids, CONFIGURATIONS):
-            path = huggingface_hub.try_to_load_from_cache(name, file, revision=args.revision.get(name))
-            self.hub_commits |= {name: Path(path).parent.name} if isinstance(path, str) else {}
+        for name in [name for name in names if not Path(name).exists()]:
+            options = {"revision": args.revision.get(name), "local_files_only": True, "allow_patterns": []}
+            self.hub_commits[name] = Path(huggingface_hub.snapshot_download(name, **options)).name
         listed = policy.generation_config.eos_token_id  # chat models also end a response with the end of a turn
         ends = {self.tokenizer.eos_token_id, *(listed if isinstance(listed, list) else [listed])}
         self.ends = sorted(ends.intersection(range(policy.get_input_embeddings().num_embeddings)))
@@ -617,25 +600,28 @@ def require(condition: object, message: object, code: int = 2) -> None:
     """End in one line where the condition does not hold: code 2 for a wrong argument, 1 for what a run can meet."""
     if not condition:
         process = f"process {RANK}: " if RANK else ""
-        print(f"error: {process}{' '.join(str(message).split())}", file=sys.stderr)
+        say(f"error: {process}{' '.join(str(message).split())}", sys.stderr)
         raise SystemExit(code)
 
 
 def say(text: str, file=None) -> None:
-    """Print, in the first process. A reader that has gone, as behind | head, does not stop a run."""
+    """Print, with escapes where the output has no such character. A reader that has gone does not stop a run.
+    Of several processes the first prints; errors come from each."""
     try:
-        print(text, file=file, flush=True) if RANK == 0 else None
+        print(text, file=file, flush=True) if RANK == 0 or file else None
+    except UnicodeEncodeError:
+        say(text.encode("ascii", "backslashreplace").decode(), file)
     except OSError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), (file or sys.stdout).fileno())
 
 
 def parse_args(args: Args) -> Args:
-    """Checks arguments; those of the run in --resume or --evaluate stay what they were, but for MAY_CHANGE."""
+    """Checks arguments; those of the run in --resume or --evaluate stay what they were, but for batch sizes."""
     require(args.resume is None or args.evaluate is None, "give --resume or --evaluate, not both")
     run = args.resume if args.evaluate is None else args.evaluate
     if run is None:
         name = f"{Path(args.dataset).name}__{SCRIPT}__{args.seed}__{datetime.now():%Y%m%d-%H%M%S-%f}"
-        args = replace(args, run_dir=args.run_dir or f"runs/{name}")
+        args = replace(args, run_dir=os.path.abspath(args.run_dir or f"runs/{name}"))
         used = os.path.isfile(args.run_dir) or (os.path.isdir(args.run_dir) and os.listdir(args.run_dir))
         hint = f"name another, or try --resume {shlex.quote(args.run_dir)}"
         require(not used, f"--run-dir {args.run_dir} is in use: {hint}")
@@ -645,11 +631,14 @@ def parse_args(args: Args) -> Args:
         content = json.loads(path.read_text() or "{}")  # a kill in the first moment leaves it empty
         require(content.get("script") == SCRIPT, f"{run} is of {content.get('script')}, not of {SCRIPT}")
         known = {name: x for name, x in content["args"].items() if name in vars(args) and x is not None}
-        saved = Args(**known | {"run_dir": run, "resume": args.resume, "evaluate": args.evaluate})
+        known |= {"run_dir": os.path.abspath(run), "resume": args.resume, "evaluate": args.evaluate}
+        saved = Args(**known)
         args = tyro.cli(Args, default=saved)
-        changed = {name for name, x in vars(args).items() if x != getattr(saved, name)} - MAY_CHANGE
-        drop = ", ".join(f"--{name.replace('_', '-')}" for name in sorted(changed))
-        require(not drop, f"{run} keeps its arguments: drop {drop}")
+        changed = {f"--{name.replace('_', '-')}" for name, x in vars(args).items() if x != getattr(saved, name)}
+        changed -= {"--micro-batch-size", "--rollout-batch-size"}
+        require(not changed, f"{run} keeps its arguments: drop {', '.join(sorted(changed))}")
+    is_utf8 = args.run_dir.encode(errors="ignore").decode() == args.run_dir
+    require(is_utf8, f"--run-dir {args.run_dir} is not in UTF-8, as TensorBoard needs it")
     for rule in RULES.strip().replace("\n", ", ").split(", "):
         values = re.sub(r"--([\w-]+)", lambda flag: str(getattr(args, flag[1].replace("-", "_"))), rule)
         holds = eval(values, {"inf": np.inf, "nan": np.nan, "WORLD_SIZE": WORLD_SIZE})
@@ -662,11 +651,10 @@ def parse_args(args: Args) -> Args:
     return args
 
 
-@contextmanager
-def loading(flag: str, name: str) -> Iterator[None]:
-    """Ends in one line, with the reason and what to give instead, where a library cannot load what a user names."""
+def load(args: Args, flag: str, name: str, function: Callable, **options):
+    """What a library's function loads for a hub id or folder. Ends where it cannot, with its reason."""
     try:
-        yield
+        return function(name, revision=args.revision.get(name), **options)
     except Exception as error:
         reason = " ".join(str(error.__cause__ or error).split())[:300] or repr(error)
         instead = "a hub id that can be reached from here, or a local folder, such as benchmark/rlhf_assets.py makes"
@@ -675,21 +663,18 @@ def loading(flag: str, name: str) -> Iterator[None]:
 
 def load_network(args: Args, flag: str, name: str, auto_class: type, **options) -> tuple:
     """A model and its tokenizer. Ends where weights are missing, or the tokenizer is not one for this model."""
+    adapter = load(args, flag, name, transformers.utils.find_adapter_config_file)
+    require(not adapter, f"--{flag} {name} is an adapter: give a model that it has been merged into")
     options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}  # which it tells as well
-    with loading(flag, name):
-        adapter = transformers.utils.find_adapter_config_file(name, revision=args.revision.get(name))
-        require(not adapter, f"--{flag} {name} is an adapter: give a model that it has been merged into")
-        options |= {"revision": args.revision.get(name), "trust_remote_code": False}  # runs no code of a model's folder
-        model, info = auto_class.from_pretrained(name, **options)
+    no_code = {"trust_remote_code": False}  # of a model's folder
+    model, info = load(args, flag, name, auto_class.from_pretrained, **options, **no_code)
     missing = {*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])}  # drawn at random
     names = f"{', '.join(sorted(missing)[:5])} of {type(model).__name__}"
     require(not missing, f"--{flag} {name} has no weights, of the configuration's shape, for {names}")
     if flag == "policy" and (other := args.tokenizer or TOKENIZERS.get(name)):
         flag, name = "tokenizer", other
-    with loading(flag, name):
-        load = transformers.AutoTokenizer.from_pretrained
-        tokenizer = load(name, revision=args.revision.get(name), trust_remote_code=False)
-        tokens = tokenizer("text", add_special_tokens=False).input_ids  # transformers may make an empty tokenizer up
+    tokenizer = load(args, flag, name, transformers.AutoTokenizer.from_pretrained, **no_code)
+    tokens = tokenizer("text", add_special_tokens=False).input_ids  # transformers may make an empty tokenizer up
     require(tokens, f"--{flag} {name} has no tokenizer{': give one with --tokenizer' * (flag == 'policy')}")
     rows, largest = model.get_input_embeddings().num_embeddings, max(tokenizer.get_vocab().values())
     require(largest < rows, f"--{flag} {name}: tokens up to {largest}, {rows} embeddings: different models")
@@ -712,8 +697,8 @@ def check_policy(args: Args, model: PreTrainedModel, prompt_length: int, toleran
     change when the text goes on, or when it is padded beside a text of the run's full length."""
     length, room = prompt_length + args.response_length, num_positions(model)
     require(length <= room, f"--prompt-length + --response-length are {length} tokens; the policy has {room} positions")
-    has_body, kind = model.base_model is not model, type(model).__name__
-    require(has_body, f"--policy {args.policy}: transformers has no {kind} without its head")
+    kind = type(model).__name__
+    require(model.base_model is not model, f"--policy {args.policy}: transformers has no {kind} without its head")
     p, r, rows = min(prompt_length, 3), min(args.response_length, 4), model.get_input_embeddings().num_embeddings
     text = [3 * (i % 19 + 1) % rows for i in range(max(length, 20))]
     texts = (torch.tensor([text[:n]], device=model.device) for n in (p + r, min(room, 20)))
@@ -736,17 +721,20 @@ def load_rows(args: Args, columns: list[str]) -> tuple[list[dict], list[dict], s
     name, path = args.dataset, Path(args.dataset)
     kind = FILES.get(path.suffix.lower())
     require(kind or not path.is_file(), f"--dataset {name} is no file of a kind that is read: {', '.join(FILES)}")
-    with loading("dataset", name):
+
+    def read(name: str, revision: str | None) -> tuple:
         if path.is_file():
             data = datasets.load_dataset(kind, data_files=name)
         elif any(path.glob("dataset_*.json")):
             data = datasets.load_from_disk(name)
         else:
-            data = datasets.load_dataset(name, revision=args.revision.get(name))
+            data = datasets.load_dataset(name, revision=revision)
         data = data if isinstance(data, datasets.DatasetDict) else {"train": data}
         require("train" in data, f"--dataset {name} has no split train, only {', '.join(data)}")
         train, validation = data["train"], data.get("validation", data.get("valid"))
-        rows = train.to_list() + (validation.to_list() if validation else [])
+        return data, train, validation, train.to_list() + (validation.to_list() if validation else [])
+
+    data, train, validation, rows = load(args, "dataset", name, read)
     why = "; pandas takes CSV cells such as None, null and N/A for missing" if kind == "csv" else ""
     for number, row in enumerate(rows, 1):
         wrong = " and ".join(column for column in columns if not isinstance(row.get(column), str))
@@ -806,14 +794,15 @@ class Run:
             require(error.errno not in LOCKED, f"{self.folder} is being trained by another process")
         if new:
             os.write(file, json.dumps({"script": SCRIPT, "args": asdict(args)}, indent=2).encode())
-        resume = [*sys.orig_argv[: len(sys.orig_argv) - len(sys.argv) + 1], "--resume", args.run_dir]
-        say(f"run directory {args.run_dir}; should it stop, go on with: {shlex.join(resume)}")
+        resume = shlex.join([sys.executable, __file__, "--resume", args.run_dir])
+        say(f"run directory {args.run_dir}; should it stop, go on with: {resume}")
 
     def stop(self, number: int, _) -> None:
         """Ctrl-C or SIGTERM: the update ends with a checkpoint; a second one kills."""
         self.signals.append(number)
         signal.signal(number, signal.SIG_DFL)
-        say("stopping when this update has ended and is saved; once more stops at once", sys.stderr)
+        if RANK == 0:
+            say("stopping when this update has ended and is saved; once more stops at once", sys.stderr)
 
     def log(self, update: int, metrics: dict[str, float], samples: list[str] | None = None) -> None:
         """Log {tag: value}, any tags, as the row of an update, or as more of it where it is there."""
@@ -872,7 +861,7 @@ class Run:
         result |= {"num_processes_from": self.num_processes_from, "wall_seconds": time.monotonic() - self.start_time}
         result |= {"device": torch.cuda.get_device_name() if on_gpu else "cpu", "commit": self.commit}
         result["hub_commits"] = self.learner.hub_commits
-        versions = {d.name: d.version for d in metadata.distributions() if d.name in PACKAGES}
+        versions = {name: sys.modules[name].__version__ for name in PACKAGES if name in sys.modules}
         result["versions"] = versions | {"python": sys.version.split()[0]}
         (self.folder / "eval_samples.jsonl").write_text("".join(json.dumps(sample) + "\n" for sample in samples))
         (temporary := self.folder / "result.json.tmp").write_text(json.dumps(result, indent=2) + "\n")
@@ -882,8 +871,9 @@ class Run:
 
 
 def main() -> None:
-    std = sys.stdin, sys.stdout, sys.stderr  # reopen closed ones: the next file would get descriptor 0, 1 or 2
-    sys.stdin, sys.stdout, sys.stderr = (file or open(os.devnull, "w") for file in std)  # noqa: SIM115
+    for name in ("stdin", "stdout", "stderr"):  # reopen closed ones: no file of the run may get descriptor 0, 1 or 2
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
     for library in (transformers.utils, huggingface_hub.utils, datasets):
         library.logging.set_verbosity(library.logging.CRITICAL)  # errors come as exceptions

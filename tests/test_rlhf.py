@@ -38,6 +38,8 @@ IMDB, TLDR = (param.values[0] for param in import_scripts("sppo_rlhf_*.py"))
 examples = settings(deadline=None, derandomize=True, max_examples=50)
 assert_close = partial(torch.testing.assert_close, rtol=1e-5, atol=1e-5)
 both = pytest.mark.parametrize("script", import_scripts("sppo_rlhf_*.py"))
+# For what is the same text in both (test_siblings.py).
+either = pytest.mark.parametrize("script", import_scripts("sppo_rlhf_*.py")[:1])
 
 
 @pytest.fixture
@@ -237,7 +239,7 @@ def test_what_stands_in_the_padding_changes_nothing(script, scrambled):
         assert_close(actual[i][mask], expected[i][mask], rtol=0, atol=1e-6)
 
 
-@both
+@either
 def test_a_model_that_gives_the_logits_of_all_tokens_whatever_it_is_asked_for_is_as_good(script, assets):
     lm = AutoModelForCausalLM.from_pretrained(assets / "gpt2").eval()
     tokens, attention_mask, mask = script.pad(PROMPTS, RESPONSES, torch.device("cpu"))
@@ -250,7 +252,7 @@ def test_a_model_that_gives_the_logits_of_all_tokens_whatever_it_is_asked_for_is
     assert_close(actual[mask], expected[mask])
 
 
-@both
+@either
 @pytest.mark.parametrize("model", ["gpt2", "llama"])
 def test_left_padded_prompts_generate_what_each_generates_alone(script, model, assets):
     policy = AutoModelForCausalLM.from_pretrained(assets / model).eval()
@@ -262,7 +264,7 @@ def test_left_padded_prompts_generate_what_each_generates_alone(script, model, a
     assert len({tuple(response) for response in alone}) == 3
 
 
-@both
+@either
 @pytest.mark.parametrize("min_length", [0, 3])
 def test_responses_end_with_the_first_end_token_and_only_there(script, make_learner, min_length):
     learner, args = make_learner(script, top_k=4, response_length=7, min_response_length=min_length)
@@ -283,7 +285,7 @@ def test_responses_end_with_the_first_end_token_and_only_there(script, make_lear
     assert min_length < min(map(len, responses)) <= min_length + 2
 
 
-@both
+@either
 def test_sampling_is_among_top_k_and_log_probabilities_are_of_the_full_softmax(script, scrambled):
     learner, args = scrambled(script, top_k=2, num_trajectories=24)
     torch.manual_seed(0)
@@ -298,7 +300,7 @@ def test_sampling_is_among_top_k_and_log_probabilities_are_of_the_full_softmax(s
             assert_close(logprob[: len(response)], full)
 
 
-@both
+@either
 def test_top_k_0_samples_among_all_tokens(script, make_learner):
     learner, _ = make_learner(script, top_k=0)
     policy = policy_of(learner)
@@ -341,7 +343,7 @@ def test_no_module_is_ever_in_training_mode(script, make_learner):
 # Rewards
 
 
-@both
+@either
 def test_token_rewards_by_hand(script):
     logprob = torch.tensor([[-1.0, -2.0, -3.0], [-1.0, -1.0, 9.0], [-4.0, 9.0, 9.0]])
     reference = torch.tensor([[-1.5, -1.0, -3.0], [-3.0, -1.0, 7.0], [-2.0, 7.0, 7.0]])
@@ -350,7 +352,7 @@ def test_token_rewards_by_hand(script):
     assert_close(rewards, torch.tensor([[-0.05, 0.1, 10.0], [-0.2, 20.0, 0.0], [30.2, 0.0, 0.0]]))
 
 
-@both
+@either
 def test_score_is_on_the_last_real_token_also_of_an_empty_response_and_one_cut_off(script, scrambled, monkeypatch):
     learner, args = scrambled(script, gamma=1.0, gae_lambda=1.0, kl_coef=0.0)
     responses = [[30, 31, 0], [0], [40, 41, 42, 43, 44, 45], [50, 0]]
@@ -376,7 +378,7 @@ def test_score_is_on_the_last_real_token_also_of_an_empty_response_and_one_cut_o
     assert metrics["val/response_length"] == 3 and metrics["val/eos_rate"] == 0.75
 
 
-@both
+@either
 def test_empty_response_teaches(script, scrambled, monkeypatch):
     """A minibatch of nothing but immediate end tokens has a gradient that raises or lowers their probability."""
     learner, args = scrambled(script, norm_adv=False, vf_coef=0.0)
@@ -394,7 +396,7 @@ def test_empty_response_teaches(script, scrambled, monkeypatch):
         assert sign * (after - before) > 1e-3
 
 
-@both
+@either
 def test_metrics_of_a_rollout_are_means_over_trajectories(script, scrambled):
     learner, args = scrambled(script, num_trajectories=8, kl_coef=0.3)
     rollout, metrics, samples = script.rollout(learner, learner.rows[:8], args)
@@ -418,7 +420,7 @@ def test_metrics_of_a_rollout_are_means_over_trajectories(script, scrambled):
     assert metrics["losses/explained_variance"] == pytest.approx(explained, rel=1e-4)
 
 
-@both
+@either
 def test_kl_charge_pulls_the_policy_back_to_the_reference(script, scrambled, monkeypatch):
     """With no score at all the exact KL divergence of the next token at the visited states falls."""
     changes = {"norm_adv": False, "vf_coef": 0.0, "kl_coef": 1.0, "gamma": 0.0, "top_k": 0, "learning_rate": 5e-3}
@@ -457,7 +459,7 @@ def ragged(draw):
     return mask, torch.randn(4, len(lengths), 6, generator=torch.Generator().manual_seed(seed)).double()
 
 
-@both
+@either
 @given(data=ragged(), gamma=st.sampled_from([1.0, 0.99, 0.5]), lam=st.sampled_from([0.0, 0.95, 1.0]))
 @examples
 def test_gae_is_the_sum_of_discounted_td_errors_up_to_the_last_real_token(script, data, gamma, lam):
@@ -473,7 +475,7 @@ def test_gae_is_the_sum_of_discounted_td_errors_up_to_the_last_real_token(script
         assert not advantages[i, length:].any() and not returns[i, length:].any()
 
 
-@both
+@either
 @given(data=ragged())
 @examples
 def test_normalize_is_numpys_over_real_tokens_and_0_elsewhere(script, data):
@@ -485,7 +487,7 @@ def test_normalize_is_numpys_over_real_tokens_and_0_elsewhere(script, data):
     assert not actual[~mask].any()
 
 
-@both
+@either
 @given(data=ragged(), clip_coef=st.sampled_from([0.1, 0.2, 1.0]))
 @examples
 def test_value_loss_is_half_the_mean_of_the_larger_squared_error(script, data, clip_coef):
@@ -498,7 +500,7 @@ def test_value_loss_is_half_the_mean_of_the_larger_squared_error(script, data, c
     assert actual.item() == pytest.approx(np.mean(losses), rel=1e-9)
 
 
-@both
+@either
 def test_value_loss_by_hand(script):
     values, old_values = torch.tensor([[1.0, 1.0, 3.0]]), torch.tensor([[0.5, 0.5, 9.0]])
     values.requires_grad_()
@@ -560,10 +562,11 @@ UPDATES = {
 }
 
 
-@both
-@pytest.mark.parametrize("changes", UPDATES.values(), ids=UPDATES)
-def test_gradients_of_a_minibatch_are_those_of_unpadded_sequences_and_the_papers_formulas(script, scrambled, changes):
-    learner, args = scrambled(script, **changes)
+@pytest.mark.parametrize(
+    "script, kind", [*((IMDB, kind) for kind in UPDATES), (TLDR, "strong reverse loss"), (TLDR, "target")]
+)
+def test_gradients_of_a_minibatch_are_those_of_unpadded_sequences_and_the_papers_formulas(script, scrambled, kind):
+    learner, args = scrambled(script, **UPDATES[kind])
     rollout, rows = tiny.fixed_rollout(script, learner, args), [6, 0, 3, 4, 5, 7, 1]
     expected_losses, expected = explicit_update(script, learner, rollout, args, rows)
     losses, actual = backward(script, learner, rollout, args, rows)
@@ -573,8 +576,7 @@ def test_gradients_of_a_minibatch_are_those_of_unpadded_sequences_and_the_papers
     assert (losses["losses/sign_flips"] > 0) == args.norm_adv
 
 
-@both
-@pytest.mark.parametrize("target_coef", [0.0, 0.5])
+@pytest.mark.parametrize("script, target_coef", [(IMDB, 0.0), (IMDB, 0.5), (TLDR, 0.5)])
 def test_micro_batches_have_the_gradient_of_the_whole_batch(script, scrambled, target_coef):
     learner, args = scrambled(script, target_coef=target_coef)
     rollout = tiny.fixed_rollout(script, learner, args)
@@ -585,7 +587,7 @@ def test_micro_batches_have_the_gradient_of_the_whole_batch(script, scrambled, t
         assert losses == pytest.approx(expected_losses, rel=1e-4, abs=1e-6)
 
 
-@both
+@either
 def test_batches_of_a_rollout_have_the_results_of_the_whole_batch_and_like_lengths(script, scrambled, monkeypatch):
     learner, args = scrambled(script)
     answers = tiny.responses(8, args.response_length, learner.tokenizer.vocab_size)
@@ -667,9 +669,8 @@ def test_rollout_of_tldr_charges_the_kl_against_the_base(scrambled, assets, monk
     assert_close(seen["ref"][rollout.mask], expected[mask])
 
 
-@families
-def test_policy_and_value_adapters_of_tldr_do_not_touch_each_other(scrambled, assets, family):
-    learner, _ = scrambled(TLDR, **tiny.family(family, assets))
+def test_policy_and_value_adapters_of_tldr_do_not_touch_each_other(scrambled):
+    learner, _ = scrambled(TLDR)
     tokens, attention, mask = TLDR.pad(PROMPTS, RESPONSES, learner.device)
 
     def outputs():
@@ -719,7 +720,7 @@ def test_rollout_scores_what_the_policy_saw_and_discounts_as_told(script, make_l
             assert row["prompt"].startswith(decode(prompt[:4])) and row["prompt"].split("TL;DR:")[0] not in text
 
 
-@both
+@either
 def test_updates_have_prompts_of_their_own_and_gradients_that_are_clipped_together(
     script, make_learner, monkeypatch, tmp_path
 ):
@@ -804,13 +805,13 @@ def test_classifier_on_pythia_gives_its_logit_on_the_end_token(make_learner, ass
     assert rewards(learner, texts) == pytest.approx(expected, abs=1e-5) and np.std(expected) > 0.01
 
 
-@both
+@either
 @pytest.mark.parametrize("family", ["gpt2", "bloom"])
 def test_classifiers_that_name_no_token_to_pad_with(script, assets, make_learner, tmp_path, family):
     """GPT-2 takes several texts only if its configuration has one; Bloom has no limit of positions."""
     tokenizer = AutoTokenizer.from_pretrained(assets / "gpt2")
     assert tokenizer.pad_token is None
-    labels = ["POSITIVE", "NEGATIVE"] if script is IMDB else ["reward"]
+    labels = ["POSITIVE", "NEGATIVE"]
     names = {"id2label": dict(enumerate(labels)), "label2id": {label: i for i, label in enumerate(labels)}}
     if family == "gpt2":
         config = GPT2Config(vocab_size=len(tokenizer), n_positions=64, n_embd=16, n_layer=1, n_head=2, **names)
@@ -965,7 +966,7 @@ def brute_force_perplexity(model, tokens, stride):
     return math.exp(np.mean(losses))
 
 
-@both
+@either
 def test_perplexity_is_that_of_strides_with_as_many_tokens_before_them(script, scrambled):
     learner, _ = scrambled(script)
     policy = policy_of(learner)
@@ -983,20 +984,20 @@ def test_perplexity_is_that_of_strides_with_as_many_tokens_before_them(script, s
         assert script.perplexity(learner, policy, texts) == pytest.approx(expected, rel=1e-5)
 
 
-@both
-@pytest.mark.parametrize("room, context", [(1024, 512), (1100, 588), (2048, 1536), (8192, 1536)])
-def test_context_of_perplexity_is_positions_minus_stride_up_to_gpt_js(script, make_learner, monkeypatch, room, context):
+@either
+def test_context_of_perplexity_is_positions_minus_stride_up_to_gpt_js(script, make_learner, monkeypatch):
     learner, _ = make_learner(script)
-    windows, policy = [], policy_of(learner)
-    monkeypatch.setattr(policy.config, "n_positions" if script is IMDB else "max_position_embeddings", room)
-    logprobs = torch.zeros(1, 512)
+    windows, policy, logprobs = [], policy_of(learner), torch.zeros(1, 512)
     monkeypatch.setattr(script, "response_logprobs", lambda lm, x, mask, n: windows.append((x.shape[1], n)) or logprobs)
-    script.perplexity(learner, policy, ["x" * 4097])
-    starts = range(0, 4096, 512)
-    assert windows == [(min(start, context) + 512, 512 - (start == 0)) for start in starts] + [(1 + context, 1)]
+    for room, context in ((1024, 512), (1100, 588), (2048, 1536), (8192, 1536)):
+        windows.clear()
+        policy.config.n_positions = room
+        script.perplexity(learner, policy, ["x" * 4097])
+        starts = range(0, 4096, 512)
+        assert windows == [(min(start, context) + 512, 512 - (start == 0)) for start in starts] + [(1 + context, 1)]
 
 
-@both
+@either
 def test_perplexity_of_a_short_text_is_the_models_own_loss(script, scrambled):
     learner, _ = scrambled(script)
     tokens = torch.tensor([learner.tokenizer("the movie was\n\nfine to watch").input_ids])
@@ -1147,7 +1148,7 @@ def test_targets_have_no_token_that_begins_texts(script, assets):
     assert short == [plain[:3]] and long == [plain + ([tokenizer.eos_token_id] if script is TLDR else [])]
 
 
-@both
+@either
 def test_tokenizer_of_the_policy_may_come_from_elsewhere(script, assets, make_learner, tmp_path, ends_with):
     name = Path(tiny.flags(script.SCRIPT, assets)["policy"]).name
     shutil.copytree(assets / name, tmp_path / "bare", ignore=shutil.ignore_patterns("tokenizer*"))
@@ -1160,7 +1161,7 @@ def test_tokenizer_of_the_policy_may_come_from_elsewhere(script, assets, make_le
     assert script.TOKENIZERS.keys() == {script.Args().policy}
 
 
-@both
+@either
 def test_code_that_comes_with_a_model_is_never_run_nor_asked_about(
     script, assets, make_learner, tmp_path, monkeypatch, ends_with
 ):
@@ -1176,7 +1177,7 @@ def test_code_that_comes_with_a_model_is_never_run_nor_asked_about(
     assert not (tmp_path / "ran").exists()
 
 
-@both
+@either
 def test_continuation_is_what_the_response_adds_to_the_text(script, assets):
     tokenizer = AutoTokenizer.from_pretrained(assets / "gpt2")
     prompt, response = tokenizer("the movie").input_ids, tokenizer(" was fine").input_ids
@@ -1207,7 +1208,7 @@ DATASETS = {
 }
 
 
-@both
+@either
 @pytest.mark.parametrize("kind", DATASETS)
 def test_data_set_with_a_validation_split(script, tmp_path, kind):
     DATASETS[kind](tmp_path / "data")
@@ -1225,7 +1226,7 @@ WITHOUT_VALIDATION = {
 }
 
 
-@both
+@either
 @pytest.mark.parametrize("kind", WITHOUT_VALIDATION)
 def test_data_set_without_a_validation_split_gives_a_fifth_drawn_by_the_seed(script, tmp_path, kind):
     path = tmp_path / "data.jsonl"
@@ -1271,7 +1272,7 @@ BAD_DATASETS = {
 }
 
 
-@both
+@either
 @pytest.mark.parametrize("kind", BAD_DATASETS)
 def test_unusable_data_set_is_refused_by_name(script, tmp_path, ends_with, kind):
     make, words = BAD_DATASETS[kind]

@@ -41,6 +41,8 @@ from transformers import (
 
 IMDB, TLDR = (param.values[0] for param in import_scripts("sppo_rlhf_*.py"))
 both = pytest.mark.parametrize("script", import_scripts("sppo_rlhf_*.py"))
+# For what is the same text in both (test_siblings.py).
+either = pytest.mark.parametrize("script", import_scripts("sppo_rlhf_*.py")[:1])
 
 
 @pytest.fixture
@@ -99,7 +101,7 @@ def test_every_end_token_that_a_model_lists_ends_a_response(script, assets, make
         assert saved.to_dict() == model.generation_config.to_dict()
 
 
-@both
+@either
 def test_no_end_token_is_sampled_before_the_shortest_length(script, assets, make_learner, tmp_path):
     name = Path(tiny.flags(script.SCRIPT, assets)["policy"]).name
     model = AutoModelForCausalLM.from_pretrained(assets / name)
@@ -188,7 +190,7 @@ def test_classifier_whose_outputs_are_no_probabilities_is_refused(
         make_learner(IMDB, reward_model=str(tmp_path))
 
 
-@both
+@either
 def test_reward_model_that_gives_nan_is_named(script, make_learner, ends_with):
     learner, args = make_learner(script)
     learner.reward = lambda prompts, responses, rows: [0.5] * 7 + [float("nan")]
@@ -197,12 +199,12 @@ def test_reward_model_that_gives_nan_is_named(script, make_learner, ends_with):
             function()
 
 
-@both
+@either
 def test_classifier_with_fewer_tokens_than_positions_reads_the_end_of_a_long_text(script, make_learner, tmp_path):
     """RoBERTa counts positions from 2 on; its tokenizer may know of no limit."""
     torch.manual_seed(1)
     tokenizer = tiny.byte_level_tokenizer()
-    labels = ["POSITIVE", "NEGATIVE"] if script is IMDB else ["reward"]
+    labels = ["POSITIVE", "NEGATIVE"]
     names = {"id2label": dict(enumerate(labels)), "label2id": {label: i for i, label in enumerate(labels)}}
     options = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
     config = RobertaConfig(vocab_size=len(tokenizer), max_position_embeddings=66, pad_token_id=1, **options | names)
@@ -212,11 +214,9 @@ def test_classifier_with_fewer_tokens_than_positions_reads_the_end_of_a_long_tex
     tokenizer.save_pretrained(tmp_path)
     learner, _ = make_learner(script, reward_model=str(tmp_path))
     texts = ["the movie was good", "x" * 300 + " the plot"]
-    between = "" if script is IMDB else " "
-    tokens = [tokenizer(text + between + "fine").input_ids[-64:] for text in texts]
+    tokens = [tokenizer(text + "fine").input_ids[-64:] for text in texts]
     with torch.no_grad():
-        logits = torch.cat([model(torch.tensor([t])).logits for t in tokens])
-    expected = logits.softmax(-1)[:, 0] if script is IMDB else logits[:, 0]
+        expected = torch.cat([model(torch.tensor([t])).logits for t in tokens]).softmax(-1)[:, 0]
     assert learner.reward(texts, ["fine"] * 2, [{}] * 2) == pytest.approx(expected.tolist(), abs=1e-5)
 
 
@@ -349,7 +349,7 @@ PADDING_MATTERS = {
 }
 
 
-@both
+@either
 @pytest.mark.parametrize("kind", PADDING_MATTERS)
 def test_policy_whose_numbers_padding_changes_is_refused_by_name(
     script, assets, make_learner, tmp_path, ends_with, kind
@@ -359,11 +359,9 @@ def test_policy_whose_numbers_padding_changes_is_refused_by_name(
     tiny.randomize(model.named_parameters(), 0.2)
     model.save_pretrained(tmp_path)
     AutoTokenizer.from_pretrained(assets / "gpt2").save_pretrained(tmp_path)
-    changes = {"reward_model": str(assets / "scalar")} if script is TLDR else {}
-    with ends_with(
-        rf"--policy {tmp_path}: (padding or a longer text beside it|what comes after a token) changes its n"
-    ):
-        make_learner(script, policy=str(tmp_path), **changes)
+    change = "(padding or a longer text beside it|what comes after a token)"
+    with ends_with(rf"--policy {tmp_path}: {change} changes its numbers by \d"):
+        make_learner(script, policy=str(tmp_path))
 
 
 SMALL = {"vocab_size": 320, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2}
@@ -387,13 +385,12 @@ def save_policy(config, assets, folder, tokenizer="gpt2"):
     return folder
 
 
-@both
+@either
 @pytest.mark.parametrize("kind", SEE_WHAT_COMES)
 def test_policy_that_sees_later_tokens_is_refused_by_name(script, assets, make_learner, tmp_path, ends_with, kind):
     policy = save_policy(SEE_WHAT_COMES[kind], assets, tmp_path)
-    changes = {"reward_model": str(assets / "scalar")} if script is TLDR else {}
     with ends_with(rf"--policy {tmp_path}: what comes after a token changes its numbers by \d"):
-        make_learner(script, policy=str(policy), **changes)
+        make_learner(script, policy=str(policy))
 
 
 def long_rope(tokens=32, **changes):
@@ -502,7 +499,7 @@ UNLOADABLE = {
 }
 
 
-@both
+@either
 @pytest.mark.parametrize("kind", UNLOADABLE)
 def test_model_that_cannot_be_loaded_is_refused_in_a_line_that_says_why(
     script, assets, make_learner, tmp_path, ends_with, kind
@@ -514,7 +511,7 @@ def test_model_that_cannot_be_loaded_is_refused_in_a_line_that_says_why(
         make_learner(script, policy=str(folder))
 
 
-@both
+@either
 def test_tokenizer_with_an_id_beyond_the_embeddings_is_refused(script, assets, make_learner, tmp_path, ends_with):
     """However few tokens it has."""
     ids = {tiny.END: 0, "<unk>": 1, "the": 2, "movie": 399}
@@ -526,25 +523,21 @@ def test_tokenizer_with_an_id_beyond_the_embeddings_is_refused(script, assets, m
         make_learner(script, tokenizer=str(folder))
 
 
-@both
+@either
 def test_positions_of_mpt_are_counted(script, assets, make_learner, tmp_path, ends_with):
     config = MptConfig(d_model=32, n_heads=4, n_layers=2, max_seq_len=20, vocab_size=320, expansion_ratio=2)
     save_policy(config, assets, tmp_path)
-    changes = {"policy": str(tmp_path)}
-    changes |= {"reward_model": str(assets / "scalar"), "lora_targets": ("Wqkv",)} if script is TLDR else {}
-    around = 0 if script is IMDB else len(AutoTokenizer.from_pretrained(assets / "gpt2")("\nTL;DR:").input_ids)
-    make_learner(script, **changes, prompt_length=14 - around)
+    make_learner(script, policy=str(tmp_path), prompt_length=14)
     with ends_with("are 21 tokens; the policy has 20 positions"):
-        make_learner(script, **changes, prompt_length=15 - around)
+        make_learner(script, policy=str(tmp_path), prompt_length=15)
 
 
-@both
+@either
 def test_policy_whose_body_transformers_does_not_give_is_refused(script, assets, make_learner, tmp_path, ends_with):
     config = Llama4TextConfig(**SMALL, intermediate_size_mlp=32, head_dim=8, num_local_experts=2)
     save_policy(config, assets, tmp_path)
-    changes = {"reward_model": str(assets / "scalar")} if script is TLDR else {}
     with ends_with("--policy .*transformers has no Llama4ForCausalLM without its head"):
-        make_learner(script, policy=str(tmp_path), **changes)
+        make_learner(script, policy=str(tmp_path))
 
 
 def test_lora_on_embeddings_learns(assets, make_learner):
@@ -606,7 +599,7 @@ FILES = {
 }
 
 
-@both
+@either
 @pytest.mark.parametrize("name", FILES)
 def test_rows_of_a_file_are_read_whatever_its_format(script, tmp_path, name):
     FILES[name](tmp_path / name)
@@ -614,7 +607,7 @@ def test_rows_of_a_file_are_read_whatever_its_format(script, tmp_path, name):
     assert len(train) == 8 and sorted(row["text"] for row in train + validation) == [row["text"] for row in ROWS]
 
 
-@both
+@either
 @pytest.mark.parametrize("name", ["a.tsv", "a.csv.gz", "a.arrow", "a.txt", "a"])
 def test_files_of_other_kinds_are_refused_in_a_line_that_names_those_that_are_read(script, tmp_path, ends_with, name):
     (tmp_path / name).write_text("text\na review\n" * 9)
@@ -622,7 +615,7 @@ def test_files_of_other_kinds_are_refused_in_a_line_that_names_those_that_are_re
         script.load_rows(script.Args(dataset=str(tmp_path / name)), ["text"])
 
 
-@both
+@either
 @pytest.mark.parametrize("cell", ["None", "null", "N/A", ""])
 def test_csv_cells_that_pandas_takes_for_missing_are_named(script, tmp_path, ends_with, cell):
     (tmp_path / "a.csv").write_text("text,label\na review,1\nanother,0\n" + f"{cell},1\n" + "the last,0\n")
@@ -630,7 +623,7 @@ def test_csv_cells_that_pandas_takes_for_missing_are_named(script, tmp_path, end
         script.load_rows(script.Args(dataset=str(tmp_path / "a.csv")), ["text"])
 
 
-@both
+@either
 def test_folder_with_a_loading_script_is_refused_in_a_line_that_says_why(script, tmp_path, ends_with):
     folder = tmp_path / "data"
     folder.mkdir()
@@ -639,7 +632,7 @@ def test_folder_with_a_loading_script_is_refused_in_a_line_that_says_why(script,
         script.load_rows(script.Args(dataset=str(folder)), ["text"])
 
 
-@both
+@either
 @pytest.mark.parametrize("name", ["a.csv", "a.jsonl", "a.json", "folder/train.jsonl"])
 def test_text_that_is_not_utf_8_is_refused_by_that_name(script, tmp_path, ends_with, name):
     path = tmp_path / name
@@ -653,7 +646,7 @@ def test_text_that_is_not_utf_8_is_refused_by_that_name(script, tmp_path, ends_w
         script.load_rows(script.Args(dataset=str(dataset)), ["text"])
 
 
-@both
+@either
 def test_a_split_that_is_not_used_is_named(script, tmp_path, capsys):
     for split in ("train", "test", "unsupervised"):
         tiny.write_jsonl(tmp_path / f"{split}.jsonl", ROWS)

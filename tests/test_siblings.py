@@ -80,6 +80,19 @@ def test_scripts_write_the_same_what_they_call_the_same(one, other):
     assert found <= set(allowed.split())
 
 
+# What one language script alone has. All else is in both: some tests of it run on one (test_rlhf.py: either).
+ALONE = """
+AugAssign ROUGE PROMPT_END encode_inside encode_prompts AdapterReward load_base eval_mode
+Args.bfloat16 Args.base_precision Args.double_quant Args.gradient_checkpointing Args.lora_rank Args.lora_alpha
+Args.lora_targets Args.reward_end Args.instruction
+"""
+
+
+def test_what_one_language_script_alone_has_is_listed():
+    ours, theirs = (parts(ROOT / f"{script}.py").keys() for script in LANGUAGE)
+    assert ours ^ theirs == set(ALONE.split())
+
+
 @pytest.mark.parametrize("table", [ALGORITHM, DOMAIN, LANGUAGE_DOMAIN, TASK])
 def test_what_is_listed_does_differ(table):
     pairs = [differences(*pair) for pair in combinations(SCRIPTS, 2)]
