@@ -426,7 +426,7 @@ def test_findings_of_hand_made_runs(tmp_path):
     assert rows(findings.weight_tests_text(found))[0] == [
         "KL",
         f"{1.25**0.5:.2f}",
-        "-",
+        f"{2 * scipy_stats.norm.sf(scipy_stats.norm.isf(p / 2) / 2**0.5):.2f}",
         "InvertedDoublePendulum, without noise, 1.25",
         f"{p:.2f}",
         "0 of 2",
