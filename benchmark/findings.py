@@ -74,7 +74,7 @@ def weight_tests_text(found: Found) -> str:
             )
             interval = f" [{low:.2f}, {high:.2f}]" if np.isfinite(low) else ""
             row = [TESTED[tag], f"{mean:.2f}{interval}", stats.p_text(stats.stouffer(cells.z)[1])]
-            rows.append([*row, where, stats.p_text(by_holm.min()), f"{(by_holm < 0.05).sum()} of {len(cells)}"])
+            rows.append([*row, where, stats.p_text(np.nanmin(by_holm)), f"{(by_holm < 0.05).sum()} of {len(cells)}"])
     columns = ["DSPPO / DPPO", "Geometric mean [95 %]", "p, all cells", "Clearest cell", "its p, by Holm"]
     return stats.markdown(pd.DataFrame(rows, columns=[*columns, "Cells with p < 0.05 by Holm"])) + "\n"
 
