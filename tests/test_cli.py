@@ -759,7 +759,7 @@ BAD_INPUT = [
     ("--env-id HalfCheeta-v4", "--env-id HalfCheeta-v4: ", "HalfCheetah"),
     ("--env-id Nothing-v0", "--env-id Nothing-v0: "),
     ("--env-id nopackage:Nothing-v0", "--env-id nopackage:Nothing-v0: ", "nopackage"),
-    ("--env-id ../x:Nothing-v0", "'../x' is no module"),
+    ("--env-id ../x:Nothing-v0", "not of the form module:Id-v0"),
     ("--env-id CartPole-v1", "--env-id", "Discrete(2)"),
     ("--env-id ToyInfinite-v0", "--env-id", "finite bounds", "inf"),
     ("--beta -1", "0 <= --beta < inf must hold"),

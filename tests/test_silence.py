@@ -1,5 +1,6 @@
 """What would go wrong in silence or lose a run, in all four control scripts; Python's way to run them."""
 
+import importlib
 import json
 import os
 import shutil
@@ -180,7 +181,7 @@ def test_a_video_that_cannot_be_encoded_costs_no_result(script, call, monkeypatc
     def broken(*args, **kwargs):
         raise OSError("no encoder")
 
-    monkeypatch.setattr(script.import_module("gymnasium.utils.save_video"), "save_video", broken)
+    monkeypatch.setattr(importlib.import_module("gymnasium.utils.save_video"), "save_video", broken)
     code, _, err = call(script, *flags(script, None, "--capture-video", "--eval-episodes", "1"))
     assert code == 0 and "no video of evaluation final: OSError('no encoder')" in err
     assert len(result()["eval_returns"]) == 1

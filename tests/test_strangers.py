@@ -1,5 +1,6 @@
 """What strangers bring: environments, ids, folders, terminals and second processes that the scripts have not seen."""
 
+import importlib
 import json
 import os
 import shlex
@@ -322,7 +323,7 @@ def test_one_environment_of_all_is_rendered_in_its_first_episode(script, tmp_pat
     args = script.Args(env_id="strange_envs:PlainToy-v0", num_seeds=3, capture_video=True, run_dir=str(tmp_path))
     with closing(script.Envs(args, 4)) as envs:
         assert [env.render_mode for env in envs.envs] == ["rgb_array"] + 11 * [None]
-    frames, save_video = [], script.import_module("gymnasium.utils.save_video").save_video
+    frames, save_video = [], importlib.import_module("gymnasium.utils.save_video").save_video
     monkeypatch.setattr(
         gym.utils.save_video, "save_video", lambda x, *a, **k: (frames.extend(x), save_video(x, *a, **k))
     )
