@@ -225,7 +225,9 @@ class Normalizer(nn.Module):
         n = count + np.ones_like(delta).sum(2, keepdims=True).cumsum(1)
         shift = delta.sum(2, keepdims=True).cumsum(1) / n
         new_var = (count * var[:, None] + np.square(delta).sum(2, keepdims=True).cumsum(1)) / n - np.square(shift)
-        mean[:], var[:], count[...] = mean + shift[:, -1], new_var[:, -1], n.max()
+        mean += shift[:, -1]
+        var[:] = new_var[:, -1]
+        count += x.shape[1] * x.shape[2]
         return new_var
 
     def count(self, obs: np.ndarray) -> None:

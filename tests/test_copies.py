@@ -134,8 +134,8 @@ GAUSSIAN = [
     ("actions = agent.logits(obs).argmax(-1).cpu().numpy()", "actions = agent.logits(obs)[..., 0].cpu().numpy()"),
 ]
 STACKED = (
-    "    space, flat = env.observation_space, None\n",
-    "    env = gym.wrappers.FrameStackObservation(env, 8)\n    space, flat = env.observation_space, None\n",
+    "    space = env.observation_space\n",
+    "    env = gym.wrappers.FrameStackObservation(env, 8)\n    space = env.observation_space\n",
 )
 RECURRENT = [
     STACKED,
