@@ -187,7 +187,7 @@ class Envs:
     @torch.enable_grad()
     def step(self, actions: np.ndarray, running: np.ndarray | None = None) -> tuple[np.ndarray, ...]:
         """Take bins (num_agents, num_envs, action_dim); the last array is the observations before any reset.
-        With running, in an evaluation, the other environments take no step, and none resets."""
+        With running, in an evaluation, the other environments take no step, have a reward of 0, and none resets."""
         values = self.bins[actions, np.arange(self.action_dim)].reshape(-1, *self.action_space.shape)
         obs, final_obs = np.zeros((2, *self.shape, self.obs_dim))
         reward, terminated, truncated = np.zeros((3, *self.shape, 1))  # (..., 1) takes a number in any form
@@ -479,7 +479,7 @@ def evaluate(args: Args, agent: Agent, normalizer: Normalizer, step: int | None 
             obs = torch.from_numpy(normalizer.obs(raw_obs)).to(args.device)
             actions = agent.logits(obs).argmax(-1).cpu().numpy()
             raw_obs, reward, terminated, truncated, _ = envs.step(actions, running)
-            returns += np.where(running, reward, 0)
+            returns += reward
             running &= ~(terminated | truncated)
             steps += 1
             if time.monotonic() - last_shown > SHOW_EVERY:

@@ -59,10 +59,10 @@ def test_a_shape_that_changes_later_ends_the_run(script, call):
 @continuous
 def test_global_generators_are_those_of_the_seed_in_training_and_evaluation(script, call, capsys):
     models, returns = [], []
-    for seed, others in ((1, []), (1, ["--eval-every", 64]), (2, [])):
+    for seed, others in ((1, []), (1, ["--eval-every", "64"]), (2, [])):
         for noise in (np.random, torch, strange_envs.random):
             noise.seed()  # what the process did before
-        short = flags(script, "GlobalDraws", "--seed", seed, "--total-timesteps", 128)  # two rollouts
+        short = flags(script, "GlobalDraws", "--seed", seed, "--total-timesteps", "128")  # two rollouts
         assert call(script, *short, *others)[0] == 0
         models.append(load_file("run/model.safetensors"))
         returns.append(result()["eval_returns"])
@@ -112,7 +112,7 @@ def test_versions_are_those_of_what_was_imported(script, call, monkeypatch, tmp_
     for name, text in (("numpy", b"Name: numpy\nVersion: 0.1\n"), ("torch", b"Name: torch\nAuthor: J\xf6rg\n")):
         (folder / f"{name}-0.1.dist-info").mkdir()
         (folder / f"{name}-0.1.dist-info/METADATA").write_bytes(text)
-    monkeypatch.setattr(sys, "path", [*sys.path, str(folder)])
+    monkeypatch.setattr(sys, "path", [str(folder), *sys.path, str(folder)])
     assert call(script, *flags(script))[0] == 0
     versions = result()["versions"]
     assert versions["numpy"] == np.__version__ and versions["torch"] == torch.__version__
