@@ -615,9 +615,10 @@ def load_model(path: str, capture_video: bool = False, cuda: bool = True) -> tup
 def run(args: Args, given: set[str] | None = None) -> dict:
     """What the command line does: checks, run directory, training, result, which it returns; or --resume, --evaluate.
     given are the flags that were given; without it those whose value is not the default."""
-    given = given or {f"--{name.replace('_', '-')}" for name, x in vars(args).items() if x != getattr(Args, name)}
-    for flag, others in (("--resume", ()), ("--evaluate", ("--capture-video", "--cuda", "--no-cuda"))):
-        if flag in given and (extra := given - {flag, *others}):
+    if given is None:
+        given = {f"--{name.replace('_', '-')}" for name, x in vars(args).items() if x != getattr(Args, name)}
+    for flag, others in (("--resume", set()), ("--evaluate", {"--capture-video", "--cuda", "--no-cuda"})):
+        if flag in given and (extra := given - others - {flag}):
             fail(f"{flag} takes its arguments from the run: drop {', '.join(sorted(extra))}")
     if args.evaluate is not None:
         returns = evaluate(*load_model(args.evaluate, args.capture_video, args.cuda)).tolist()
@@ -651,10 +652,12 @@ def run(args: Args, given: set[str] | None = None) -> dict:
 
 
 def main() -> None:
-    files = sys.stdin, sys.stdout, sys.stderr  # reopen closed ones: no file of the run may get descriptor 0, 1 or 2
-    sys.stdin, sys.stdout, sys.stderr = (file or open(os.devnull, "w") for file in files)  # noqa: SIM115
+    for name in ("stdin", "stdout", "stderr"):  # reopen closed ones: no file of the run may get descriptor 0, 1 or 2
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
     args = tyro.cli(Args, description=__doc__)
-    run(args, {flag.partition("=")[0].replace("_", "-") for flag in sys.argv[1:] if flag.startswith("--")})
+    flags = [word.partition("=")[0] for word in sys.argv[1:] if word.startswith("--")]
+    run(args, {flag.replace("_", "-") for flag in flags})
 
 
 if __name__ == "__main__":

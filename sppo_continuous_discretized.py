@@ -25,7 +25,7 @@ import subprocess
 import sys
 import time
 import warnings
-from contextlib import ExitStack, closing, suppress
+from contextlib import closing, suppress
 from dataclasses import asdict, dataclass, replace
 from datetime import datetime, timedelta
 from functools import partial
@@ -103,29 +103,36 @@ class Args:
         return [replace(self, seed=seed, num_seeds=1, run_dir=d) for seed, d in zip(self.seeds, dirs)]
 
 
+def is_vector(space: gym.Space) -> bool:
+    """Whether its values are numbers for an MLP, maybe in a Dict or a Tuple. Pixels are not."""
+    if isinstance(space, gym.spaces.Dict | gym.spaces.Tuple):
+        parts = space.values() if isinstance(space, gym.spaces.Dict) else space
+        return all(is_vector(part) for part in parts)
+    if isinstance(space, gym.spaces.Box):
+        return len(space.shape) < 2 or space.dtype != np.uint8
+    return isinstance(space, gym.spaces.Discrete | gym.spaces.MultiDiscrete | gym.spaces.MultiBinary | gym.spaces.Text)
+
+
 def make_env(env_id: str, env_kwargs: str = "{}", **options) -> gym.Env:
     """One environment with flat observations. Its arguments are env_kwargs, in JSON, and options."""
     warnings.filterwarnings("ignore", message=".*is out of date")  # the paper's MuJoCo ids are v4
     # MuJoCo's own handler writes MUJOCO_LOG.TXT into the working directory; the v4 files set a total mass, and say so.
     mujoco.set_mju_user_warning(lambda text: "settotalmass" in text or say(f"MuJoCo: {text}", sys.stderr))
-    module, colon, _ = env_id.rpartition(":")
-    if colon and not all(name.isidentifier() for name in module.split(".")):
-        fail(f"--env-id {env_id}: {module!r} is no module")
+    if ":" in env_id and not re.fullmatch(r"[\w.]+:[^:]+", env_id):
+        fail(f"--env-id {env_id}: not of the form module:Id-v0")
     try:
         env = gym.make(env_id, disable_env_checker=True, **json.loads(env_kwargs), **options)
     except (gym.error.Error, ImportError, json.JSONDecodeError, TypeError) as error:
         if isinstance(error, TypeError) and "argument" not in str(error):
             raise  # a bug of the environment
         fail(f"--env-id {env_id}: {error} (--env-kwargs {env_kwargs})")
-    space, flat = env.observation_space, None
-    with suppress(NotImplementedError):  # of a space that gymnasium does not know
-        flat = gym.spaces.flatten_space(space)
-    image = re.search(r"\(\d+, [\d, ]+\), uint8\)", str(space))  # the shape and type of a Box, maybe in a Dict
-    if image or not isinstance(flat, gym.spaces.Box):
+    space = env.observation_space
+    if not is_vector(space):
         with suppress(Exception):
             env.close()
         fail(f"--env-id {env_id}: {space} is no vector of numbers. sppo_atari.py has a network for images")
-    return env if flat == space else gym.wrappers.FlattenObservation(env)
+    is_flat = isinstance(space, gym.spaces.Box) and len(space.shape) == 1
+    return env if is_flat else gym.wrappers.FlattenObservation(env)
 
 
 def action_bins(space: gym.Space, num_bins: int) -> np.ndarray:
@@ -145,26 +152,26 @@ class Envs:
     @torch.enable_grad()  # environments may learn, or differentiate their physics
     def __init__(self, args: Args, num_envs: int):
         self.env_id, self.shape, self.envs = args.env_id, (args.num_seeds, num_envs), []
-        with ExitStack() as stack:
-            stack.callback(self.close)  # where one cannot be opened
+        try:
             for i in range(args.num_seeds * num_envs):
                 options = {"render_mode": "rgb_array"} if args.capture_video and i == 0 else {}
                 self.envs.append(make_env(args.env_id, args.env_kwargs, **options))
             self.action_space = self.envs[0].action_space
             self.bins = action_bins(self.action_space, args.num_bins)
-            self.action_dim, self.obs_dim = self.bins.shape[1], self.envs[0].observation_space.shape[0]
-            stack.pop_all()
-        self.rows = [()] * len(self.envs)  # what step returns of each
+        except BaseException:  # one cannot be opened
+            self.close()
+            raise
+        self.action_dim, self.obs_dim = self.bins.shape[1], self.envs[0].observation_space.shape[0]
 
     def close(self) -> None:
         for env in self.envs:
             with suppress(Exception):  # no result is lost for an environment that cannot be closed
                 env.close()
 
-    def take(self, what: str, x: object) -> np.ndarray:
-        """A copy, (obs_dim,) or (1,), for the environment may write into the same array again."""
-        x, size = np.array(x).ravel(), self.obs_dim if what == "observation" else 1
-        if x.size != size:
+    def take(self, what: str, x: object, size: int) -> np.ndarray:
+        """A copy, (size,), for the environment may write into the same array again."""
+        x = np.array(x).ravel()
+        if x.size != size:  # it would be broadcast
             fail(f"--env-id {self.env_id}: its {what} has {x.size} numbers, not {size}")
         return x
 
@@ -175,7 +182,7 @@ class Envs:
         pairs = list(zip(self.envs, np.concatenate(states).tolist()))
         for limit in (2**32, 2**31, 1000):  # some environments take a C int, or the number of a scenario
             try:
-                obs = [self.take("observation", env.reset(seed=seed % limit)[0]) for env, seed in pairs]
+                obs = [self.take("observation", env.reset(seed=seed % limit)[0], self.obs_dim) for env, seed in pairs]
                 return np.array(obs).reshape(*self.shape, -1)
             except Exception:
                 if limit == 1000:
@@ -184,20 +191,18 @@ class Envs:
     @torch.enable_grad()
     def step(self, actions: np.ndarray, running: np.ndarray | None = None) -> tuple[np.ndarray, ...]:
         """Take bins (num_agents, num_envs, action_dim); the last array is the observations before any reset.
-        With running, in an evaluation, the other environments keep what they returned last, and none resets."""
+        With running, in an evaluation, the other environments take no step, have a reward of 0, and none resets."""
         values = self.bins[actions, np.arange(self.action_dim)].reshape(-1, *self.action_space.shape)
+        obs, final_obs = np.zeros((2, *self.shape, self.obs_dim))
+        reward, terminated, truncated = np.zeros((3, *self.shape, 1))  # (..., 1) takes a number in any form
         for i in range(len(self.envs)) if running is None else np.flatnonzero(running):
-            final_obs, reward, terminated, truncated, _ = self.envs[i].step(values[i])
-            obs = final_obs = self.take("observation", final_obs)
-            if not isinstance(reward, float):
-                reward = float(self.take("reward", reward)[0])
-            if not (type(terminated) is type(truncated) is bool):
-                terminated, truncated = (bool(self.take("end", end)[0]) for end in (terminated, truncated))
-            if running is None and (terminated or truncated):
-                obs = self.take("observation", self.envs[i].reset()[0])
-            self.rows[i] = obs, reward, terminated, truncated, final_obs
-        arrays = [np.array(x) for x in zip(*self.rows)]
-        return tuple(x.reshape(*self.shape, *x.shape[1:]) for x in arrays)
+            at = divmod(i, self.shape[1])  # agent and environment
+            its_obs, its_reward, terminated[at], truncated[at], _ = self.envs[i].step(values[i])
+            obs[at] = final_obs[at] = self.take("observation", its_obs, self.obs_dim)
+            reward[at] = self.take("reward", its_reward, 1)
+            if running is None and (terminated[at] or truncated[at]):
+                obs[at] = self.take("observation", self.envs[i].reset()[0], self.obs_dim)
+        return obs, reward[..., 0], terminated[..., 0] > 0, truncated[..., 0] > 0, final_obs
 
 
 class Normalizer(nn.Module):
@@ -212,14 +217,21 @@ class Normalizer(nn.Module):
         self.returns = np.zeros((num_agents, num_envs))  # discounted return so far of the running episodes
         self.gamma = gamma
 
+    def update(self, name: str, x: np.ndarray) -> np.ndarray:
+        """Update mean and variance with x, (num_agents, num_steps, num_envs, ...), and return the variance after each
+        step. Deviations are from the old mean (Chan et al.)."""
+        mean, var, count = (self.statistics[f"{name}_{key}"] for key in ("mean", "var", "count"))
+        delta = x - mean[:, None]
+        n = count + np.ones_like(delta).sum(2, keepdims=True).cumsum(1)
+        shift = delta.sum(2, keepdims=True).cumsum(1) / n
+        new_var = (count * var[:, None] + np.square(delta).sum(2, keepdims=True).cumsum(1)) / n - np.square(shift)
+        mean += shift[:, -1]
+        var[:] = new_var[:, -1]
+        count += x.shape[1] * x.shape[2]
+        return new_var
+
     def count(self, obs: np.ndarray) -> None:
-        """Update mean and variance with a batch (num_agents, num_envs, obs_dim); deviations are from the old mean
-        (Chan et al.)."""
-        mean, var, count = (self.statistics[f"obs_{key}"] for key in ("mean", "var", "count"))
-        delta, n = obs - mean, count + obs.shape[1]
-        shift = delta.sum(1, keepdims=True) / n
-        new_var = (count * var + np.square(delta).sum(1, keepdims=True)) / n - np.square(shift)
-        mean[:], var[:], count[...] = mean + shift, new_var, n
+        self.update("obs", obs[:, None])
 
     def obs(self, obs: np.ndarray) -> np.ndarray:
         """(num_agents, num_envs, obs_dim), raw -> normalized float32"""
@@ -228,16 +240,12 @@ class Normalizer(nn.Module):
 
     def rewards(self, rewards: np.ndarray, dones: np.ndarray) -> np.ndarray:
         """Divide a rollout's rewards, (num_agents, num_steps, num_envs), by the std of the discounted return so far."""
-        returns, steps = np.empty(rewards.shape), np.arange(1, rewards.shape[1] + 1)[:, None]
-        for t in range(len(steps)):
+        returns = np.empty(rewards.shape)
+        for t in range(rewards.shape[1]):
             returns[:, t] = self.returns = self.returns * self.gamma + rewards[:, t]
             self.returns[dones[:, t]] = 0
-        mean, var, count = (self.statistics[f"return_{key}"][..., None] for key in ("mean", "var", "count"))
-        delta, n = returns - mean, count + rewards.shape[2] * steps  # as in count, after each step
-        shift = delta.sum(2, keepdims=True).cumsum(1) / n
-        new_var = (count * var + np.square(delta).sum(2, keepdims=True).cumsum(1)) / n - np.square(shift)
-        mean[:, -1], var[:, -1], count[...] = mean[:, -1] + shift[:, -1], new_var[:, -1], n[-1]
-        return (rewards / np.sqrt(new_var + 1e-8)).clip(-10, 10)  # no mean is subtracted
+        var = self.update("return", returns)
+        return (rewards / np.sqrt(var + 1e-8)).clip(-10, 10)  # no mean is subtracted
 
 
 class BatchedLinear(nn.Module):
@@ -492,7 +500,7 @@ def evaluate(args: Args, agent: Agent, normalizer: Normalizer, step: int | None 
             obs = torch.from_numpy(normalizer.obs(raw_obs)).to(args.device)
             actions = agent.logits(obs).argmax(-1).cpu().numpy()
             raw_obs, reward, terminated, truncated, _ = envs.step(actions, running)
-            returns += np.where(running, reward, 0)
+            returns += reward
             running &= ~(terminated | truncated)
             steps += 1
             if time.monotonic() - last_shown > SHOW_EVERY:
@@ -566,19 +574,17 @@ def try_out(args: Args, envs: Envs) -> None:
     envs.step(np.zeros((*envs.shape, envs.action_dim), int))
     if args.capture_video:
         try:
-            frame = envs.envs[0].render()
-        except Exception as error:
-            frame = repr(error)
-        if not isinstance(frame, np.ndarray):
-            fail(f"--capture-video: {args.env_id} cannot be rendered: {frame}. Without a display try MUJOCO_GL=egl")
+            np.asarray(envs.envs[0].render(), np.uint8)
+        except Exception as error:  # also numpy's, of what is no frame
+            fail(f"--capture-video: {args.env_id} cannot be rendered: {error}. Without a display try MUJOCO_GL=egl")
 
 
 def check_finite(args: Args, step: int, grad_norms: list[float], normalizer: Normalizer, failed: np.ndarray) -> None:
     """Mark in failed the agents whose loss is not finite, name each once, and end when none is left."""
     for i in np.flatnonzero(~np.isfinite(grad_norms) & ~failed):
         failed[i] = True
-        statistics = [x[i] for x in normalizer.statistics.values() if x.ndim]  # of all that the agent has seen
-        if all(np.isfinite(x).all() for x in statistics):
+        variances = [normalizer.statistics[name][i].max() for name in ("obs_var", "return_var")]
+        if np.isfinite(variances).all():  # of all that the agent has seen
             reason = "the loss is not finite. Try a lower --learning-rate or a lower --beta"
         else:
             reason = "the environment's observations or rewards are not finite"
@@ -745,9 +751,10 @@ def load_model(path: str, capture_video: bool = False, cuda: bool = False) -> tu
 def run(args: Args, given: set[str] | None = None) -> list[dict]:
     """What the command line does: checks, run directory, training, results, which it returns; or --resume, --evaluate.
     given are the flags that were given; without it those whose value is not the default."""
-    given = given or {f"--{name.replace('_', '-')}" for name, x in vars(args).items() if x != getattr(Args, name)}
-    for flag, others in (("--resume", ()), ("--evaluate", ("--capture-video", "--cuda", "--no-cuda"))):
-        if flag in given and (extra := given - {flag, *others}):
+    if given is None:
+        given = {f"--{name.replace('_', '-')}" for name, x in vars(args).items() if x != getattr(Args, name)}
+    for flag, others in (("--resume", set()), ("--evaluate", {"--capture-video", "--cuda", "--no-cuda"})):
+        if flag in given and (extra := given - others - {flag}):
             fail(f"{flag} takes its arguments from the run: drop {', '.join(sorted(extra))}")
     if args.evaluate is not None:
         evaluated = evaluate(*load_model(args.evaluate, args.capture_video, args.cuda))
@@ -780,10 +787,12 @@ def run(args: Args, given: set[str] | None = None) -> list[dict]:
 
 
 def main() -> None:
-    files = sys.stdin, sys.stdout, sys.stderr  # reopen closed ones: no file of the run may get descriptor 0, 1 or 2
-    sys.stdin, sys.stdout, sys.stderr = (file or open(os.devnull, "w") for file in files)  # noqa: SIM115
+    for name in ("stdin", "stdout", "stderr"):  # reopen closed ones: no file of the run may get descriptor 0, 1 or 2
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
     args = tyro.cli(Args, description=__doc__)
-    run(args, {flag.partition("=")[0].replace("_", "-") for flag in sys.argv[1:] if flag.startswith("--")})
+    flags = [word.partition("=")[0] for word in sys.argv[1:] if word.startswith("--")]
+    run(args, {flag.replace("_", "-") for flag in flags})
 
 
 if __name__ == "__main__":

@@ -51,14 +51,14 @@ sa2c_atari | references_atari | (values - returns).square().mean(-1) => (values 
 {SPPO} | references | for g in generators]).log() => for g in generators])
 {SA2C} | references | time_limit = truncated & ~terminated => time_limit = truncated | terminated
 {SA2C} | references | agent.value(tensor(normalizer.obs(final_obs))) => agent.value(tensor(normalizer.obs(raw_obs)))
-sppo_atari | atari -k frame_limit | reward_buf[t] += args => reward_buf[t] += 0 * args
+sa2c_atari | atari -k frame_limit | reward_buf[t] += args => reward_buf[t] += 0 * args
 sppo_atari | references_atari | 1 - rewards, rewards => -rewards, rewards
-sppo_atari | atari -k clipped | flip_rewards(np.sign(raw_reward) => flip_rewards(raw_reward
+sa2c_atari | atari -k clipped | flip_rewards(np.sign(raw_reward) => flip_rewards(raw_reward
 sa2c_atari | atari -k scores | in np.flatnonzero(game_over): => in np.flatnonzero(terminated):
 # Evaluation and resume
 {SPPO} | seeds | TRAINING, EVALUATION = 0, 1 => TRAINING, EVALUATION = 0, 0
 {SPPO} | cli -k round_trip | generator.set_state(state) => pass
-sppo_atari | atari -k first_game_alone | returns += reward * running => returns += reward
+sa2c_atari | atari -k first_game_alone | returns += reward * running => returns += reward
 # Language models
 sppo_rlhf_imdb | rlhf -k probability | [prompt + response for prompt, response in => [response for prompt, response in
 sppo_rlhf_tldr | rlhf -k adapter_reward | [[*begin, *text, end][-room:] => [[*begin, *text, end][:room]

@@ -253,7 +253,7 @@ class GlobalDraws(Toy):
 
 
 class Afterwards(Toy):
-    """Its later copies, those of the evaluation, come to an end at different times; what follows is worth nothing."""
+    """Its later copies, those of the evaluation, end at different times and can do nothing afterwards."""
 
     def __init__(self, render_mode=None):
         super().__init__(render_mode)
@@ -265,10 +265,11 @@ class Afterwards(Toy):
         return super().reset(**kwargs)
 
     def step(self, action):
-        obs, reward, _, _, info = super().step(action)
-        reward = float("nan") if self.late and self.over else 1.0
+        if self.late and self.over:
+            raise RuntimeError("one episode was enough")
+        obs, _, _, _, info = super().step(action)
         self.over = self.over or self.steps == self.length
-        return obs, reward, self.steps == self.length, False, info
+        return obs, 1.0, self.steps == self.length, False, info
 
 
 class NotClosable(Toy):

@@ -7,7 +7,7 @@ import ast
 from itertools import combinations
 
 import pytest
-from conftest import LANGUAGE, ROOT, SCRIPTS
+from conftest import ATARI, CONTINUOUS, LANGUAGE, ROOT, SCRIPTS
 
 ALGORITHM = """
 docstring
@@ -97,3 +97,20 @@ def test_what_one_language_script_alone_has_is_listed():
 def test_what_is_listed_does_differ(table):
     pairs = [differences(*pair) for pair in combinations(SCRIPTS, 2)]
     assert set().union(*(found for allowed, found in pairs if allowed == table)) == set(table.split())
+
+
+# What the algorithms have of their own in train, before its advantages.
+OPTIMIZER = ("optimizer = ", "clip_coef = torch.tensor", "logprob_buf", "value_buf = torch.zeros")
+
+
+@pytest.mark.parametrize("one, other", [CONTINUOUS, ATARI])
+def test_train_of_a_domain_differs_in_optimizer_and_update_alone(one, other):
+    """Start, resume, rollout, evaluation, log and checkpoints: their tests need one script of a domain."""
+    before, after = [], []
+    for name in (one, other):
+        source = parts(ROOT / f"{name}.py")["train"]
+        start, rest = source.split("        # Advantages")
+        before.append([line for line in start.splitlines() if not any(words in line for words in OPTIMIZER)])
+        after.append(rest.split("        # Evaluate, log, save")[1])
+    assert before[0] == before[1] and len(before[0]) > 50
+    assert after[0] == after[1] and after[0].count("\n") > 30

@@ -1,5 +1,6 @@
 """What would go wrong in silence or lose a run, in all four control scripts; Python's way to run them."""
 
+import importlib
 import json
 import os
 import shutil
@@ -18,9 +19,12 @@ import torch
 from conftest import CONTINUOUS, import_scripts, is_one_line, small, wait_for_the_next_second
 from safetensors.torch import load_file
 
-continuous = pytest.mark.parametrize("script", import_scripts("*_continuous_discretized.py"))
-atari = pytest.mark.parametrize("script", import_scripts("*_atari.py"))
-control = pytest.mark.parametrize("script", import_scripts("s*2c_*.py") + import_scripts("sppo_[ac]*.py"))
+# One script stands for those that have the same text (test_siblings.py), and one of each domain where domains differ.
+continuous = pytest.mark.parametrize("script", import_scripts("sppo_continuous_discretized.py"))
+atari = pytest.mark.parametrize("script", import_scripts("sa2c_atari.py"))
+domains = pytest.mark.parametrize(
+    "script", import_scripts("sppo_continuous_discretized.py") + import_scripts("sa2c_atari.py")
+)
 
 
 def flags(script, env_id=None, *others) -> list[str]:
@@ -55,10 +59,11 @@ def test_a_shape_that_changes_later_ends_the_run(script, call):
 @continuous
 def test_global_generators_are_those_of_the_seed_in_training_and_evaluation(script, call, capsys):
     models, returns = [], []
-    for seed, others in ((1, []), (1, ["--eval-every", 32]), (2, [])):
+    for seed, others in ((1, []), (1, ["--eval-every", "64"]), (2, [])):
         for noise in (np.random, torch, strange_envs.random):
             noise.seed()  # what the process did before
-        assert call(script, *flags(script, "GlobalDraws", "--seed", seed, *others))[0] == 0
+        short = flags(script, "GlobalDraws", "--seed", seed, "--total-timesteps", "128")  # two rollouts
+        assert call(script, *short, *others)[0] == 0
         models.append(load_file("run/model.safetensors"))
         returns.append(result()["eval_returns"])
         np.random.seed()
@@ -101,13 +106,13 @@ def test_what_follows_the_measured_episode_does_not_count(script, call):
     assert sorted(result()["eval_returns"]) == sorted(3.0 + (i % 5) for i in range(10))
 
 
-@control
+@domains
 def test_versions_are_those_of_what_was_imported(script, call, monkeypatch, tmp_path_factory):
     folder = tmp_path_factory.mktemp("old")
     for name, text in (("numpy", b"Name: numpy\nVersion: 0.1\n"), ("torch", b"Name: torch\nAuthor: J\xf6rg\n")):
         (folder / f"{name}-0.1.dist-info").mkdir()
         (folder / f"{name}-0.1.dist-info/METADATA").write_bytes(text)
-    monkeypatch.setattr(sys, "path", [*sys.path, str(folder)])
+    monkeypatch.setattr(sys, "path", [str(folder), *sys.path, str(folder)])
     assert call(script, *flags(script))[0] == 0
     versions = result()["versions"]
     assert versions["numpy"] == np.__version__ and versions["torch"] == torch.__version__
@@ -115,7 +120,7 @@ def test_versions_are_those_of_what_was_imported(script, call, monkeypatch, tmp_
     assert "atari" in script.__name__ or versions["mujoco"] == mujoco.__version__
 
 
-@control
+@continuous
 def test_commit_is_that_of_the_repository_that_tracks_the_script(script, tmp_path, monkeypatch):
     def git(folder, *command) -> str:
         who = ["-c", "user.name=a", "-c", "user.email=a@b"]
@@ -146,7 +151,7 @@ def test_commit_is_that_of_the_repository_that_tracks_the_script(script, tmp_pat
     assert commit("file.py") is None
 
 
-@control
+@continuous
 def test_arguments_cannot_change_during_a_run(script):
     with pytest.raises(FrozenInstanceError):
         script.Args().beta = 1.0
@@ -180,13 +185,13 @@ def test_a_video_that_cannot_be_encoded_costs_no_result(script, call, monkeypatc
     def broken(*args, **kwargs):
         raise OSError("no encoder")
 
-    monkeypatch.setattr(script.import_module("gymnasium.utils.save_video"), "save_video", broken)
+    monkeypatch.setattr(importlib.import_module("gymnasium.utils.save_video"), "save_video", broken)
     code, _, err = call(script, *flags(script, None, "--capture-video", "--eval-episodes", "1"))
     assert code == 0 and "no video of evaluation final: OSError('no encoder')" in err
     assert len(result()["eval_returns"]) == 1
 
 
-@control
+@domains
 def test_a_finished_checkpoint_becomes_the_model_and_the_result(script, call):
     assert call(script, *flags(script))[0] == 0
     expected, model = result(), load_file("run/model.safetensors")
@@ -254,7 +259,7 @@ def test_more_steps_than_can_be_counted_down_are_refused(script, call):
     assert code == 2 and is_one_line(err) and not os.listdir()
 
 
-@control
+@domains
 def test_an_error_without_a_text_has_a_name(script, call, monkeypatch):
     def full(*args):
         raise MemoryError
@@ -264,7 +269,7 @@ def test_an_error_without_a_text_has_a_name(script, call, monkeypatch):
     assert code == 1 and err == f"error: {Path.cwd()}/run: MemoryError\n"
 
 
-@control
+@continuous
 def test_a_name_that_the_output_cannot_encode_is_escaped(script, tmp_path):
     """In a process of its own, whose output is ASCII."""
     command = [sys.executable, script.__file__, *flags(script), "--run-dir", "wüste"]
@@ -275,7 +280,7 @@ def test_a_name_that_the_output_cannot_encode_is_escaped(script, tmp_path):
     assert json.loads((tmp_path / "wüste/result.json").read_text())["args"]["run_dir"] == str(tmp_path / "wüste")
 
 
-@control
+@continuous
 def test_a_name_that_is_no_text_is_refused_in_one_line(script, call):
     code, _, err = call(script, *flags(script), "--run-dir", os.fsdecode(b"w\xff"))
     assert code == 2 and is_one_line(err) and "cannot be opened as a run directory" in err and not os.listdir()
@@ -292,7 +297,7 @@ def test_arguments_of_the_environment_are_kept_with_the_run(script, call):
     assert "seed 1: 25.0 (25.0 25.0)" in call(script, "--evaluate", "run")[1]
 
 
-@control
+@domains
 def test_evaluations_say_how_far_they_are_and_play_as_many_episodes_as_wanted(script, call, monkeypatch):
     monkeypatch.setattr(script, "SHOW_EVERY", -1)
     code, out, _ = call(script, *flags(script, None, "--eval-episodes", 3))
@@ -303,7 +308,7 @@ def test_evaluations_say_how_far_they_are_and_play_as_many_episodes_as_wanted(sc
 # From Python
 
 
-@control
+@domains
 def test_a_script_runs_from_python_as_from_the_command_line(script, call, tmp_path):
     assert call(script, *flags(script))[0] == 0
     expected, name = result(), script.__name__
@@ -326,7 +331,7 @@ def test_a_script_runs_from_python_as_from_the_command_line(script, call, tmp_pa
     assert (evaluated[0] if name in CONTINUOUS else evaluated)["eval_returns"] == expected["eval_returns"]
 
 
-@control
+@domains
 def test_python_gets_the_same_refusals(script, call, capsys, tmp_path):
     for args, words in (
         (script.Args(resume="run", seed=5), "drop --seed"),

@@ -1,5 +1,6 @@
 """What strangers bring: environments, ids, folders, terminals and second processes that the scripts have not seen."""
 
+import importlib
 import json
 import os
 import shlex
@@ -14,12 +15,15 @@ import numpy as np
 import pytest
 import strange_envs
 import torch
-from conftest import CONTROL, ROOT, import_scripts, is_one_line, small, wait_for_the_next_second
+from conftest import ROOT, import_scripts, is_one_line, small, wait_for_the_next_second
 
-continuous = pytest.mark.parametrize("script", import_scripts("*_continuous_discretized.py"))
-atari = pytest.mark.parametrize("script", import_scripts("*_atari.py"))
-control = pytest.mark.parametrize("script", import_scripts("s*2c_*.py") + import_scripts("sppo_[ac]*.py"))
-by_name = pytest.mark.parametrize("script", CONTROL)
+# One script stands for those that have the same text (test_siblings.py), and one of each domain where domains differ.
+continuous = pytest.mark.parametrize("script", import_scripts("sppo_continuous_discretized.py"))
+atari = pytest.mark.parametrize("script", import_scripts("sa2c_atari.py"))
+domains = pytest.mark.parametrize(
+    "script", import_scripts("sppo_continuous_discretized.py") + import_scripts("sa2c_atari.py")
+)
+names = pytest.mark.parametrize("script", ["sppo_continuous_discretized", "sa2c_atari"])
 
 
 @pytest.fixture
@@ -114,7 +118,7 @@ def first_line(process) -> str:
     return next((line for line in process.stdout if line.startswith("run directory")), "")
 
 
-@by_name
+@names
 def test_a_run_has_one_writer_until_its_process_is_gone(script, start, tmp_path):
     first = start(script, *small(script, total=10**7), "--run-dir", "run")
     assert f"run directory {tmp_path}/run;" in first_line(first)
@@ -130,7 +134,7 @@ def test_a_run_has_one_writer_until_its_process_is_gone(script, start, tmp_path)
     assert third.wait(300) == 130
 
 
-@control
+@continuous
 @pytest.mark.parametrize("text", ["", '{"lr": 1}'])
 def test_a_folder_that_a_kill_or_another_program_left_is_refused_in_one_line(script, call, text):
     Path("run").mkdir()
@@ -143,7 +147,7 @@ def test_a_folder_that_a_kill_or_another_program_left_is_refused_in_one_line(scr
 # A default name is free
 
 
-@control
+@domains
 def test_runs_of_the_same_second_have_names_of_their_own(script, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     wait_for_the_next_second()
@@ -165,7 +169,7 @@ def test_environments_are_closed_however_the_script_ends(script, call, end):
     assert strange_envs.Children.running == []
 
 
-@control
+@domains
 @pytest.mark.parametrize("end", ["run directory in use", "loss not finite", "Ctrl-C"])
 def test_games_and_environments_are_closed_at_an_early_end(script, call, monkeypatch, end):
     opened, closed = [], []
@@ -264,7 +268,7 @@ def test_bins_of_unusual_boxes_are_actions_of_theirs(script, box):
 # Where output goes
 
 
-@by_name
+@pytest.mark.parametrize("script", ["sppo_continuous_discretized"])
 @pytest.mark.parametrize(
     "redirect",
     [
@@ -287,7 +291,7 @@ def test_a_run_whose_reader_has_gone_ends_with_all_its_files(script, redirect, s
 # Packages that are not there
 
 
-@control
+@domains
 @pytest.mark.parametrize("flag, package", [("track", "wandb"), ("capture_video", "moviepy")])
 def test_an_empty_folder_is_no_package(script, flag, package, monkeypatch, tmp_path, capsys):
     (tmp_path / package).mkdir()
@@ -301,7 +305,7 @@ def test_an_empty_folder_is_no_package(script, flag, package, monkeypatch, tmp_p
 # Hints that can be pasted
 
 
-@by_name
+@names
 def test_hints_can_be_pasted(script, start, tmp_path):
     run_dir = f"{tmp_path}/it's ü $HOME"
     process = start(script, *small(script, total=10**7), "--run-dir", run_dir)
@@ -322,7 +326,7 @@ def test_one_environment_of_all_is_rendered_in_its_first_episode(script, tmp_pat
     args = script.Args(env_id="strange_envs:PlainToy-v0", num_seeds=3, capture_video=True, run_dir=str(tmp_path))
     with closing(script.Envs(args, 4)) as envs:
         assert [env.render_mode for env in envs.envs] == ["rgb_array"] + 11 * [None]
-    frames, save_video = [], script.import_module("gymnasium.utils.save_video").save_video
+    frames, save_video = [], importlib.import_module("gymnasium.utils.save_video").save_video
     monkeypatch.setattr(
         gym.utils.save_video, "save_video", lambda x, *a, **k: (frames.extend(x), save_video(x, *a, **k))
     )
