@@ -38,7 +38,7 @@ def weight_in_training(cells: pd.DataFrame) -> pd.DataFrame:
             rows.append([x.environment, x.noise, x.n, tag, other / own, error, own, se, z, p])
     columns = ["environment", "noise", "n", "tag", "ratio", "error", "own", "se", "z", "p"]
     found = pd.DataFrame(rows, columns=columns)
-    return found[found.groupby(["environment", "noise"]).ratio.transform(lambda x: x.notna().all())]
+    return found.groupby(["environment", "noise"], sort=False).filter(lambda cell: cell.ratio.notna().all())
 
 
 def weight_text(found: Found) -> str:
@@ -75,6 +75,8 @@ def weight_tests_text(found: Found) -> str:
             interval = f" [{low:.2f}, {high:.2f}]" if np.isfinite(low) else ""
             row = [TESTED[tag], f"{mean:.2f}{interval}", stats.p_text(stats.stouffer(cells.z)[1])]
             rows.append([*row, where, stats.p_text(np.nanmin(by_holm)), f"{(by_holm < 0.05).sum()} of {len(cells)}"])
+    if not rows:
+        return ""
     columns = ["DSPPO / DPPO", "Geometric mean [95 %]", "p, all cells", "Clearest cell", "its p, by Holm"]
     return stats.markdown(pd.DataFrame(rows, columns=[*columns, "Cells with p < 0.05 by Holm"])) + "\n"
 
