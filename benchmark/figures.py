@@ -116,13 +116,24 @@ def curves(path: Path, runs: pd.DataFrame, tag: str, y_label: str, scale: float)
     return figure(path, panels, unit, 5 if len(panels) > 9 else 4 if len(panels) > 6 else 3)
 
 
-def figures_text(out: Path, runs: pd.DataFrame) -> str:
+def side_by_side(path: Path, groups: pd.DataFrame) -> bool:
+    """Return, entropy and value loss of arms that differ in algorithm or settings alone."""
+    arms = lines(groups.assign(paper_steps=groups.steps, noise="none"), {})
+    tags = {RETURN: "training return", "losses/entropy": "entropy", "losses/value_loss": "value loss"}
+    return figure(path, [(title, "", tag, 1, arms) for tag, title in tags.items()])
+
+
+def figures_text(out: Path, runs: pd.DataFrame, arms: pd.DataFrame) -> str:
     """The report's section, and its figures into out."""
     text = [
         "## Figures\n\nMean over seeds, averaged over each hundredth of the run; the band is the standard error. Where "
         "settings are not the paper's, the legend names those in which the lines of a panel differ. Dashed: noise. "
         "Thin: controls.\n"
     ]
+    for (environment, noise, steps), groups in arms.groupby(["environment", "noise", "steps"]):
+        name = f"arms_{plain(environment).lower()}_{steps}{'' if noise == 'none' else '_noise'}.png"
+        if side_by_side(out / name, groups):
+            text.append(f"{plain(environment)}, {steps:,} steps, noise {noise}.\n\n![Arms]({name})\n")
     for file, tag, y_label, scale, caption in TAGS:
         for (kind, title), (family, domain) in product(KINDS.items(), DOMAINS.items()):
             some = runs[(runs.kind == kind) & (runs.family == family)]

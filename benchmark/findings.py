@@ -225,12 +225,15 @@ def normalization_text(found: Found) -> str:
     return stats.markdown(pd.DataFrame(rows, columns=header)) + "\n" if rows else ""
 
 
-def arms_text(found: Found) -> str:
+def arms(runs: pd.DataFrame) -> pd.DataFrame:
     """Atari runs that are not the paper's and differ in algorithm or settings alone, where there are three or more."""
-    groups = other_groups(found.runs)
-    groups = groups[groups.family.str.startswith("atari")]
-    alike = groups.groupby(["family", "environment", "noise", "steps"]).n.transform("size")
-    return settings_table(groups[alike > 2]) + "\n" if (alike > 2).any() else ""
+    groups = other_groups(runs[runs.family.str.startswith("atari")])
+    return groups[groups.groupby(["family", "environment", "noise", "steps"]).n.transform("size") > 2]
+
+
+def arms_text(found: Found) -> str:
+    groups = arms(found.runs)
+    return settings_table(groups) + "\n" if len(groups) else ""
 
 
 def training_text(found: Found) -> str:

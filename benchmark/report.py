@@ -20,7 +20,7 @@ try:
     from comparisons import together_text
     from documents import filled, plan
     from figures import figures_text
-    from findings import FINDINGS
+    from findings import FINDINGS, arms
     from language import language_cells, language_table, language_text
     from peers.same_as_sb3 import NOTE, beside, both_sides
     from runs import FAMILY, PARTS, TASKS, Found, unfinished
@@ -90,7 +90,7 @@ def report_text(found: Found, out: Path) -> str:
     parts += [*(language_table(language, table) for table in (3, 14)), other_text(runs)]
     if runs.family.isin(TASKS).any():
         parts.append(language_text(runs))
-    parts += [left_out_text(found.left_out), figures_text(out, runs)]
+    parts += [left_out_text(found.left_out), figures_text(out, runs, arms(runs))]
     made_by = (runs["commit"] + "; " + runs.versions).value_counts()
     parts.append("## Made by\n\n" + "".join(f"- {n} runs: commit {text}\n" for text, n in made_by.items()))
     return "\n".join(filter(None, parts))
