@@ -51,6 +51,41 @@ def main(script, monkeypatch, *flags) -> None:
 
 
 @one
+def test_bfloat16_is_the_trunk_alone(script):
+    """Beside a copy of the trunk whose weights are bfloat16; the rest, and every gradient, stays in float32."""
+    frames = torch.randint(256, (8, 4, 84, 84), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
+    agent = script.Agent(6, torch.Generator().manual_seed(2), bfloat16=True)
+    logits, values = agent(frames)
+    features = deepcopy(agent.trunk).bfloat16()((frames / 255).bfloat16().to(memory_format=torch.channels_last))
+    torch.testing.assert_close(logits, agent.actor(features.float()))
+    torch.testing.assert_close(values, agent.critic(features.float())[:, 0])
+    (logits.square().sum() + values.square().sum()).backward()
+    assert {x.dtype for p in agent.parameters() for x in (p, p.grad)} == {logits.dtype} == {torch.float32}
+    agent.bfloat16 = False
+    assert 0 < (agent(frames)[0] - logits).abs().max() < 1e-3
+
+
+@one
+def test_bfloat16_that_is_slower_is_said(script, monkeypatch, capsys):
+    agent = script.Agent(6, torch.Generator())
+    for times, message in (
+        ((0, 1, 2, 5), "warning: --bfloat16 makes the network 3.0 times slower here\n"),
+        ((0, 2, 2, 3), ""),
+    ):
+        monkeypatch.setattr(script.time, "perf_counter", iter(times).__next__)
+        script.warn_if_slower(agent, "cpu")
+        assert (capsys.readouterr().err, agent.bfloat16) == (message, True)
+
+
+@one
+def test_an_agent_of_bfloat16_is_loaded_as_one(script, tmp_path):
+    args = script.Args(env_id="Pong", bfloat16=True, run_dir=str(tmp_path), cuda=False)
+    with closing(script.Envs(args, 1)) as envs:
+        script.save_model(args, script.Agent(envs.num_actions, torch.Generator(), True))
+    assert script.load_model(tmp_path)[1].bfloat16
+
+
+@one
 def test_all_spellings_of_a_game_mean_the_same(script, monkeypatch):
     class Found(Exception):
         pass
