@@ -911,6 +911,16 @@ def load_rows(args: Args, columns: list[str]) -> tuple[list[dict], list[dict], s
     return train.to_list(), validation.to_list(), commit and commit[1]
 
 
+def git_commit() -> str | None:
+    """Commit of the repository that tracks this file, with "-dirty" when this file differs; None without one."""
+    path = Path(__file__).resolve()
+    file = shlex.quote(path.name)
+    git = f"""unset $(git rev-parse --local-env-vars)
+        git ls-files --error-unmatch {file} >&2 && git rev-parse HEAD && git diff --quiet HEAD {file} || echo -dirty"""
+    done = subprocess.run(git, shell=True, cwd=path.parent, capture_output=True, text=True)
+    return "".join(done.stdout.split()).removeprefix("-dirty") or None
+
+
 class Run:
     """A run's directory: args.json, TensorBoard, curves.csv, checkpoint.pt, policy/, and when it has finished
     eval_samples.jsonl and result.json. The first process writes. rows are those of curves.csv, at full precision."""
@@ -934,9 +944,7 @@ class Run:
         self.start_time, self.signals = time.monotonic() - wall_seconds, []
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self.stop)
-        git = f"git rev-parse HEAD && git status --porcelain -- {shlex.quote(__file__)} | grep -q . && echo -dirty"
-        done = subprocess.run(git, shell=True, cwd=Path(__file__).parent, capture_output=True, text=True)
-        self.commit = "".join(done.stdout.split()) or None  # dirty: this file has been changed
+        self.commit = git_commit()
         if RANK == 0 and args.track:
             import_module("wandb").init(dir=args.run_dir, config=asdict(args), sync_tensorboard=True, resume="auto")
         self.writer = SummaryWriter(args.run_dir, purge_step=len(self.rows)) if RANK == 0 else None
