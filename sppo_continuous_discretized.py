@@ -576,7 +576,7 @@ def try_out(args: Args, envs: Envs) -> None:
         try:
             np.asarray(envs.envs[0].render(), np.uint8)
         except Exception as error:  # also numpy's, of what is no frame
-            fail(f"--capture-video: {args.env_id} cannot be rendered: {error}. Without a display try MUJOCO_GL=egl")
+            fail(f"--capture-video: {args.env_id} cannot be rendered: {error!r}. Without a display try MUJOCO_GL=egl")
 
 
 def check_finite(args: Args, step: int, grad_norms: list[float], normalizer: Normalizer, failed: np.ndarray) -> None:
