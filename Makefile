@@ -24,7 +24,7 @@ check: .venv/dev
 	.venv/bin/python -m pytest --numprocesses 2 $(CHECK) $(ARGS)
 
 test: .venv/dev
-	.venv/bin/python -m pytest --numprocesses 2 --durations 20 $(ARGS)
+	.venv/bin/python -m pytest --numprocesses 2 --dist worksteal --durations 20 $(ARGS)
 
 JOBS ?= 2
 mutants: .venv/dev
