@@ -106,7 +106,7 @@ def find_game(args: Args) -> str:
 
 
 def env_seeds(seed: int, num_envs: int, *stream: int) -> list[int]:
-    """Seeds of num_envs environments; another stream (evaluation, a resumed run) gives other seeds."""
+    """Seeds for num_envs environments. Each stream (training, evaluation, a resumed run) has other seeds."""
     return [int(s) >> 1 for s in np.random.SeedSequence([seed, *stream]).generate_state(num_envs)]  # ale-py: 31 bits
 
 
@@ -114,7 +114,7 @@ class Envs:
     """Several copies of one game: no-ops, frame skip 4 with max-pooling, 84x84 gray frames in stacks of 4, minimal
     action set, 108,000 frames at most. Rewards are raw. docs/paper-notes.md says where the published results differ.
     A lost life ends the episode for learning, but the game plays on. FIRE starts the next life in games that have it:
-    where must_fire is set, the caller has to take the action fire."""
+    if must_fire is set, the caller has to take the action fire."""
 
     def __init__(self, args: Args, num_envs: int, **options):
         self.envs = AtariVectorEnv(
@@ -272,7 +272,7 @@ class RMSpropTF(torch.optim.Optimizer):
 
 
 def keep_memory() -> None:
-    """Make glibc keep freed memory: fetching it anew from the kernel takes a tenth of the time of an update on CPUs."""
+    """Make glibc keep freed memory. Getting it from the kernel again takes a tenth of the time of an update on CPUs."""
     if sys.platform == "linux":
         libc = ctypes.CDLL(None)
         libc.mallopt(-4, 0)  # M_MMAP_MAX: large blocks come from the heap as well
@@ -281,7 +281,7 @@ def keep_memory() -> None:
 
 @torch.no_grad()
 def train(args: Args, envs: Envs) -> dict:
-    """Train from the checkpoint in run_dir where there is one; returns the result."""
+    """Train, from the checkpoint in run_dir if there is one, and return the result."""
     start_time, commit = time.monotonic(), git_commit()
     torch.set_num_threads(args.num_threads)
     E, T = args.num_envs, args.num_steps  # environments, steps of a rollout
@@ -399,7 +399,7 @@ def train(args: Args, envs: Envs) -> dict:
 @torch.no_grad()
 def evaluate(args: Args, agent: Agent, step: int | None = None) -> np.ndarray:
     """Raw scores (eval_episodes,), each of the first whole game in an environment of its own; actions are sampled.
-    An evaluation during training, at a step, has starts and draws of its own."""
+    Each evaluation during training has its own starts and draws."""
     name, stream = ("final", (EVALUATION,)) if step is None else (f"step{step}", (EVALUATION, step))
     say(f"evaluation, {name}: {args.eval_episodes} games")
     seed_globals(args.seed, *stream)
@@ -448,13 +448,13 @@ RULES = """
 
 
 def fail(message: object, code: int = 2) -> None:
-    """End in one line: code 2 for a wrong argument, 1 for what a run can meet. A bug keeps Python's traceback."""
+    """End in one line, with code 2 for a wrong argument and 1 for other errors. A bug keeps Python's traceback."""
     say(f"error: {' '.join(str(message).split())}", sys.stderr)
     raise SystemExit(code)
 
 
 def say(text: str, file=None) -> None:
-    """Print, with escapes where the output has no such character. A reader that has gone does not stop a run."""
+    """Print; characters that the output lacks become escapes. A closed pipe, as behind | head, does not stop a run."""
     try:
         print(text, file=file, flush=True)
     except UnicodeEncodeError:
@@ -464,7 +464,7 @@ def say(text: str, file=None) -> None:
 
 
 def seed_globals(*stream: int) -> None:
-    """Seed the global generators of Python, numpy and torch, from which environments and layers may draw."""
+    """Seed the global generators of Python, numpy and torch, because environments and layers may draw from them."""
     random.seed(repr(stream))
     np.random.seed(random.getrandbits(32))
     torch.manual_seed(random.getrandbits(63))
@@ -481,7 +481,7 @@ def check_args(args: Args) -> None:
 
 
 def warn_if_slower(agent: Agent, device: str) -> None:
-    """Say so where the network is slower in bfloat16 than in float32, as on CPUs without instructions for it."""
+    """Print a warning if the network is slower in bfloat16 than in float32, as on CPUs without instructions for it."""
     frames, seconds = torch.zeros((64, 4, 84, 84), dtype=torch.uint8, device=device), []
     for agent.bfloat16 in (False, True):
         agent(frames)  # the first call prepares kernels
@@ -530,7 +530,7 @@ def save_checkpoint(args: Args, parts: dict, progress: dict) -> None:
 
 
 def load_checkpoint(args: Args, parts: dict) -> dict:
-    """Put the last checkpoint into parts and return its progress, {} before the first."""
+    """Load the last checkpoint into parts and return its progress, or {} if there is none."""
     path = Path(args.run_dir, "checkpoint.pt")
     if not path.exists():
         return {}
@@ -543,14 +543,14 @@ def load_checkpoint(args: Args, parts: dict) -> dict:
 
 
 def save_model(args: Args, agent: Agent) -> None:
-    """model.safetensors: all that the agent needs to act, readable without pickle."""
+    """Write model.safetensors, all that the agent needs to act."""
     tensors = {name: x.cpu().contiguous() for name, x in agent.state_dict().items()}
     content = safetensors.torch.save(tensors, {"script": SCRIPT, "args": json.dumps(asdict(args))})
     write_atomic(Path(args.run_dir, "model.safetensors"), content)
 
 
 def save_result(args: Args, progress: dict, commit: str | None) -> dict:
-    """Write result.json, and return what it holds."""
+    """Write result.json and return its content."""
     modules = {name: sys.modules.get(name.replace("-", "_")) for name in PACKAGES}
     versions = {name: module.__version__ for name, module in modules.items() if module}
     returns, last = progress["eval_returns"], progress["last_returns"]
@@ -575,7 +575,7 @@ def save_result(args: Args, progress: dict, commit: str | None) -> dict:
 
 
 def git_commit() -> str | None:
-    """Commit of the repository that tracks this file, with "-dirty" when this file differs; None without one."""
+    """Commit of the repository that tracks this file, with "-dirty" if the file has changed; else None."""
     path = Path(__file__).resolve()
     file = shlex.quote(path.name)
     git = f"""unset $(git rev-parse --local-env-vars)
@@ -592,7 +592,7 @@ def saved_args(path: Path, script: str | None, saved: dict) -> Args:
 
 
 def open_run(args: Args) -> Args:
-    """Arguments of the run to resume, or to begin in args.run_dir. No other process can write there."""
+    """Make the run directory, or take that of --resume, lock it, and return the arguments of the run."""
     run_dir = Path(args.resume or args.run_dir).absolute()
     try:
         str(run_dir).encode()  # TensorBoard needs names in UTF-8
@@ -615,7 +615,7 @@ def open_run(args: Args) -> Args:
 
 
 def load_model(path: str, capture_video: bool = False, cuda: bool = True) -> tuple[Args, Agent]:
-    """An agent that was trained, from its run directory or model.safetensors, as evaluate takes it."""
+    """Load a trained agent from its run directory or model.safetensors; returns the arguments of evaluate."""
     file = Path(path, "model.safetensors") if Path(path).is_dir() else Path(path)
     if file.suffix != ".safetensors" or not file.is_file():
         fail(f"--evaluate {file}: no such .safetensors file. A run leaves it at its end")
@@ -632,8 +632,8 @@ def load_model(path: str, capture_video: bool = False, cuda: bool = True) -> tup
 
 
 def run(args: Args, given: set[str] | None = None) -> dict:
-    """What the command line does: checks, run directory, training, result, which it returns; or --resume, --evaluate.
-    given are the flags that were given; without it those whose value is not the default."""
+    """Do what the command line does: check args, train in a run directory, return the result; or --resume, --evaluate.
+    given: the flags on the command line; by default those whose value is not the default."""
     if given is None:
         given = {f"--{name.replace('_', '-')}" for name, x in vars(args).items() if x != getattr(Args, name)}
     for flag, others in (("--resume", set()), ("--evaluate", {"--capture-video", "--cuda", "--no-cuda"})):

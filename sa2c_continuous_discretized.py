@@ -100,7 +100,7 @@ class Args:
 
 
 def is_vector(space: gym.Space) -> bool:
-    """Whether its values are numbers for an MLP, maybe in a Dict or a Tuple. Pixels are not."""
+    """True if all values of the space are numbers that an MLP can take, also in a Dict or a Tuple. Pixels are not."""
     if isinstance(space, gym.spaces.Dict | gym.spaces.Tuple):
         parts = space.values() if isinstance(space, gym.spaces.Dict) else space
         return all(is_vector(part) for part in parts)
@@ -110,7 +110,7 @@ def is_vector(space: gym.Space) -> bool:
 
 
 def make_env(env_id: str, env_kwargs: str = "{}", **options) -> gym.Env:
-    """One environment with flat observations. Its arguments are env_kwargs, in JSON, and options."""
+    """Make one environment with flat observations. env_kwargs (JSON) and options are its arguments."""
     warnings.filterwarnings("ignore", message=".*is out of date")  # the paper's MuJoCo ids are v4
     # MuJoCo's own handler writes MUJOCO_LOG.TXT into the working directory; the v4 files set a total mass, and say so.
     mujoco.set_mju_user_warning(lambda text: "settotalmass" in text or say(f"MuJoCo: {text}", sys.stderr))
@@ -142,7 +142,7 @@ def action_bins(space: gym.Space, num_bins: int) -> np.ndarray:
 
 
 class Envs:
-    """num_envs environments of every agent that take bins for actions; all arrays are (num_agents, num_envs, ...).
+    """num_envs environments for every agent, whose actions are bins; all arrays are (num_agents, num_envs, ...).
     They reset within the step that ends an episode. gymnasium's SyncVectorEnv takes four times as long."""
 
     @torch.enable_grad()  # environments may learn, or differentiate their physics
@@ -165,7 +165,7 @@ class Envs:
                 env.close()
 
     def take(self, what: str, x: object, size: int) -> np.ndarray:
-        """A copy, (size,), for the environment may write into the same array again."""
+        """Copy x to (size,): the environment may write into the same array again."""
         x = np.array(x).ravel()
         if x.size != size:  # it would be broadcast
             fail(f"--env-id {self.env_id}: its {what} has {x.size} numbers, not {size}")
@@ -173,7 +173,7 @@ class Envs:
 
     @torch.enable_grad()
     def reset(self, seeds: range, *stream: int) -> np.ndarray:
-        """Observations. Each stream (training, evaluation, a resumed run) has episodes of its own."""
+        """Start every environment; returns observations. Each stream (training, evaluation) has other episodes."""
         states = [np.random.SeedSequence([seed, *stream]).generate_state(self.shape[1]) for seed in seeds]
         pairs = list(zip(self.envs, np.concatenate(states).tolist()))
         for limit in (2**32, 2**31, 1000):  # some environments take a C int, or the number of a scenario
@@ -187,7 +187,7 @@ class Envs:
     @torch.enable_grad()
     def step(self, actions: np.ndarray, running: np.ndarray | None = None) -> tuple[np.ndarray, ...]:
         """Take bins (num_agents, num_envs, action_dim); the last array is the observations before any reset.
-        With running, in an evaluation, the other environments take no step, have a reward of 0, and none resets."""
+        In an evaluation only the running environments take a step; the others have reward 0, and none resets."""
         values = self.bins[actions, np.arange(self.action_dim)].reshape(-1, *self.action_space.shape)
         obs, final_obs = np.zeros((2, *self.shape, self.obs_dim))
         reward, terminated, truncated = np.zeros((3, *self.shape, 1))  # (..., 1) takes a number in any form
@@ -345,7 +345,7 @@ def backward(agent: Agent, batch: tuple[Tensor, ...], args: Args) -> dict[str, T
 
 @torch.no_grad()
 def train(args: Args, envs: Envs) -> list[dict]:
-    """Train agents side by side, from the checkpoint in run_dir where there is one; returns their results."""
+    """Train agents side by side, from the checkpoint in run_dir if there is one, and return their results."""
     start_time, commit = time.monotonic(), git_commit()
     torch.set_num_threads(args.num_threads)
     N, E, T = args.num_seeds, args.num_envs, args.num_steps  # agents, environments of each, steps of a rollout
@@ -464,7 +464,7 @@ def train(args: Args, envs: Envs) -> list[dict]:
 @torch.no_grad()
 def evaluate(args: Args, agent: Agent, normalizer: Normalizer, step: int | None = None) -> np.ndarray:
     """Raw returns (num_agents, eval_episodes), each of the first episode in an environment of its own, with the most
-    likely bins and frozen statistics. An evaluation during training, at a step, has starts of its own."""
+    likely bins and frozen statistics. Each evaluation during training has its own starts."""
     name, stream = ("final", (EVALUATION,)) if step is None else (f"step{step}", (EVALUATION, step))
     say(f"evaluation, {name}: {args.eval_episodes} episodes of every agent")
     seed_globals(args.seed, *stream)
@@ -511,13 +511,13 @@ RULES = """
 
 
 def fail(message: object, code: int = 2) -> None:
-    """End in one line: code 2 for a wrong argument, 1 for what a run can meet. A bug keeps Python's traceback."""
+    """End in one line, with code 2 for a wrong argument and 1 for other errors. A bug keeps Python's traceback."""
     say(f"error: {' '.join(str(message).split())}", sys.stderr)
     raise SystemExit(code)
 
 
 def say(text: str, file=None) -> None:
-    """Print, with escapes where the output has no such character. A reader that has gone does not stop a run."""
+    """Print; characters that the output lacks become escapes. A closed pipe, as behind | head, does not stop a run."""
     try:
         print(text, file=file, flush=True)
     except UnicodeEncodeError:
@@ -527,7 +527,7 @@ def say(text: str, file=None) -> None:
 
 
 def seed_globals(*stream: int) -> None:
-    """Seed the global generators of Python, numpy and torch, from which environments and layers may draw."""
+    """Seed the global generators of Python, numpy and torch, because environments and layers may draw from them."""
     random.seed(repr(stream))
     np.random.seed(random.getrandbits(32))
     torch.manual_seed(random.getrandbits(63))
@@ -546,7 +546,7 @@ def check_args(args: Args) -> None:
 
 
 def try_out(args: Args, envs: Envs) -> None:
-    """Play a step and render a frame, so that what fails, fails before training."""
+    """Play a step and render a frame, so that a faulty environment fails before training."""
     envs.reset(args.seeds, TRAINING)
     envs.step(np.zeros((*envs.shape, envs.action_dim), int))
     if args.capture_video:
@@ -557,7 +557,7 @@ def try_out(args: Args, envs: Envs) -> None:
 
 
 def check_finite(args: Args, step: int, grad_norms: list[float], normalizer: Normalizer, failed: np.ndarray) -> None:
-    """Mark in failed the agents whose loss is not finite, name each once, and end when none is left."""
+    """Mark agents whose loss is not finite in failed, print each once, and end if no other agent is left."""
     for i in np.flatnonzero(~np.isfinite(grad_norms) & ~failed):
         failed[i] = True
         variances = [normalizer.statistics[name][i].max() for name in ("obs_var", "return_var")]
@@ -609,7 +609,7 @@ def save_checkpoint(args: Args, parts: dict, progress: dict) -> None:
 
 
 def load_checkpoint(args: Args, parts: dict) -> dict:
-    """Put the last checkpoint into parts and return its progress, {} before the first."""
+    """Load the last checkpoint into parts and return its progress, or {} if there is none."""
     path = Path(args.run_dir, "checkpoint.pt")
     if not path.exists():
         return {}
@@ -622,7 +622,7 @@ def load_checkpoint(args: Args, parts: dict) -> dict:
 
 
 def save_models(args: Args, agent: Agent, normalizer: Normalizer) -> None:
-    """model.safetensors of every agent whose numbers are finite: all that it needs to act, readable without pickle."""
+    """Write model.safetensors, all that an agent needs to act, for every agent whose numbers are finite."""
     for i, own_args in enumerate(args.split()):
         tensors = {"obs_mean": normalizer.obs_mean[i, 0], "obs_var": normalizer.obs_var[i, 0]}
         for name, x in agent.state_dict().items():
@@ -633,7 +633,7 @@ def save_models(args: Args, agent: Agent, normalizer: Normalizer) -> None:
 
 
 def save_results(args: Args, progress: dict, commit: str | None) -> list[dict]:
-    """Write result.json of every agent that has a model, and return what they hold."""
+    """Write result.json for every agent that has a model, and return their contents."""
     modules = {name: sys.modules.get(name.replace("-", "_")) for name in PACKAGES}
     versions = {name: module.__version__ for name, module in modules.items() if module}
     results, failed = [], []
@@ -666,7 +666,7 @@ def save_results(args: Args, progress: dict, commit: str | None) -> list[dict]:
 
 
 def git_commit() -> str | None:
-    """Commit of the repository that tracks this file, with "-dirty" when this file differs; None without one."""
+    """Commit of the repository that tracks this file, with "-dirty" if the file has changed; else None."""
     path = Path(__file__).resolve()
     file = shlex.quote(path.name)
     git = f"""unset $(git rev-parse --local-env-vars)
@@ -683,7 +683,7 @@ def saved_args(path: Path, script: str | None, saved: dict) -> Args:
 
 
 def open_run(args: Args) -> Args:
-    """Arguments of the run to resume, or to begin in args.run_dir. No other process can write there."""
+    """Make the run directory, or take that of --resume, lock it, and return the arguments of the run."""
     run_dir = Path(args.resume or args.run_dir).absolute()
     try:
         str(run_dir).encode()  # TensorBoard needs names in UTF-8
@@ -706,7 +706,7 @@ def open_run(args: Args) -> Args:
 
 
 def load_model(path: str, capture_video: bool = False, cuda: bool = False) -> tuple[Args, Agent, Normalizer]:
-    """An agent that was trained, from its run directory or model.safetensors, as evaluate takes it."""
+    """Load a trained agent from its run directory or model.safetensors; returns the arguments of evaluate."""
     file = Path(path, "model.safetensors") if Path(path).is_dir() else Path(path)
     if file.suffix != ".safetensors" or not file.is_file():
         fail(f"--evaluate {file}: no such .safetensors file. A run leaves it at its end, a batch one in every seed<k>/")
@@ -726,8 +726,8 @@ def load_model(path: str, capture_video: bool = False, cuda: bool = False) -> tu
 
 
 def run(args: Args, given: set[str] | None = None) -> list[dict]:
-    """What the command line does: checks, run directory, training, results, which it returns; or --resume, --evaluate.
-    given are the flags that were given; without it those whose value is not the default."""
+    """Do what the command line does: check args, train in a run directory, return the results; or --resume, --evaluate.
+    given: the flags on the command line; by default those whose value is not the default."""
     if given is None:
         given = {f"--{name.replace('_', '-')}" for name, x in vars(args).items() if x != getattr(Args, name)}
     for flag, others in (("--resume", set()), ("--evaluate", {"--capture-video", "--cuda", "--no-cuda"})):

@@ -180,7 +180,7 @@ def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, gae_lambda:
 
 
 def run_network(network: Callable, tokens: Tensor, attention_mask: Tensor, **options):
-    """Output of a network for padded sequences. Positions count from the first real token of each."""
+    """Output of a network for padded sequences. Positions count from the first real token of each sequence."""
     positions = (attention_mask.cumsum(-1) - 1).clamp(min=0)
     return network(tokens, attention_mask=attention_mask, position_ids=positions, use_cache=False, **options)
 
@@ -219,14 +219,14 @@ class ActorCritic(nn.Module):
         return forward(*inputs, **options)
 
     def switch_to(self, adapter: str) -> PreTrainedModel:
-        """The base model, which computes with that adapter until the next switch."""
+        """Return the base model, which computes with this adapter until the next switch."""
         self.adapters.set_adapter(adapter)  # also freezes the others
         self.adapters.set_requires_grad(["policy_adapter", "value_adapter"])
         self.active = adapter
         return self.lm
 
     def load_adapter(self, adapter: str, weights: dict[str, Tensor], source: str) -> None:
-        """Take over the weights of an adapter. Ends when they are another's."""
+        """Load the weights of an adapter. End if they do not fit this one."""
         try:
             keys = peft.set_peft_model_state_dict(self.adapters, weights, adapter)
             wrong = [*keys.unexpected_keys, *(key for key in keys.missing_keys if f".{adapter}." in key)]
@@ -257,7 +257,7 @@ Rollout = namedtuple("Rollout", "prompts responses targets mask logprob values a
 
 @torch.no_grad()
 def rollout(learner: "Learner", rows: list[dict], args: Args) -> tuple[Rollout, dict[str, float], list[str]]:
-    """This process's trajectories, means over those of all processes as {tag: mean}, a few responses to look at."""
+    """Sample this process's trajectories; returns them, {tag: mean over processes}, and a few responses to look at."""
     device, examples = learner.device, make_examples(learner.tokenizer, rows, args)
     prompts, policy, start = examples.prompts, learner.actor_critic.policy, time.perf_counter()
     responses = generate(policy, prompts, args.rollout_batch_size, sample=True)
@@ -289,7 +289,7 @@ def rollout(learner: "Learner", rows: list[dict], args: Args) -> tuple[Rollout, 
 
 
 def backward(learner: "Learner", trajectories: Rollout, rows: list[int], args: Args) -> dict[str, float]:
-    """Gradients of a minibatch, this process's rows of its rollout, and its losses as {tag: mean over processes}."""
+    """Add up the gradients of a minibatch, rows of this process's rollout; returns {tag: mean over processes}."""
     minibatch_mask, advantages = trajectories.mask[rows], trajectories.advantages[rows]
     normalized = normalize(advantages, minibatch_mask, learner.sum) if args.norm_adv else advantages
     num_tokens = learner.sum(minibatch_mask.sum())
@@ -334,7 +334,7 @@ def backward(learner: "Learner", trajectories: Rollout, rows: list[int], args: A
 
 
 def train(args: Args, learner: "Learner", run: "Run") -> None:
-    """Train from the update that run has come to, and leave a policy and result.json."""
+    """Train from the update that the run has reached, and save the policy and result.json."""
     for update in range(len(run.rows), args.num_updates + 1):  # row 0 is the evaluation before training
         # Rollout
         rollout_start = time.perf_counter()
@@ -431,7 +431,7 @@ def perplexity(learner: "Learner", policy: PreTrainedModel, texts: list[str]) ->
 
 
 def begin_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Tokens that the tokenizer puts before a text. An end token, which some put behind it, would end a prompt."""
+    """Tokens that the tokenizer puts before a text, without the end token that some tokenizers put behind it."""
     text, whole = tokenizer("a", add_special_tokens=False).input_ids, tokenizer("a").input_ids
     return next((whole[:i] for i in range(len(whole)) if whole[i : i + len(text)] == text), [])
 
@@ -442,7 +442,7 @@ Examples = namedtuple("Examples", "prompts targets seen whole references")
 
 
 def encode_inside(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
-    """Tokens of texts that follow others: without the space that SentencePiece puts before a text's first word."""
+    """Tokens of texts that follow others, without the space that SentencePiece puts before a text's first word."""
     result = []
     for text in texts:
         before = "a" if text[:1].isspace() else "\n"  # merges with nothing that may follow
@@ -496,7 +496,7 @@ def pad(prompts: list[list[int]], responses: list[list[int]], device: torch.devi
 
 
 def padded_batches(prompts: list, responses: list, size: int, device: torch.device, padding: int = 0, lengths=None):
-    """Yields batches of sequences of similar length: their indices and the three outputs of pad()."""
+    """Yield batches of sequences of similar length: their indices and the three outputs of pad()."""
     lengths = lengths or [len(prompt) + len(response) for prompt, response in zip(prompts, responses)]
     order = sorted(range(len(lengths)), key=lengths.__getitem__)
     for start in range(0, len(order), size):
@@ -505,7 +505,7 @@ def padded_batches(prompts: list, responses: list, size: int, device: torch.devi
 
 
 def generate(policy: PreTrainedModel, prompts: list[list[int]], batch_size: int, sample: bool) -> list[list[int]]:
-    """A response to each prompt, with its end token where it has one. Batches hold prompts of similar length."""
+    """Sample a response to each prompt; it includes its end token, if any. Batches hold prompts of similar length."""
     responses, ends = [[] for _ in prompts], policy.generation_config.eos_token_id
     for batch, tokens, mask, _ in padded_batches(prompts, responses, batch_size, policy.device):
         output = policy.generate(tokens, attention_mask=mask, do_sample=sample)[:, tokens.shape[1] :].tolist()
@@ -524,7 +524,7 @@ def prompt_indices(num_prompts: int, update: int, num_trajectories: int, seed: i
 
 
 def generation_config(args: Args, ends: list[int]) -> transformers.GenerationConfig:
-    """Sampling by the arguments. It replaces the model's own, which would fill in what is not given here."""
+    """Settings of sampling, in place of the model's own, which would fill in what the arguments leave open."""
     options = {"max_new_tokens": args.response_length, "min_new_tokens": args.min_response_length}
     options |= {"eos_token_id": ends, "pad_token_id": ends[0], "remove_invalid_values": True}  # the loss shows NaNs
     return transformers.GenerationConfig(do_sample=True, top_k=args.top_k, **options)
@@ -603,7 +603,7 @@ class AdapterReward:
 
 
 def load_function(name: str) -> Callable:
-    """The function module:name, of a module in the working directory or installed.
+    """Import the function module:name from the working directory or an installed package.
     Lists of prompts, responses (in an evaluation also empty ones) and rows of the data set -> as many numbers."""
     flag, (module, _, function) = f"--reward-function {name}", name.partition(":")
     require(module and function, f"{flag}: give a module and a function in it, module:name")
@@ -621,7 +621,7 @@ def load_function(name: str) -> Callable:
 
 @contextmanager
 def unchanged(name: str) -> Iterator[None]:
-    """Runs a user's code. Ends, naming it, where it exits or changes settings that the run depends on."""
+    """Run a user's code. If it exits or changes settings that the run depends on, end in one line that names it."""
     settings = {"torch's default dtype": torch.get_default_dtype, "torch's default device": torch.get_default_device}
     settings |= {"torch's grad mode": torch.is_grad_enabled, "the working directory": os.getcwd}
     before = {setting: get() for setting, get in settings.items()}
@@ -635,7 +635,7 @@ def unchanged(name: str) -> Iterator[None]:
 
 
 def load_base(args: Args, device: torch.device) -> tuple:
-    """The base model, which quantized is on device already, and its tokenizer."""
+    """Load the base model and its tokenizer. A quantized model is on the device already."""
     options = {"dtype": torch.float32 if args.base_precision == "float32" else torch.bfloat16}
     if args.base_precision == "4bit":
         nf4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": torch.bfloat16}
@@ -726,7 +726,7 @@ class Learner:
             return response_logprobs(self.actor_critic.lm, tokens, attention_mask, num_actions)
 
     def score(self, prompts: list[str], responses: list[str], rows: list[dict]) -> list[float]:
-        """Rewards as floats. Ends where one is not finite, which would later look like a diverging loss."""
+        """Rewards as floats. End if one is not finite: it would later look like a diverging loss."""
         name = f"the reward {self.reward_name}"
         with unchanged(name):
             scores = self.reward(*deepcopy((prompts, responses, rows)))
@@ -757,7 +757,7 @@ RULES = """
 
 
 def require(condition: object, message: object, code: int = 2) -> None:
-    """End in one line where the condition does not hold: code 2 for a wrong argument, 1 for what a run can meet."""
+    """End in one line if the condition does not hold, with code 2 for a wrong argument and 1 for other errors."""
     if not condition:
         process = f"process {RANK}: " if RANK else ""
         say(f"error: {process}{' '.join(str(message).split())}", sys.stderr)
@@ -765,8 +765,8 @@ def require(condition: object, message: object, code: int = 2) -> None:
 
 
 def say(text: str, file=None) -> None:
-    """Print, with escapes where the output has no such character. A reader that has gone does not stop a run.
-    Of several processes the first prints; errors come from each."""
+    """Print; characters that the output lacks become escapes. A closed pipe, as behind | head, does not stop a run.
+    With several processes the first prints; each prints its errors."""
     try:
         print(text, file=file, flush=True) if RANK == 0 or file else None
     except UnicodeEncodeError:
@@ -776,7 +776,7 @@ def say(text: str, file=None) -> None:
 
 
 def parse_args(args: Args) -> Args:
-    """Checks arguments; those of the run in --resume or --evaluate stay what they were, but for batch sizes."""
+    """Check the arguments. With --resume or --evaluate, all but batch sizes are those of the run."""
     require(args.resume is None or args.evaluate is None, "give --resume or --evaluate, not both")
     run = args.resume if args.evaluate is None else args.evaluate
     if run is None:
@@ -814,7 +814,7 @@ def parse_args(args: Args) -> Args:
 
 
 def load(args: Args, flag: str, name: str, function: Callable, **options):
-    """What a library's function loads for a hub id or folder. Ends where it cannot, with its reason."""
+    """Load a hub id or folder with a library's function. If that fails, end in one line with the library's reason."""
     try:
         return function(name, revision=args.revision.get(name), **options)
     except Exception as error:
@@ -824,7 +824,7 @@ def load(args: Args, flag: str, name: str, function: Callable, **options):
 
 
 def load_network(args: Args, flag: str, name: str, auto_class: type, **options) -> tuple:
-    """A model and its tokenizer. Ends where weights are missing, or the tokenizer is not one for this model."""
+    """Load a model and its tokenizer. End if weights are missing or the tokenizer does not belong to the model."""
     adapter = load(args, flag, name, transformers.utils.find_adapter_config_file)
     require(not adapter, f"--{flag} {name} is an adapter: give a model that it has been merged into")
     options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}  # which it tells as well
@@ -855,8 +855,8 @@ def num_positions(model: PreTrainedModel) -> int:
 
 @torch.no_grad()
 def check_policy(args: Args, model: PreTrainedModel, prompt_length: int, tolerance: float) -> None:
-    """Ends where a prompt and its response may be too long for the model, or where log-probabilities of a short text
-    change when the text goes on, or when it is padded beside a text of the run's full length."""
+    """End if a prompt and its response may be too long for the model, or if log-probabilities of a short text change
+    when the text goes on, or when it is padded beside a text of the run's full length."""
     length, room = prompt_length + args.response_length, num_positions(model)
     require(length <= room, f"--prompt-length + --response-length are {length} tokens; the policy has {room} positions")
     kind = type(model).__name__
@@ -879,7 +879,7 @@ def check_same(flag, name, changed: Tensor, alone: Tensor, tolerance: float, wha
 
 
 def load_rows(args: Args, columns: list[str]) -> tuple[list[dict], list[dict], str | None]:
-    """Rows of the training and the validation split, and the commit on the hub. Ends where a column is not all text."""
+    """Rows of the training and the validation split, and the commit on the hub. End if a column is not all text."""
     name, path = args.dataset, Path(args.dataset)
     kind = FILES.get(path.suffix.lower())
     require(kind or not path.is_file(), f"--dataset {name} is no file of a kind that is read: {', '.join(FILES)}")
@@ -912,7 +912,7 @@ def load_rows(args: Args, columns: list[str]) -> tuple[list[dict], list[dict], s
 
 
 def git_commit() -> str | None:
-    """Commit of the repository that tracks this file, with "-dirty" when this file differs; None without one."""
+    """Commit of the repository that tracks this file, with "-dirty" if the file has changed; else None."""
     path = Path(__file__).resolve()
     file = shlex.quote(path.name)
     git = f"""unset $(git rev-parse --local-env-vars)
@@ -975,7 +975,7 @@ class Run:
             say("stopping when this update has ended and is saved; once more stops at once", sys.stderr)
 
     def log(self, update: int, metrics: dict[str, float], samples: list[str] | None = None) -> None:
-        """Log {tag: value}, any tags, as the row of an update, or as more of it where it is there."""
+        """Log {tag: value}, any tags, in the row of an update, which may already exist."""
         if update == len(self.rows):
             self.rows.append({"update": update})
         self.rows[update] |= metrics
@@ -1001,7 +1001,7 @@ class Run:
             temporary.replace(self.folder / "checkpoint.pt")
 
     def save_policy(self) -> None:
-        """The policy's adapter as a folder that peft loads (safetensors, configuration), with the tokenizer."""
+        """Save the policy's adapter as a folder that peft loads (safetensors, configuration), with the tokenizer."""
         for number in (signal.SIGINT, signal.SIGTERM):  # from here on a stop loses nothing
             signal.signal(number, signal.default_int_handler)
         if RANK == 0:  # the checkpoint stays until there is a result, and writes this folder again
@@ -1014,7 +1014,7 @@ class Run:
             say("trained and saved; evaluating")
 
     def finish(self, metrics: dict[str, float], samples: list[dict]) -> None:
-        """eval_samples.jsonl and result.json of a run that has ended; its checkpoint goes."""
+        """Write eval_samples.jsonl and result.json, and delete the checkpoint."""
         args, on_gpu, (before, *updates) = self.args, self.learner.device.type == "cuda", self.rows
         memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
         memory = self.learner.sum((torch.cuda.max_memory_allocated() if on_gpu else memory) / 2**30).item()
