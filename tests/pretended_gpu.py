@@ -25,6 +25,7 @@ from torch.utils.backend_registration import _setup_privateuseone_for_python_bac
 _setup_privateuseone_for_python_backend("gpu")  # for the rest of the process: hence one of its own
 torch.gpu.get_rng_state = lambda *_: torch.get_rng_state()  # the pretended device has no generator
 torch.gpu.set_rng_state = lambda *_: None
+torch.gpu.get_amp_supported_dtype = lambda: [torch.bfloat16]
 GPU, aten = torch.device("gpu", 0), torch.ops.aten
 COPIES = {aten.copy_, aten._to_copy}
 INDEXING = {aten.index, aten.index_put, aten.index_put_, aten._index_put_impl_}  # the indices may be anywhere

@@ -337,7 +337,7 @@ class NoFps(Toy):
     metadata = {"render_modes": ["rgb_array"], "render_fps": None}  # noqa: RUF012
 
 
-class Fragile(Toy):
+class Breakable(Toy):
     """Cannot be rendered from its fifth step on."""
 
     def render(self):
@@ -404,7 +404,7 @@ TOYS = {
 }
 TOYS |= {toy.__name__: toy for toy in (OldReset, Shrinking, ShortSeed, Scenario, GlobalDraws, Afterwards, NotClosable)}
 TOYS |= {toy.__name__: toy for toy in (Wandering, Learning, OwnSpace, Pictures, PicturesToo)}
-TOYS |= {toy.__name__: toy for toy in (Growing, Gray, NoFps, Fragile, Scaled)}
+TOYS |= {toy.__name__: toy for toy in (Growing, Gray, NoFps, Breakable, Scaled)}
 for name, toy in TOYS.items():
     gym.register("PlainToy-v0" if name == "Toy" else f"{name}-v0", entry_point=toy)
 gym.register("NoModule-v0", entry_point="no_such_module:Toy")

@@ -168,13 +168,13 @@ def test_images_are_refused_with_a_word_about_the_script_for_them(script, call, 
 
 
 @continuous
-@pytest.mark.parametrize("env_id", ["Growing", "Gray", "NoFps", "Fragile", "NotClosable"])
+@pytest.mark.parametrize("env_id", ["Growing", "Gray", "NoFps", "Breakable", "NotClosable"])
 def test_a_video_or_an_environment_that_cannot_be_closed_costs_no_result(script, call, env_id):
     pytest.importorskip("moviepy")
     code, _, err = call(script, *flags(script, env_id, "--capture-video"))
     assert code == 0, err
     assert len(result()["eval_returns"]) == 2
-    assert (env_id in ("NoFps", "NotClosable", "Fragile")) == Path("run/videos/final/rl-video-episode-0.mp4").exists()
+    assert (env_id in ("NoFps", "NotClosable", "Breakable")) == Path("run/videos/final/rl-video-episode-0.mp4").exists()
     assert err.count("no video of evaluation") == (env_id in ("Growing", "Gray"))
 
 
