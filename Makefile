@@ -1,4 +1,4 @@
-# make run    train SPPO until it visibly learns (about 3 minutes), then print its evaluation
+# make run    train SPPO until it visibly learns (1 to 5 minutes), then print its evaluation
 # make check  the tests of mathematics, references and siblings
 # make test   the whole test suite
 # make lint   ruff check and format
