@@ -289,8 +289,6 @@ def train(args: Args, envs: Envs) -> dict:
 
     generator = torch.Generator().manual_seed(args.seed)
     agent = Agent(envs.num_actions, generator, args.bfloat16).to(args.device)
-    if args.bfloat16:
-        warn_if_slower(agent, args.device)
     optimizer = torch.optim.Adam(agent.parameters(), args.learning_rate, eps=1e-5, fused=True)
     clip_coef = torch.tensor(args.clip_coef, device=args.device)  # a tensor: no constant of compiled code
     torch._dynamo.config.trace_autograd_ops = True  # forward and backward in one graph
@@ -490,8 +488,10 @@ def check_args(args: Args) -> None:
             fail(f"--{flag.replace('_', '-')} needs {package}: pip install {package}")
 
 
-def warn_if_slower(agent: Agent, device: str) -> None:
+@torch.no_grad()
+def warn_if_slower(device: str) -> None:
     """Print a warning if the network is slower in bfloat16 than in float32, as on CPUs without instructions for it."""
+    agent = Agent(1, torch.Generator()).to(device)
     frames, seconds = torch.zeros((64, 4, 84, 84), dtype=torch.uint8, device=device), []
     for agent.bfloat16 in (False, True):
         agent(frames)  # the first call prepares kernels
@@ -664,6 +664,8 @@ def run(args: Args, given: set[str] | None = None) -> dict:
     args = replace(args, run_dir=os.path.abspath(args.run_dir or f"runs/{name}"))
     keep_memory()
     try:
+        if args.bfloat16:
+            warn_if_slower(args.device)
         seed_globals(args.seed)  # for layers that draw their weights
         with closing(Envs(args, args.num_envs)) as envs:
             args = args if "--resume" in given else open_run(args)
