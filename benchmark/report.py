@@ -17,12 +17,12 @@ from pathlib import Path
 
 try:
     import tyro
+    from beside_sb3 import NOTE, beside, both_sides
     from comparisons import together_text
     from documents import filled, plan
     from figures import figures_text
     from findings import FINDINGS, arms
     from language import language_cells, language_table, language_text
-    from peers.same_as_sb3 import NOTE, beside, both_sides
     from runs import FAMILY, PARTS, TASKS, Found, unfinished
     from stats import markdown
     from sweeps import find

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Do DPPO and DA2C learn as Stable-Baselines3's PPO and A2C do, with the same bins? Training curves, 3 seeds each.
-# They do: docs/questions.md. same_as_sb3.py makes figures and table.
+# They do: docs/questions.md. benchmark/report.py makes figure and table.
 # SEEDS, ENVS, STEPS and WORKERS narrow the sweep; runner.py --help has the flags.
 cd "$(dirname "$0")/../.." || exit
 

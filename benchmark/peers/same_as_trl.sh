@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Does PPO of sppo_rlhf_imdb.py learn as TRL's does? It does: docs/language-models.md; same_as_trl.py makes the table.
+# Does PPO of sppo_rlhf_imdb.py learn as TRL's does? It does: docs/language-models.md.
 # Same policy, value model, reward and reviews, made by benchmark/rlhf_assets.py; 5 seeds each. What trl_baseline.py
 # says of TRL is why ours has these flags.
 # SEEDS, STEPS (updates) and WORKERS narrow it; runner.py --help has the flags.
