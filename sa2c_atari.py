@@ -61,7 +61,7 @@ class Args:
     alpha: float = 0.5  # weight of the A2C loss in Eq. 9
     beta: float = 5.0  # weight of the reverse A2C loss in Eq. 9; alpha 1 and beta 0 is plain A2C
     Z: float = -1.0  # the constant that stands for log 0 in the reverse loss (Section 4.1); only beta * Z matters
-    reward_flip_prob: float = 0.0  # that a clipped training reward r becomes 1 - r (the paper's BSC noise: 0.1)
+    reward_flip_prob: float = 0.0  # probability that a clipped training reward r becomes 1 - r (the paper's: 0.1)
 
     learning_rate: float = 7e-4  # RMSprop's learning rate
     anneal_lr: bool = False  # lower the learning rate linearly to 0
@@ -92,7 +92,7 @@ class Args:
 
 def find_game(args: Args) -> str:
     """ale-py's name (ms_pacman) of MsPacmanNoFrameskip-v4, MsPacman or ms_pacman."""
-    roms = ale_py.roms.get_all_rom_ids()  # four of them are in no emulator and would kill the process
+    roms = ale_py.roms.get_all_rom_ids()  # the emulator lacks four of them, which would kill the process
     supported = filter(lambda rom: ale_py.ALEInterface.isSupportedROM(ale_py.roms.get_rom_path(rom)), roms)
     games = {rom.replace("_", ""): rom for rom in supported}
     match = re.fullmatch(r"(?:ALE/)?(\w+?)(NoFrameskip-v4|NoFrameskip-v0|-v5)?", args.env_id)
@@ -106,7 +106,7 @@ def find_game(args: Args) -> str:
 
 
 def env_seeds(seed: int, num_envs: int, *stream: int) -> list[int]:
-    """Seeds for num_envs environments. Each stream (training, evaluation, a resumed run) has other seeds."""
+    """Seeds for num_envs environments. Each stream (training, evaluation, a resumed run) has its own."""
     return [int(s) >> 1 for s in np.random.SeedSequence([seed, *stream]).generate_state(num_envs)]  # ale-py: 31 bits
 
 
@@ -124,7 +124,7 @@ class Envs:
             repeat_action_probability=0.25 if args.sticky_actions else 0.0,
             autoreset_mode=AutoresetMode.SAME_STEP,
             life_loss_info=True,  # episodic_life would reset the game at every lost life
-            reward_clipping=False,  # the clipped reward would leave no score anywhere
+            reward_clipping=False,  # the clipped reward would hide the score
             **options,
         )
         actions = self.envs.ale.get_action_set()
@@ -143,7 +143,7 @@ class Envs:
         """Frames, raw rewards, terminated (life lost or game over), truncated, game_over, infos: (num_envs, ...).
         infos["final_obs"] holds the last frames of games that ended; the frames returned are the next game's."""
         obs, rewards, terminated, truncated, infos = self.envs.step(actions)
-        # Lives cannot tell: at game over they are the next game's, and games award extra ones. Frame numbers can.
+        # Lives do not show a game's end: they are then the next game's, and games award extra ones. Frame numbers do.
         game_start = infos["frame_number"] - infos["episode_frame_number"]  # frames before the running game
         game_over = game_start != self.game_start
         self.game_start = game_start
@@ -196,15 +196,15 @@ def logprob_and_entropy(logits: Tensor, actions: Tensor) -> tuple[Tensor, Tensor
 
 def flip_rewards(rewards: np.ndarray, uniform: np.ndarray, flip_prob: float) -> np.ndarray:
     """Clipped rewards through a binary symmetric channel: r becomes 1 - r where uniform < flip_prob (Section 5.1).
-    rewards and uniform, numbers in [0, 1), have the same shape, which is also the result's."""
+    rewards, uniform (numbers in [0, 1)) and the result have the same shape."""
     return np.where(uniform < flip_prob, 1 - rewards, rewards)
 
 
 def symmetric_a2c_loss(logprob: Tensor, advantages: Tensor, alpha: float, beta: float, Z: float) -> Tensor:
     """alpha * L_a2c + beta * L_ra2c (Eq. 9), averaged over the last dimension: (..., batch) -> (...).
-    logprob is the joint log-probability of the sampled actions under pi. The reverse loss is Eq. 7 with the aligned
-    sign for A < 0 (Eq. 33-34): one form, L_ra2c = -A Z (1 - pi), for both signs, since the other actions'
-    probabilities sum to 1 - pi."""
+    logprob is the joint log-probability of the sampled actions under pi. The other actions' probabilities sum to
+    1 - pi, so Eq. 7 is L_ra2c = -A Z (1 - pi). For A < 0 we use the same form, because the printed sign
+    contradicts Eq. 33-34."""
     L_a2c = -advantages * logprob  # Eq. 16
     L_ra2c = advantages * Z * torch.expm1(logprob)  # Eq. 7; expm1(log pi) = -(1 - pi)
     return (alpha * L_a2c + beta * L_ra2c).mean(-1)  # Eq. 9
@@ -213,7 +213,7 @@ def symmetric_a2c_loss(logprob: Tensor, advantages: Tensor, alpha: float, beta: 
 def gae(rewards, values, dones, last_value, gamma: float, gae_lambda: float) -> tuple[np.ndarray, np.ndarray]:
     """Generalized advantage estimation (Schulman et al. 2018): advantages and returns, both shaped like rewards.
     rewards, values, dones: (..., num_steps, num_envs). dones is true where an episode ended in that step; a time
-    limit's bootstrap value is already in its reward. last_value: (..., num_envs), of the observation after them."""
+    limit's bootstrap value is already in its reward. last_value: (..., num_envs), of the next observation."""
     next_values = np.concatenate([values[..., 1:, :], last_value[..., None, :]], axis=-2)
     deltas = rewards + gamma * next_values * ~dones - values
     decay = gamma * gae_lambda * ~dones
@@ -225,7 +225,7 @@ def gae(rewards, values, dones, last_value, gamma: float, gae_lambda: float) -> 
 
 @torch.enable_grad()
 def backward(agent: Agent, batch: tuple[Tensor, ...], args: Args) -> dict[str, Tensor]:
-    """Leave the clipped gradient on a batch in p.grad; returns {tag: ()} to log.
+    """Write the clipped gradient on a batch into p.grad; returns {tag: ()} to log.
     batch: frames (batch, 4, 84, 84) and (batch,) of actions, whether the policy chose them (1 or 0), advantages and
     returns. Actions that it did not choose train the value alone."""
     obs, actions, chosen, advantages, returns = batch
@@ -293,7 +293,7 @@ def train(args: Args, envs: Envs) -> dict:
     torch._dynamo.config.trace_autograd_ops = True  # forward and backward in one graph
     compiled_backward = torch.compile(backward, disable=not args.compile)
 
-    # A resumed run takes over the state_dict() of every part and all numbers, lists and tensors of progress.
+    # A resumed run restores the state_dict() of every part, and the numbers, lists and tensors in progress.
     parts = {"agent": agent, "optimizer": optimizer}
     progress = {"global_step": 0, "sps": None, "wall_seconds": 0.0, "generator": generator.get_state()}
     progress |= {"last_returns": [], "eval_returns": None} | load_checkpoint(args, parts)
@@ -314,10 +314,10 @@ def train(args: Args, envs: Envs) -> dict:
     episode_return, episode_length = np.zeros(E), np.zeros(E)
     episodes, stats = [], []  # since the last log
     tensor = partial(torch.as_tensor, device=args.device)
-    obs = envs.reset(env_seeds(args.seed, E, TRAINING, global_step))  # a resumed run has other episodes
+    obs = envs.reset(env_seeds(args.seed, E, TRAINING, global_step))  # a resumed run starts new episodes
     while global_step < total_timesteps:
         iteration_start = time.perf_counter()
-        seed_globals(args.seed, TRAINING, global_step)  # evaluations and stops change nothing
+        seed_globals(args.seed, TRAINING, global_step)  # so evaluations and stops do not change later draws
 
         # Rollout. argmax(logits + Gumbel noise) is a sample of the policy; the noise is drawn once per rollout.
         gumbel = -torch.empty(T, E, envs.num_actions).exponential_(generator=generator).log().to(args.device)
@@ -334,7 +334,7 @@ def train(args: Args, envs: Envs) -> dict:
             done_buf[t] = terminated | truncated
             episode_return += raw_reward
             episode_length += 1
-            time_limit = truncated & ~terminated  # no end for the value: add gamma * V(final observation)
+            time_limit = truncated & ~terminated  # the return goes on: add gamma * V(final observation)
             if time_limit.any():
                 _, final_value = agent(tensor(infos["final_obs"]))
                 reward_buf[t] += args.gamma * final_value.cpu().numpy() * time_limit
@@ -474,7 +474,7 @@ def check_args(args: Args) -> None:
         if not eval(values, {"inf": np.inf, "nan": np.nan}):
             fail(f"{rule} must hold, and {values} does not")
     for flag, package in (("track", "wandb"), ("capture_video", "moviepy")):
-        if getattr(args, flag) and not any(metadata.distributions(name=package)):  # an empty folder could be imported
+        if getattr(args, flag) and not any(metadata.distributions(name=package)):  # import also finds an empty folder
             fail(f"--{flag.replace('_', '-')} needs {package}: pip install {package}")
 
 
@@ -520,7 +520,7 @@ class RunLog:
         write_atomic(self.path, "\n".join([",".join(self.columns), *self.lines, ""]).encode())
         for tag, value in metrics.items():
             self.writer.add_scalar(tag, value, global_step)
-        self.writer.flush()  # a kill loses nothing that a later checkpoint counts as written
+        self.writer.flush()  # before the next checkpoint, which counts these rows as written
 
 
 def save_checkpoint(args: Args, parts: dict, progress: dict) -> None:
@@ -662,7 +662,7 @@ def run(args: Args, given: set[str] | None = None) -> dict:
             if args.track:
                 import_module("wandb").init(dir=args.run_dir, config=asdict(args), sync_tensorboard=True, resume="auto")
             resume = shlex.join([sys.executable, __file__, "--resume", args.run_dir])
-            say(f"run directory {args.run_dir}; should it stop, go on with: {resume}")
+            say(f"run directory {args.run_dir}; if it stops, continue with: {resume}")
             return train(args, envs)
     except KeyboardInterrupt:
         fail("stopped", code=130)

@@ -62,7 +62,7 @@ class Args:
     beta: float = 20.0  # weight of the reverse PPO loss in Eq. 9; alpha 1 and beta 0 is plain PPO
     Z: float = -1.0  # the constant that stands for log 0 in the reverse loss (Section 4.1); only beta * Z matters
     num_bins: int = 11  # bins per action dimension, evenly spaced from low to high inclusive
-    reward_noise_std: float = 0.0  # of the Gaussian noise on normalized training rewards (the paper's noise: 0.05)
+    reward_noise_std: float = 0.0  # std of the Gaussian noise on normalized training rewards (the paper's: 0.05)
 
     learning_rate: float = 3e-4  # Adam's learning rate
     anneal_lr: bool = False  # lower the learning rate linearly to 0
@@ -116,7 +116,7 @@ def is_vector(space: gym.Space) -> bool:
 def make_env(env_id: str, env_kwargs: str = "{}", **options) -> gym.Env:
     """Make one environment with flat observations. env_kwargs (JSON) and options are its arguments."""
     warnings.filterwarnings("ignore", message=".*is out of date")  # the paper's MuJoCo ids are v4
-    # MuJoCo's own handler writes MUJOCO_LOG.TXT into the working directory; the v4 files set a total mass, and say so.
+    # MuJoCo's own handler writes MUJOCO_LOG.TXT into the working directory. Some v4 files warn of settotalmass.
     mujoco.set_mju_user_warning(lambda text: "settotalmass" in text or say(f"MuJoCo: {text}", sys.stderr))
     if ":" in env_id and not re.fullmatch(r"[\w.]+:[^:]+", env_id):
         fail(f"--env-id {env_id}: not of the form module:Id-v0")
@@ -149,7 +149,7 @@ class Envs:
     """num_envs environments for every agent, whose actions are bins; all arrays are (num_agents, num_envs, ...).
     They reset within the step that ends an episode. gymnasium's SyncVectorEnv takes four times as long."""
 
-    @torch.enable_grad()  # environments may learn, or differentiate their physics
+    @torch.enable_grad()  # train turns gradients off; an environment may need them
     def __init__(self, args: Args, num_envs: int):
         self.env_id, self.shape, self.envs = args.env_id, (args.num_seeds, num_envs), []
         try:
@@ -171,16 +171,16 @@ class Envs:
     def take(self, what: str, x: object, size: int) -> np.ndarray:
         """Copy x to (size,): the environment may write into the same array again."""
         x = np.array(x).ravel()
-        if x.size != size:  # it would be broadcast
+        if x.size != size:  # numpy would broadcast it
             fail(f"--env-id {self.env_id}: its {what} has {x.size} numbers, not {size}")
         return x
 
     @torch.enable_grad()
     def reset(self, seeds: range, *stream: int) -> np.ndarray:
-        """Start every environment; returns observations. Each stream (training, evaluation) has other episodes."""
+        """Start every environment; returns observations. Each stream (training, evaluation) has its own episodes."""
         states = [np.random.SeedSequence([seed, *stream]).generate_state(self.shape[1]) for seed in seeds]
         pairs = list(zip(self.envs, np.concatenate(states).tolist()))
-        for limit in (2**32, 2**31, 1000):  # some environments take a C int, or the number of a scenario
+        for limit in (2**32, 2**31, 1000):  # some environments need a C int, others a small number
             try:
                 obs = [self.take("observation", env.reset(seed=seed % limit)[0], self.obs_dim) for env, seed in pairs]
                 return np.array(obs).reshape(*self.shape, -1)
@@ -194,7 +194,7 @@ class Envs:
         In an evaluation only the running environments take a step; the others have reward 0, and none resets."""
         values = self.bins[actions, np.arange(self.action_dim)].reshape(-1, *self.action_space.shape)
         obs, final_obs = np.zeros((2, *self.shape, self.obs_dim))
-        reward, terminated, truncated = np.zeros((3, *self.shape, 1))  # (..., 1) takes a number in any form
+        reward, terminated, truncated = np.zeros((3, *self.shape, 1))  # (..., 1) also takes arrays of one number
         for i in range(len(self.envs)) if running is None else np.flatnonzero(running):
             at = divmod(i, self.shape[1])  # agent and environment
             its_obs, its_reward, terminated[at], truncated[at], _ = self.envs[i].step(values[i])
@@ -213,7 +213,7 @@ class Normalizer(nn.Module):
         for name, shape in (("obs", (num_agents, 1, obs_dim)), ("return", (num_agents, 1))):
             for key, size, start in (("mean", shape, 0.0), ("var", shape, 1.0), ("count", (), 1e-4)):
                 self.register_buffer(f"{name}_{key}", torch.full(size, start, dtype=torch.float64))
-        self.statistics = {name: x.numpy() for name, x in self.named_buffers()}  # the same memory
+        self.statistics = {name: x.numpy() for name, x in self.named_buffers()}  # views: both change together
         self.returns = np.zeros((num_agents, num_envs))  # discounted return so far of the running episodes
         self.gamma = gamma
 
@@ -250,7 +250,7 @@ class Normalizer(nn.Module):
 
 class BatchedLinear(nn.Module):
     """One linear layer per agent: (num_agents, batch, in_features) -> (num_agents, batch, out_features).
-    Ten agents side by side train twice as fast as ten processes of one agent on one core."""
+    On one core, ten agents side by side train twice as fast as ten processes of one agent."""
 
     def __init__(self, generators: list[torch.Generator], in_features: int, out_features: int, gain: float):
         super().__init__()
@@ -296,10 +296,10 @@ def logprob_and_entropy(logits: Tensor, actions: Tensor) -> tuple[Tensor, Tensor
 
 def symmetric_ppo_loss(logprob, old_logprob, advantages, clip_coef, alpha: float, beta: float, Z: float) -> Tensor:
     """alpha * L_ppo + beta * L_rppo (Eq. 9), averaged over the last dimension: (..., batch) -> (...).
-    logprob and old_logprob are joint log-probabilities of the sampled actions under pi and pi_old. The reverse loss
-    is Eq. 8 with the aligned sign for A < 0 (Eq. 33-34): one form, L_rppo = -A Z (1 - pi) / pi_old, for both signs,
-    since the other actions' probabilities sum to 1 - pi. Its constant part -A Z / pi_old is left out of the value:
-    it has no gradient, and its size (11^17 with 17 action dimensions) would bury everything else."""
+    logprob and old_logprob are joint log-probabilities of the sampled actions under pi and pi_old. The other actions'
+    probabilities sum to 1 - pi, so Eq. 8 is L_rppo = -A Z (1 - pi) / pi_old. For A < 0 we use the same form, because
+    the printed sign contradicts Eq. 33-34. The value leaves out the constant part -A Z / pi_old: it has no gradient,
+    and its size (11^17 with 17 action dimensions) would bury everything else."""
     ratio = (logprob - old_logprob).exp()  # r_t of Eq. 3
     unclipped = ratio * advantages
     clipped = ratio.clamp(1 - clip_coef, 1 + clip_coef) * advantages
@@ -312,7 +312,7 @@ def symmetric_ppo_loss(logprob, old_logprob, advantages, clip_coef, alpha: float
 def gae(rewards, values, dones, last_value, gamma: float, gae_lambda: float) -> tuple[np.ndarray, np.ndarray]:
     """Generalized advantage estimation (Schulman et al. 2018): advantages and returns, both shaped like rewards.
     rewards, values, dones: (..., num_steps, num_envs). dones is true where an episode ended in that step; a time
-    limit's bootstrap value is already in its reward. last_value: (..., num_envs), of the observation after them."""
+    limit's bootstrap value is already in its reward. last_value: (..., num_envs), of the next observation."""
     next_values = np.concatenate([values[..., 1:, :], last_value[..., None, :]], axis=-2)
     deltas = rewards + gamma * next_values * ~dones - values
     decay = gamma * gae_lambda * ~dones
@@ -324,7 +324,7 @@ def gae(rewards, values, dones, last_value, gamma: float, gae_lambda: float) -> 
 
 @torch.enable_grad()
 def backward(agent: Agent, batch: tuple[Tensor, ...], args: Args) -> dict[str, Tensor]:
-    """Leave every agent's clipped gradient on a minibatch of its own in p.grad; returns {tag: (num_agents,)} to log.
+    """Write every agent's clipped gradient on its own minibatch into p.grad; returns {tag: (num_agents,)} to log.
     batch: observations (num_agents, batch, obs_dim), actions (num_agents, batch, action_dim), and (num_agents, batch)
     of old log-probabilities, advantages and returns."""
     obs, actions, old_logprob, advantages, returns = batch
@@ -375,7 +375,7 @@ def train(args: Args, envs: Envs) -> list[dict]:
     torch._dynamo.config.trace_autograd_ops = True  # forward and backward in one graph
     compiled_backward = torch.compile(backward, disable=not args.compile, options={"cpp_wrapper": not args.cuda})
 
-    # A resumed run takes over the state_dict() of every part and all numbers, lists and tensors of progress.
+    # A resumed run restores the state_dict() of every part, and the numbers, lists and tensors in progress.
     parts = {"agent": agent, "optimizer": optimizer, "normalizer": normalizer}
     progress = {"global_step": 0, "sps": None, "wall_seconds": 0.0, "generators": []}
     progress |= {"last_returns": [[] for _ in args.seeds], "eval_returns": None} | load_checkpoint(args, parts)
@@ -395,12 +395,12 @@ def train(args: Args, envs: Envs) -> list[dict]:
     episode_return, episode_length = np.zeros((N, E)), np.zeros((N, E))
     episodes, stats = [[] for _ in args.seeds], []  # since the last log
     tensor = partial(torch.as_tensor, device=args.device)
-    raw_obs = envs.reset(args.seeds, TRAINING, global_step)  # a resumed run has other episodes
+    raw_obs = envs.reset(args.seeds, TRAINING, global_step)  # a resumed run starts new episodes
     normalizer.count(raw_obs)
     obs = normalizer.obs(raw_obs)
     while global_step < total_timesteps:
         iteration_start = time.perf_counter()
-        seed_globals(args.seed, TRAINING, global_step)  # evaluations and stops change nothing
+        seed_globals(args.seed, TRAINING, global_step)  # so evaluations and stops do not change later draws
 
         # Rollout. argmax(logits + Gumbel noise) is a sample of the policy; the noise is drawn once per rollout.
         shape = (T, E, envs.action_dim, args.num_bins)
@@ -417,7 +417,7 @@ def train(args: Args, envs: Envs) -> list[dict]:
             episode_return += reward_buf[:, t]
             episode_length += 1
             if done.any():
-                time_limit = truncated & ~terminated  # no end for the value: add gamma * V(final observation)
+                time_limit = truncated & ~terminated  # the return goes on: add gamma * V(final observation)
                 if time_limit.any():
                     final_value = agent.value(tensor(normalizer.obs(final_obs))).cpu().numpy()
                     bootstrap[:, t][time_limit] = args.gamma * final_value[time_limit]
@@ -564,7 +564,7 @@ def check_args(args: Args) -> None:
     if args.cuda and not torch.cuda.is_available():
         fail("--cuda needs a CUDA device, and torch sees none")
     for flag, package in (("track", "wandb"), ("capture_video", "moviepy")):
-        if getattr(args, flag) and not any(metadata.distributions(name=package)):  # an empty folder could be imported
+        if getattr(args, flag) and not any(metadata.distributions(name=package)):  # import also finds an empty folder
             fail(f"--{flag.replace('_', '-')} needs {package}: pip install {package}")
 
 
@@ -575,7 +575,7 @@ def try_out(args: Args, envs: Envs) -> None:
     if args.capture_video:
         try:
             np.asarray(envs.envs[0].render(), np.uint8)
-        except Exception as error:  # also numpy's, of what is no frame
+        except Exception as error:  # also numpy's, if this is no frame
             fail(f"--capture-video: {args.env_id} cannot be rendered: {error!r}. Without a display try MUJOCO_GL=egl")
 
 
@@ -622,7 +622,7 @@ class RunLog:
         write_atomic(self.path, "\n".join([",".join(self.columns), *self.lines, ""]).encode())
         for tag, value in metrics.items():
             self.writer.add_scalar(tag, value, global_step)
-        self.writer.flush()  # a kill loses nothing that a later checkpoint counts as written
+        self.writer.flush()  # before the next checkpoint, which counts these rows as written
 
 
 def save_checkpoint(args: Args, parts: dict, progress: dict) -> None:
@@ -769,14 +769,14 @@ def run(args: Args, given: set[str] | None = None) -> list[dict]:
     name = f"{args.env_id.replace('/', '-')}__{SCRIPT}__{args.seed}__{datetime.now():%Y%m%d-%H%M%S-%f}"
     args = replace(args, run_dir=os.path.abspath(args.run_dir or f"runs/{name}"))  # environments may change directory
     try:
-        seed_globals(args.seed)  # for constructors that draw
+        seed_globals(args.seed)  # for environments that draw numbers when they are made
         with closing(Envs(args, args.num_envs)) as envs:
             try_out(args, envs)
             args = args if "--resume" in given else open_run(args)
             if args.track:
                 import_module("wandb").init(dir=args.run_dir, config=asdict(args), sync_tensorboard=True, resume="auto")
             resume = shlex.join([sys.executable, __file__, "--resume", args.run_dir])
-            say(f"run directory {args.run_dir}; should it stop, go on with: {resume}")
+            say(f"run directory {args.run_dir}; if it stops, continue with: {resume}")
             return train(args, envs)
     except KeyboardInterrupt:
         fail("stopped", code=130)

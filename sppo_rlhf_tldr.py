@@ -104,7 +104,7 @@ class Args:
     update_epochs: int = 4  # epochs per rollout
     minibatch_size: int = 32  # responses per optimizer step, over all processes
     micro_batch_size: int = 4  # responses per forward and backward pass of a process; changes memory, not the result
-    rollout_batch_size: int = 32  # responses generated and scored at once by a process; changes memory and the draws
+    rollout_batch_size: int = 32  # responses generated and scored at once by a process; changes memory and the samples
     learning_rate: float = 5e-6  # AdamW's learning rate
     weight_decay: float = 0.01  # AdamW's weight decay, not of biases and norms
     gamma: float = 1.0  # discount factor
@@ -130,9 +130,9 @@ class Args:
 def symmetric_ppo_loss(logprob, old_logprob, advantages, clip_coef, alpha, beta, Z, mask) -> Tensor:
     """alpha * L_ppo + beta * L_rppo (Eq. 9), averaged over the real tokens: (sequence, token) -> scalar.
     logprob and old_logprob are log-probabilities of the sampled tokens under pi and pi_old; mask is True on real
-    tokens. The reverse loss is Eq. 8 with the aligned sign for A < 0 (Eq. 33-34): one form,
-    L_rppo = -A Z (1 - pi) / pi_old, for both signs, since the other tokens' probabilities sum to 1 - pi. Its constant
-    part -A Z / pi_old is left out of the value: it has no gradient, and with a vocabulary it is large."""
+    tokens. The other tokens' probabilities sum to 1 - pi, so Eq. 8 is L_rppo = -A Z (1 - pi) / pi_old. For A < 0 we
+    use the same form, because the printed sign contradicts Eq. 33-34. The value leaves out the constant part
+    -A Z / pi_old: it has no gradient, and with a vocabulary it is large."""
     ratio = torch.where(mask, logprob - old_logprob, 0.0).exp()  # r_t of Eq. 3
     unclipped = ratio * advantages
     clipped = ratio.clamp(1 - clip_coef, 1 + clip_coef) * advantages
@@ -294,7 +294,7 @@ def backward(learner: "Learner", trajectories: Rollout, rows: list[int], args: A
     normalized = normalize(advantages, minibatch_mask, learner.sum) if args.norm_adv else advantages
     num_tokens = learner.sum(minibatch_mask.sum())
     num_target_tokens = learner.sum(sum(len(trajectories.targets[i]) for i in rows)).clamp(min=1)
-    weights, sums = (args.clip_coef, args.alpha, args.beta, args.Z), Counter()  # whose update() adds
+    weights, sums = (args.clip_coef, args.alpha, args.beta, args.Z), Counter()  # Counter.update() adds
     for start in range(0, len(rows), args.micro_batch_size):
         micro = rows[start : start + args.micro_batch_size]
         prompts, responses = ([x[i] for i in micro] for x in (trajectories.prompts, trajectories.responses))
@@ -314,7 +314,7 @@ def backward(learner: "Learner", trajectories: Rollout, rows: list[int], args: A
             share = mask.sum() / num_tokens  # every mean is over the real tokens of the whole minibatch
             target_loss = -torch.where(target_mask, target_logprob, 0.0).sum() / num_target_tokens
             loss = share * (policy_loss + args.vf_coef * value_loss) + args.target_coef * target_loss
-            learner.accelerator.backward(loss * WORLD_SIZE)  # which averages the gradients
+            learner.accelerator.backward(loss * WORLD_SIZE)  # Accelerate averages over processes
 
         with torch.no_grad():
             logratio = torch.where(mask, logprob - old_logprob, 0.0)
@@ -526,7 +526,7 @@ def prompt_indices(num_prompts: int, update: int, num_trajectories: int, seed: i
 def generation_config(args: Args, ends: list[int]) -> transformers.GenerationConfig:
     """Settings of sampling, in place of the model's own, which would fill in what the arguments leave open."""
     options = {"max_new_tokens": args.response_length, "min_new_tokens": args.min_response_length}
-    options |= {"eos_token_id": ends, "pad_token_id": ends[0], "remove_invalid_values": True}  # the loss shows NaNs
+    options |= {"eos_token_id": ends, "pad_token_id": ends[0], "remove_invalid_values": True}  # NaNs show in the loss
     return transformers.GenerationConfig(do_sample=True, top_k=args.top_k, **options)
 
 
@@ -808,7 +808,7 @@ def parse_args(args: Args) -> Args:
     require(not unused, f"--revision: {', '.join(unused)} is no hub id of the policy, tokenizer, reward model or data")
     is_4bit = args.base_precision == "4bit"
     for flag, package, wanted in (("--track", "wandb", args.track), ("--base-precision 4bit", "bitsandbytes", is_4bit)):
-        installed = any(metadata.distributions(name=package))  # an empty folder could be imported
+        installed = any(metadata.distributions(name=package))  # import also finds an empty folder
         require(installed or not wanted, f"{flag} needs {package}: pip install {package}")
     return args
 
@@ -827,8 +827,8 @@ def load_network(args: Args, flag: str, name: str, auto_class: type, **options) 
     """Load a model and its tokenizer. End if weights are missing or the tokenizer does not belong to the model."""
     adapter = load(args, flag, name, transformers.utils.find_adapter_config_file)
     require(not adapter, f"--{flag} {name} is an adapter: give a model that it has been merged into")
-    options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}  # which it tells as well
-    no_code = {"trust_remote_code": False}  # of a model's folder
+    options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}  # the info lists mismatches too
+    no_code = {"trust_remote_code": False}  # run none of a model's folder
     model, info = load(args, flag, name, auto_class.from_pretrained, **options, **no_code)
     missing = {*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])}  # drawn at random
     names = f"{', '.join(sorted(missing)[:5])} of {type(model).__name__}"
@@ -965,7 +965,7 @@ class Run:
         if new:
             os.write(file, json.dumps({"script": SCRIPT, "args": asdict(args)}, indent=2).encode())
         resume = shlex.join([sys.executable, __file__, "--resume", args.run_dir])
-        say(f"run directory {args.run_dir}; should it stop, go on with: {resume}")
+        say(f"run directory {args.run_dir}; if it stops, continue with: {resume}")
 
     def stop(self, number: int, _) -> None:
         """Ctrl-C or SIGTERM: the update ends with a checkpoint; a second one kills."""
@@ -989,7 +989,7 @@ class Run:
                 self.writer.add_scalar(tag, value, update)
             if samples:
                 self.writer.add_text("samples", "\n\n".join(samples), update)
-            self.writer.flush()  # a kill loses nothing that a later checkpoint counts as written
+            self.writer.flush()  # before the next checkpoint, which counts these rows as written
 
     def save(self) -> None:
         if RANK == 0:

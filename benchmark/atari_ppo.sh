@@ -2,7 +2,7 @@
 # Tables 1 and 11, Figure 3: PPO and SPPO on 22 Atari games, without and with BSC(0.1) reward noise, 5 seeds.
 # 5e6 steps are the authors' files', the paper names none; alpha and beta are those of Table 5.
 # PPO with advantage normalization is the text's baseline, without it the one that the authors released.
-# CONTROL=1 adds the control of the identity in docs/paper-notes.md: PPO's policy loss times alpha - beta Z.
+# CONTROL=1 adds the control of the identity in docs/findings.md: PPO's policy loss times alpha - beta Z.
 # SEEDS, ENVS, STEPS and WORKERS narrow the sweep; runner.py --help has the flags.
 cd "$(dirname "$0")/.." || exit
 

@@ -53,7 +53,7 @@ class Args:
     hours: float | None = None  # choose the seeds and steps that fit into so many hours
     out: Path | None = None  # folder of everything; default runs/compare/<A>__<B>
     workers: int = len(os.sched_getaffinity(0))  # processes at once
-    dry_run: bool = False  # print the plan and stop
+    dry_run: bool = False  # train two rollouts of each side, print the plan and stop
 
 
 @cache

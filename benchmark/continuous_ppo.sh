@@ -2,7 +2,7 @@
 # Tables 2, 12 and 13: Gaussian PPO, DPPO and DSPPO on MuJoCo and Box2D, without and with Gaussian noise, 30 seeds.
 # Settings of Table 6; docs/paper-notes.md has its gaps (LunarLander's and Walker2d's timesteps).
 # SEEDS, ENVS, STEPS and WORKERS narrow the sweep, TABLE=12 or TABLE=13 is one of the two; runner.py --help has the flags.
-# CONTROL=1 adds the control of the identity in docs/paper-notes.md: DPPO's policy loss times alpha - beta Z.
+# CONTROL=1 adds the control of the identity in docs/findings.md: DPPO's policy loss times alpha - beta Z.
 cd "$(dirname "$0")/.." || exit
 case $TABLE in
     "" | 12 | 13) ;;

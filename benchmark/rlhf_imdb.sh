@@ -3,7 +3,7 @@
 # script's default. --target-coef 0.1: a supervised term that the paper does not mention, its numbers had it.
 # Local models and data: DATASET=assets/reviews POLICY=assets/gpt2-reviews REWARD_MODEL=assets/sentiment.
 # FLAGS="--learning-rate 1e-5" adds flags to every cell, or replaces them.
-# CONTROL=1 adds the control of the identity in docs/paper-notes.md: PPO's policy loss times alpha - beta Z.
+# CONTROL=1 adds the control of the identity in docs/findings.md: PPO's policy loss times alpha - beta Z.
 # SEEDS, ENVS (data sets), STEPS (updates) and WORKERS (default 1: one GPU) narrow it; runner.py --help has the flags.
 cd "$(dirname "$0")/.." || exit
 export WORKERS="${WORKERS:-1}"

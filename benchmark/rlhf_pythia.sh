@@ -3,7 +3,7 @@
 # LoRA by PPO and by SPPO, 4 seeds. What stands here is not in the paper; the rest is the script's default.
 # The reward model reads the end-of-text token after a summary, as when it was trained.
 # DATASET, POLICY and REWARD_MODEL take others, such as local ones; FLAGS="--learning-rate 1e-5" adds flags or replaces them.
-# CONTROL=1 adds the control of the identity in docs/paper-notes.md: PPO's policy loss times alpha - beta Z.
+# CONTROL=1 adds the control of the identity in docs/findings.md: PPO's policy loss times alpha - beta Z.
 # SEEDS, ENVS (data sets), STEPS (updates) and WORKERS (default 1: one GPU) narrow it; runner.py --help has the flags.
 cd "$(dirname "$0")/.." || exit
 export WORKERS="${WORKERS:-1}"

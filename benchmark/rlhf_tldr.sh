@@ -5,7 +5,7 @@
 # BASE_PRECISION is the paper's 4bit (CUDA) unless set. Local models and data: BASE_PRECISION=float32
 # DATASET=assets/docstrings POLICY=assets/smollm2-135m REWARD_MODEL=assets/docstring-reward.
 # FLAGS="--learning-rate 1e-5" adds flags to every cell, or replaces them.
-# CONTROL=1 adds the control of the identity in docs/paper-notes.md: PPO's policy loss times alpha - beta Z.
+# CONTROL=1 adds the control of the identity in docs/findings.md: PPO's policy loss times alpha - beta Z.
 # SEEDS, ENVS (data sets), STEPS (updates) and WORKERS (default 1: one GPU) narrow it; runner.py --help has the flags.
 cd "$(dirname "$0")/.." || exit
 export WORKERS="${WORKERS:-1}"

@@ -257,7 +257,7 @@ def test_finished_run_has_said_where_it_is_how_it_went_and_what_came_out(script,
     assert 1 <= len(progress) <= 1 + result["wall_seconds"] / 10  # seldom, and in any case the end
     first, *evaluations, last = [line for line in lines if line not in progress]
     command = f"{sys.executable} {script.__file__} --resume {cwd}/run"
-    assert first == f"run directory {cwd}/run; should it stop, go on with: {command}"
+    assert first == f"run directory {cwd}/run; if it stops, continue with: {command}"
     assert evaluations[::2] == [
         f"evaluation, {x}: 10 episodes of every agent" for x in ("step2048", "step4096", "final")
     ]

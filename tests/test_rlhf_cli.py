@@ -264,7 +264,7 @@ def test_output_says_how_to_go_on_how_it_went_and_where_everything_is(script, fi
     before, first, *updates, saved, last, where = finished.out.splitlines()
     updates = [line for line in updates if line.startswith("update ")]  # and an evaluation on the way
     command = f"{sys.executable} {script.__file__} --resume {finished.run_dir}"
-    assert first == f"run directory {finished.run_dir}; should it stop, go on with: {command}"
+    assert first == f"run directory {finished.run_dir}; if it stops, continue with: {command}"
     assert before.startswith(f"evaluation: score {result['before']['eval_score']:.4f}")
     assert saved == "trained and saved; evaluating"
     assert last.startswith(f"evaluation: score {result['eval_score']:.4f}")
