@@ -188,7 +188,7 @@ def print_plan(sides: list[Side], plan: dict, time_left: float) -> None:
     print(f"{runs}, about {60 * time_left:.0f} minutes to go")
     print(f"In four of five cases this shows {seen_text(seeds, len(envs), look)}.", flush=True)
     seen = rule.seen_table([seeds], envs, plan["steps"], plan["ppo"], look)
-    if len(seen.columns) > 3:  # there are kept runs of some
+    if any(name.startswith("on ") for name in seen):  # there are kept runs of some
         print(f"\nIn units of the returns of kept runs:\n\n{markdown(seen)}\n", flush=True)
 
 

@@ -146,7 +146,8 @@ def seen_table(seeds: Iterable[int], envs: list[str], steps: int, ppo: bool, loo
         percent = [f"{x:.3g} ({100 * x / mean:.0f} %)" for x, mean in sizes]
         rows.append([n, f"{in_all:.1f}", *percent, f"{alone:.1f}"])
     names = ["Seeds", "difference in all", *(f"on {env}" for env in kept), "or in one alone"]
-    return pd.DataFrame(rows, columns=names).replace("inf", "never seen")
+    frame = pd.DataFrame(rows, columns=names).replace("inf", "never seen")
+    return frame if len(envs) > 1 else frame.drop(columns=names[-1]).rename(columns={names[1]: "difference"})
 
 
 def bands_apart(x: np.ndarray, y: np.ndarray) -> np.ndarray:

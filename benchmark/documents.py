@@ -59,8 +59,8 @@ def missing_text(folders: list[Path], runs: pd.DataFrame) -> str:
     return (
         f"{planned.missing.sum()} of the {len(planned)} cells of the sweeps have no run at the paper's settings and "
         f"length. Hours are those of one process after the other, at the speeds of the runs in {where}: {total:,.0f} "
-        "in all, without what no run has told the speed of (- or +). `benchmark/judge.py` finds the win rates of Table "
-        f"3 when the runs are there.\n\n{stats.markdown(pd.DataFrame(rows, columns=header))}\n"
+        "in all. - and + mark cells whose speed no run has measured: they count as 0. `benchmark/judge.py` finds the "
+        f"win rates of Table 3 when the runs are there.\n\n{stats.markdown(pd.DataFrame(rows, columns=header))}\n"
     )
 
 

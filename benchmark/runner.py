@@ -331,16 +331,16 @@ def hours(jobs: list[Job], args: Args) -> str:
         time, alike = seconds(kept | own, job.script.name, settings, job.steps)
         times.append(time or 0)
         if time is None:
-            notes["not in the hours, no finished run tells its speed"].add(job.script.name)
+            notes["not counted, since no finished run has measured its speed"].add(job.script.name)
         elif not alike:
-            notes[f"known only {'without' if args.compile else 'with'} --compile"].add(job.script.name)
+            notes[f"measured only {'without' if args.compile else 'with'} --compile"].add(job.script.name)
         elif seconds(own, job.script.name, settings, job.steps)[0] is None:
             note = "at the speed of the finished runs in benchmark/results, not of this machine"
             notes[note].add(job.script.name)
     at_once = min(len(jobs), (args.array_limit or MAX_ARRAY) if args.slurm else args.workers)
     total = max(sum(times) / at_once, *times) / 3600
     texts = [f"{', '.join(sorted(scripts))}: {note}" for note, scripts in notes.items()]
-    more = f" ({'; '.join(texts)}; a short run here, with STEPS and SEEDS=1, tells)" if texts else ""
+    more = f" ({'; '.join(texts)}; a short run here, with STEPS and SEEDS=1, measures it)" if texts else ""
     return f"{f'{total:,.1f} hours' if total else 'hours unknown'} with {at_once} at once{more}"
 
 

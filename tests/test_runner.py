@@ -375,7 +375,7 @@ def test_a_dry_run_ends_with_totals(fake):
     assert totals.startswith(
         "# 5 runs, 0 of them finished; 5 to do in 3 processes, 1,080,020 steps, hours unknown with 1 at"
     )
-    assert "(single, succeed: not in the hours, no finished run tells its speed; a short run here, with STEPS" in totals
+    assert "(single, succeed: not counted, since no finished run has measured its speed; a short run here" in totals
     assert run(cells, STEPS="4")[0] == 0  # three seeds in one process at 2 steps per second each
     assert run(cells[1:])[0] == 0
     totals = run(cells, "--dry-run", "--workers", "1")[1].splitlines()[-1]
@@ -385,7 +385,7 @@ def test_a_dry_run_ends_with_totals(fake):
     totals = run(two, "--dry-run", "--workers", "2")[1]
     assert "5 to do in 2 processes, 1,800,000 steps, 50.0 hours with 2 at once" in totals
     totals = run(cells, "--dry-run", "--compile", "--workers", "1")[1].splitlines()[-1]
-    assert "50.0 hours with 1 at once (succeed: known only without --compile;" in totals
+    assert "50.0 hours with 1 at once (succeed: measured only without --compile;" in totals
 
 
 def test_a_speed_is_that_of_all_agents_of_a_process_and_knows_compile_and_the_baselines_algorithm(tmp_path):
@@ -456,7 +456,7 @@ def test_hours_without_a_run_here_are_those_of_the_kept_results(tmp_path):
     assert len(runs) == 6
     assert re.search(r", [\d.]+ hours with \d+ at once \(", totals) and "unknown" not in totals
     assert "at the speed of the finished runs in benchmark/results, not of this machine;" in totals
-    assert "; a short run here, with STEPS and SEEDS=1, tells)" in totals
+    assert "; a short run here, with STEPS and SEEDS=1, measures it)" in totals
 
 
 @pytest.mark.parametrize(
