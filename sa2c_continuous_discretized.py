@@ -25,7 +25,7 @@ import subprocess
 import sys
 import time
 import warnings
-from contextlib import closing, suppress
+from contextlib import ExitStack, closing, suppress
 from dataclasses import asdict, dataclass, replace
 from datetime import datetime, timedelta
 from functools import partial
@@ -176,6 +176,8 @@ class Envs:
         """Start every environment; returns observations. Each stream (training, evaluation) has its own episodes."""
         states = [np.random.SeedSequence([seed, *stream]).generate_state(self.shape[1]) for seed in seeds]
         pairs = list(zip(self.envs, np.concatenate(states).tolist()))
+        for env, seed in pairs:  # environments may sample their spaces
+            gym.spaces.Tuple([env.unwrapped.action_space, env.unwrapped.observation_space]).seed(seed)
         for limit in (2**32, 2**31, 1000):  # some environments need a C int, others a small number
             try:
                 obs = [self.take("observation", env.reset(seed=seed % limit)[0], self.obs_dim) for env, seed in pairs]
@@ -190,13 +192,13 @@ class Envs:
         In an evaluation only the running environments take a step; the others have reward 0, and none resets."""
         values = self.bins[actions, np.arange(self.action_dim)].reshape(-1, *self.action_space.shape)
         obs, final_obs = np.zeros((2, *self.shape, self.obs_dim))
-        reward, terminated, truncated = np.zeros((3, *self.shape, 1))  # (..., 1) also takes arrays of one number
+        reward, terminated, truncated = np.zeros((3, *self.shape, 1))  # takes arrays of one number; None is nan
         for i in range(len(self.envs)) if running is None else np.flatnonzero(running):
             at = divmod(i, self.shape[1])  # agent and environment
             its_obs, its_reward, terminated[at], truncated[at], _ = self.envs[i].step(values[i])
             obs[at] = final_obs[at] = self.take("observation", its_obs, self.obs_dim)
             reward[at] = self.take("reward", its_reward, 1)
-            if running is None and (terminated[at] or truncated[at]):
+            if running is None and (terminated[at] > 0 or truncated[at] > 0):
                 obs[at] = self.take("observation", self.envs[i].reset()[0], self.obs_dim)
         return obs, reward[..., 0], terminated[..., 0] > 0, truncated[..., 0] > 0, final_obs
 
@@ -467,15 +469,14 @@ def evaluate(args: Args, agent: Agent, normalizer: Normalizer, step: int | None 
     likely bins and frozen statistics. Each evaluation during training has its own starts."""
     name, stream = ("final", (EVALUATION,)) if step is None else (f"step{step}", (EVALUATION, step))
     say(f"evaluation, {name}: {args.eval_episodes} episodes of every agent")
-    seed_globals(args.seed, *stream)
-    with closing(Envs(args, args.eval_episodes)) as envs:
+    with seed_globals(args.seed, *stream), closing(Envs(args, args.eval_episodes)) as envs:
         raw_obs = envs.reset(args.seeds, *stream)
         returns, running, steps = np.zeros(envs.shape), np.ones(envs.shape, bool), 0
         frames, last_shown = [], time.monotonic()
         while running.any() and steps < EVAL_MAX_STEPS:
             if args.capture_video and running[0, 0] and len(frames) == steps:  # all frames so far could be rendered
                 with suppress(Exception):
-                    frames.append(envs.envs[0].render())
+                    frames.append(np.array(envs.envs[0].render()))  # a copy
             obs = torch.from_numpy(normalizer.obs(raw_obs)).to(args.device)
             actions = agent.logits(obs).argmax(-1).cpu().numpy()
             raw_obs, reward, terminated, truncated, _ = envs.step(actions, running)
@@ -485,13 +486,12 @@ def evaluate(args: Args, agent: Agent, normalizer: Normalizer, step: int | None 
             if time.monotonic() - last_shown > SHOW_EVERY:
                 last_shown = time.monotonic()
                 say(f"evaluation, {name}: step {steps:,}, {running.sum()} of {running.size} episodes still run")
-        fps = envs.envs[0].metadata.get("render_fps") or 30
     if running.any():
         say(f"evaluation: {running.sum()} episodes of {args.env_id} were cut off after {steps:,} steps")
     if args.capture_video:
         try:
-            save_video = import_module("gymnasium.utils.save_video").save_video
-            save_video(frames, str(Path(args.run_dir, "videos", name)), fps=fps)
+            fps = envs.envs[0].metadata.get("render_fps") or 30
+            import_module("gymnasium.utils.save_video").save_video(frames, f"{args.run_dir}/videos/{name}", fps=fps)
         except Exception as error:  # costs no result
             say(f"no video of evaluation {name}, after {len(frames)} frames: {error!r}", sys.stderr)
     for seed, agent_returns in zip(args.seeds, returns):
@@ -526,11 +526,16 @@ def say(text: str, file=None) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), (file or sys.stdout).fileno())
 
 
-def seed_globals(*stream: int) -> None:
+def seed_globals(*stream: int) -> ExitStack:
     """Seed the global generators of Python, numpy and torch, because environments and layers may draw from them."""
+    before = ExitStack()  # for use by with: its end restores the generators, from which a caller of run may draw
+    before.callback(random.setstate, random.getstate())
+    before.callback(np.random.set_state, np.random.get_state())
+    before.callback(torch.set_rng_state, torch.get_rng_state())
     random.seed(repr(stream))
     np.random.seed(random.getrandbits(32))
     torch.manual_seed(random.getrandbits(63))
+    return before
 
 
 def check_args(args: Args) -> None:
@@ -560,10 +565,8 @@ def check_finite(args: Args, step: int, grad_norms: list[float], normalizer: Nor
     """Mark agents whose loss is not finite in failed, print each once, and end if no other agent is left."""
     for i in np.flatnonzero(~np.isfinite(grad_norms) & ~failed):
         failed[i] = True
-        variances = [normalizer.statistics[name][i].max() for name in ("obs_var", "return_var")]
-        if np.isfinite(variances).all():  # of all that the agent has seen
-            reason = "the loss is not finite. Try a lower --learning-rate or a lower --beta"
-        else:
+        reason = "the loss is not finite. Try a lower --learning-rate or a lower --beta"
+        if not all(np.isfinite(normalizer.statistics[name][i]).all() for name in ("obs_var", "return_var")):
             reason = "the environment's observations or rewards are not finite"
         message = f"seed {args.seeds[i]} of {args.env_id} failed at step {step:,}: {reason}"
         if failed.all():
@@ -668,10 +671,9 @@ def save_results(args: Args, progress: dict, commit: str | None) -> list[dict]:
 def git_commit() -> str | None:
     """Commit of the repository that tracks this file, with "-dirty" if the file has changed; else None."""
     path = Path(__file__).resolve()
-    file = shlex.quote(path.name)
-    git = f"""unset $(git rev-parse --local-env-vars)
-        git ls-files --error-unmatch {file} >&2 && git rev-parse HEAD && git diff --quiet HEAD {file} || echo -dirty"""
-    done = subprocess.run(git, shell=True, cwd=path.parent, capture_output=True, text=True)
+    git = """unset $(git rev-parse --local-env-vars)
+        git cat-file -e "HEAD:./$0" && git rev-parse HEAD && git diff --quiet HEAD -- "$0" || echo -dirty"""
+    done = subprocess.run(["sh", "-c", git, path.name], cwd=path.parent, capture_output=True, text=True)
     return "".join(done.stdout.split()).removeprefix("-dirty") or None
 
 
@@ -746,12 +748,12 @@ def run(args: Args, given: set[str] | None = None) -> list[dict]:
     name = f"{args.env_id.replace('/', '-')}__{SCRIPT}__{args.seed}__{datetime.now():%Y%m%d-%H%M%S-%f}"
     args = replace(args, run_dir=os.path.abspath(args.run_dir or f"runs/{name}"))  # environments may change directory
     try:
-        seed_globals(args.seed)  # for environments that draw numbers when they are made
-        with closing(Envs(args, args.num_envs)) as envs:
+        with seed_globals(args.seed), closing(Envs(args, args.num_envs)) as envs:
             try_out(args, envs)
             args = args if "--resume" in given else open_run(args)
             if args.track:
-                import_module("wandb").init(dir=args.run_dir, config=asdict(args), sync_tensorboard=True, resume="auto")
+                settings = {"dir": args.run_dir, "config": asdict(args), "sync_tensorboard": True, "resume": "auto"}
+                import_module("wandb").init(**settings, reinit="finish_previous")  # of an earlier run()
             resume = shlex.join([sys.executable, __file__, "--resume", args.run_dir])
             say(f"run directory {args.run_dir}; if it stops, continue with: {resume}")
             return train(args, envs)
@@ -765,11 +767,9 @@ def run(args: Args, given: set[str] | None = None) -> list[dict]:
 
 def main() -> None:
     for name in ("stdin", "stdout", "stderr"):  # reopen closed ones: no file of the run may get descriptor 0, 1 or 2
-        if getattr(sys, name) is None:
-            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
-    args = tyro.cli(Args, description=__doc__)
-    flags = [word.partition("=")[0] for word in sys.argv[1:] if word.startswith("--")]
-    run(args, {flag.replace("_", "-") for flag in flags})
+        setattr(sys, name, getattr(sys, name) or open(os.devnull, "w"))  # noqa: SIM115
+    flags = {word.partition("=")[0].replace("_", "-") for word in sys.argv[1:] if word.startswith("--")}
+    run(tyro.cli(Args, description=__doc__), flags)
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ import shlex
 import subprocess
 import sys
 import time
-from contextlib import closing
+from contextlib import ExitStack, closing
 from dataclasses import asdict, dataclass, replace
 from datetime import datetime, timedelta
 from functools import partial
@@ -408,10 +408,9 @@ def evaluate(args: Args, agent: Agent, step: int | None = None) -> np.ndarray:
     Each evaluation during training has its own starts and draws."""
     name, stream = ("final", (EVALUATION,)) if step is None else (f"step{step}", (EVALUATION, step))
     say(f"evaluation, {name}: {args.eval_episodes} games")
-    seed_globals(args.seed, *stream)
     seeds = env_seeds(args.seed, args.eval_episodes, *stream)
     generator = torch.Generator().manual_seed(seeds[0])
-    with closing(Envs(args, args.eval_episodes)) as envs:
+    with seed_globals(args.seed, *stream), closing(Envs(args, args.eval_episodes)) as envs:
         obs = envs.reset(seeds)
         if args.capture_video:  # the vector environment cannot render: a twin in color plays the same game
             twin = Envs(args, 1, img_height=210, img_width=160, grayscale=False, stack_num=1)
@@ -435,8 +434,7 @@ def evaluate(args: Args, agent: Agent, step: int | None = None) -> np.ndarray:
                 say(f"evaluation, {name}: step {steps:,}, {running.sum()} of {running.size} games still run")
     if args.capture_video:
         try:
-            save_video = import_module("gymnasium.utils.save_video").save_video
-            save_video(frames, str(Path(args.run_dir, "videos", name)), fps=15)
+            import_module("gymnasium.utils.save_video").save_video(frames, f"{args.run_dir}/videos/{name}", fps=15)
         except Exception as error:  # costs no result
             say(f"no video of evaluation {name}: {error!r}", sys.stderr)
     say(f"seed {args.seed}: {returns.mean():.1f} ({' '.join(f'{r:.1f}' for r in returns)})")
@@ -471,11 +469,16 @@ def say(text: str, file=None) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), (file or sys.stdout).fileno())
 
 
-def seed_globals(*stream: int) -> None:
+def seed_globals(*stream: int) -> ExitStack:
     """Seed the global generators of Python, numpy and torch, because environments and layers may draw from them."""
+    before = ExitStack()  # for use by with: its end restores the generators, from which a caller of run may draw
+    before.callback(random.setstate, random.getstate())
+    before.callback(np.random.set_state, np.random.get_state())
+    before.callback(torch.set_rng_state, torch.get_rng_state())
     random.seed(repr(stream))
     np.random.seed(random.getrandbits(32))
     torch.manual_seed(random.getrandbits(63))
+    return before
 
 
 def check_args(args: Args) -> None:
@@ -587,10 +590,9 @@ def save_result(args: Args, progress: dict, commit: str | None) -> dict:
 def git_commit() -> str | None:
     """Commit of the repository that tracks this file, with "-dirty" if the file has changed; else None."""
     path = Path(__file__).resolve()
-    file = shlex.quote(path.name)
-    git = f"""unset $(git rev-parse --local-env-vars)
-        git ls-files --error-unmatch {file} >&2 && git rev-parse HEAD && git diff --quiet HEAD {file} || echo -dirty"""
-    done = subprocess.run(git, shell=True, cwd=path.parent, capture_output=True, text=True)
+    git = """unset $(git rev-parse --local-env-vars)
+        git cat-file -e "HEAD:./$0" && git rev-parse HEAD && git diff --quiet HEAD -- "$0" || echo -dirty"""
+    done = subprocess.run(["sh", "-c", git, path.name], cwd=path.parent, capture_output=True, text=True)
     return "".join(done.stdout.split()).removeprefix("-dirty") or None
 
 
@@ -666,11 +668,11 @@ def run(args: Args, given: set[str] | None = None) -> dict:
     try:
         if args.bfloat16:
             warn_if_slower(args.device)
-        seed_globals(args.seed)  # for layers that draw their weights
-        with closing(Envs(args, args.num_envs)) as envs:
+        with seed_globals(args.seed), closing(Envs(args, args.num_envs)) as envs:
             args = args if "--resume" in given else open_run(args)
             if args.track:
-                import_module("wandb").init(dir=args.run_dir, config=asdict(args), sync_tensorboard=True, resume="auto")
+                settings = {"dir": args.run_dir, "config": asdict(args), "sync_tensorboard": True, "resume": "auto"}
+                import_module("wandb").init(**settings, reinit="finish_previous")  # of an earlier run()
             resume = shlex.join([sys.executable, __file__, "--resume", args.run_dir])
             say(f"run directory {args.run_dir}; if it stops, continue with: {resume}")
             return train(args, envs)
@@ -684,11 +686,9 @@ def run(args: Args, given: set[str] | None = None) -> dict:
 
 def main() -> None:
     for name in ("stdin", "stdout", "stderr"):  # reopen closed ones: no file of the run may get descriptor 0, 1 or 2
-        if getattr(sys, name) is None:
-            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
-    args = tyro.cli(Args, description=__doc__)
-    flags = [word.partition("=")[0] for word in sys.argv[1:] if word.startswith("--")]
-    run(args, {flag.replace("_", "-") for flag in flags})
+        setattr(sys, name, getattr(sys, name) or open(os.devnull, "w"))  # noqa: SIM115
+    flags = {word.partition("=")[0].replace("_", "-") for word in sys.argv[1:] if word.startswith("--")}
+    run(tyro.cli(Args, description=__doc__), flags)
 
 
 if __name__ == "__main__":

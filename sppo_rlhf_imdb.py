@@ -752,10 +752,9 @@ def load_rows(args: Args, columns: list[str]) -> tuple[list[dict], list[dict], s
 def git_commit() -> str | None:
     """Commit of the repository that tracks this file, with "-dirty" if the file has changed; else None."""
     path = Path(__file__).resolve()
-    file = shlex.quote(path.name)
-    git = f"""unset $(git rev-parse --local-env-vars)
-        git ls-files --error-unmatch {file} >&2 && git rev-parse HEAD && git diff --quiet HEAD {file} || echo -dirty"""
-    done = subprocess.run(git, shell=True, cwd=path.parent, capture_output=True, text=True)
+    git = """unset $(git rev-parse --local-env-vars)
+        git cat-file -e "HEAD:./$0" && git rev-parse HEAD && git diff --quiet HEAD -- "$0" || echo -dirty"""
+    done = subprocess.run(["sh", "-c", git, path.name], cwd=path.parent, capture_output=True, text=True)
     return "".join(done.stdout.split()).removeprefix("-dirty") or None
 
 

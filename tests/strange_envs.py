@@ -272,6 +272,21 @@ class Afterwards(Toy):
         return obs, 1.0, self.steps == self.length, False, info
 
 
+class Sampling(Toy):
+    """Draws from its own spaces, as the environments of stable_baselines3.common.envs do."""
+
+    def __init__(self, render_mode=None):
+        super().__init__(render_mode)
+        self.observation_space, self.action_space = Box(-1, 1, (3,)), Box(-1, 1, (2,))
+
+    def see(self):
+        return self.observation_space.sample()
+
+    def step(self, action):
+        obs, reward, *rest = super().step(action)
+        return obs, reward + float(self.action_space.sample().sum()), *rest
+
+
 class NotClosable(Toy):
     def close(self):
         raise AttributeError("no window")
@@ -333,6 +348,16 @@ class Gray(Toy):
         return np.zeros((64, 64), np.uint8)
 
 
+class OneFrame(Toy):
+    """Renders into the same array every time."""
+
+    frame = np.zeros((64, 64, 3), np.uint8)
+
+    def render(self):
+        self.frame[:] = 20 * self.steps
+        return self.frame
+
+
 class NoFps(Toy):
     metadata = {"render_modes": ["rgb_array"], "render_fps": None}  # noqa: RUF012
 
@@ -373,6 +398,7 @@ TOYS = {
     "Bool": regular(np.float64, lambda x: x > 0, lambda x: x),
     "Half": regular(np.float16, np.float16, np.int8),
     "List": regular(tuple, lambda x: [x], lambda x: [x]),
+    "NoneFlags": regular(wrap_flag=lambda x: x or None),
     "Mixed": Mixed,
     "OneBuffer": OneBuffer,
     "Licence": Licence,
@@ -404,7 +430,7 @@ TOYS = {
 }
 TOYS |= {toy.__name__: toy for toy in (OldReset, Shrinking, ShortSeed, Scenario, GlobalDraws, Afterwards, NotClosable)}
 TOYS |= {toy.__name__: toy for toy in (Wandering, Learning, OwnSpace, Pictures, PicturesToo)}
-TOYS |= {toy.__name__: toy for toy in (Growing, Gray, NoFps, Breakable, Scaled)}
+TOYS |= {toy.__name__: toy for toy in (Growing, Gray, NoFps, Breakable, Scaled, OneFrame, Sampling)}
 for name, toy in TOYS.items():
     gym.register("PlainToy-v0" if name == "Toy" else f"{name}-v0", entry_point=toy)
 gym.register("NoModule-v0", entry_point="no_such_module:Toy")

@@ -803,6 +803,7 @@ def test_runs_are_tracked_through_their_tensorboard_files(script, call, monkeypa
     monkeypatch.delitem(sys.modules, "wandb")
     args = json.loads((tmp_path / "run/args.json").read_text())["args"]
     expected = {"dir": f"{tmp_path}/run", "config": args, "sync_tensorboard": True, "resume": "auto"}
+    expected["reinit"] = "finish_previous"  # without it, a second run() in a process is written into the first one's
     assert json.loads((tmp_path / "tracked").read_text()) == expected
 
 

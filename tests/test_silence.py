@@ -76,6 +76,18 @@ def test_global_generators_are_those_of_the_seed_in_training_and_evaluation(scri
 
 
 @continuous
+def test_spaces_that_an_environment_samples_draw_from_the_seed(script, call):
+    returns = []
+    for seed in (1, 1, 2):
+        assert call(script, *flags(script, "Sampling", "--seed", seed))[0] == 0
+        returns.append(result()["eval_returns"])
+        out = call(script, "--evaluate", "run")[1]
+        assert " ".join(f"{x:.1f}" for x in returns[-1]) in out
+        shutil.rmtree("run")
+    assert returns[0] == returns[1] != returns[2] and len(set(returns[0])) == 2
+
+
+@continuous
 def test_environments_get_their_seed_or_the_part_of_it_that_they_take(script):
     def first(env_id, limit):
         seen = []
@@ -149,6 +161,9 @@ def test_commit_is_that_of_the_repository_that_tracks_the_script(script, tmp_pat
     monkeypatch.delenv("GIT_DIR")
     (tmp_path / "file.py").touch()
     assert commit("file.py") is None
+    git(tmp_path, "init")
+    git(tmp_path, "add", "file.py")
+    assert commit("file.py") is None  # nothing is committed yet
 
 
 @continuous
@@ -176,6 +191,14 @@ def test_a_video_or_an_environment_that_cannot_be_closed_costs_no_result(script,
     assert len(result()["eval_returns"]) == 2
     assert (env_id in ("NoFps", "NotClosable", "Breakable")) == Path("run/videos/final/rl-video-episode-0.mp4").exists()
     assert err.count("no video of evaluation") == (env_id in ("Growing", "Gray"))
+
+
+@continuous
+def test_a_video_shows_every_frame_of_an_environment_that_renders_into_one_array(script, call):
+    imageio = pytest.importorskip("imageio.v2")
+    assert call(script, *flags(script, "OneFrame", "--capture-video"))[0] == 0
+    frames = list(imageio.get_reader("run/videos/final/rl-video-episode-0.mp4").iter_data())
+    assert len({int(frame.mean()) for frame in frames}) >= 9  # the encoder may drop the last
 
 
 @atari
@@ -329,6 +352,33 @@ def test_a_script_runs_from_python_as_from_the_command_line(script, call, tmp_pa
     assert script.run(script.Args(resume="python")) == results
     evaluated = script.run(script.Args(evaluate="python"))
     assert (evaluated[0] if name in CONTINUOUS else evaluated)["eval_returns"] == expected["eval_returns"]
+
+
+@domains
+def test_a_search_that_draws_its_settings_draws_new_ones_after_every_run(script, call):
+    assert call(script, *flags(script))[0] == 0  # tyro draws as well
+    Path("run/checkpoint.pt").unlink()
+    Path("run/result.json").unlink()
+
+    def draw() -> list[float]:
+        return [strange_envs.random.random(), np.random.random(), torch.rand(1).item()]
+
+    def seed():
+        for generator in (strange_envs.random.seed, np.random.seed, torch.manual_seed):
+            generator(1)
+
+    seed()
+    expected = [draw() for _ in range(2)]
+    seed()
+    drawn = [draw()]
+    script.run(script.Args(resume="run"))
+    drawn.append(draw())
+    script.run(script.Args(evaluate="run"))
+    drawn.append(draw())
+    script.evaluate(*script.load_model("run", cuda=False))
+    drawn.append(draw())
+    assert drawn[:2] == expected
+    assert all(len(set(numbers)) == 4 for numbers in zip(*drawn))  # loading a model may draw, and repeats nothing
 
 
 @domains

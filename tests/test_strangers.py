@@ -49,7 +49,7 @@ def start(tmp_path):
 
 
 @continuous
-@pytest.mark.parametrize("form", ["Array", "Deep", "Scalar", "NumpyBool", "List", "OneBuffer"])
+@pytest.mark.parametrize("form", ["Array", "Deep", "Scalar", "NumpyBool", "List", "NoneFlags", "OneBuffer"])
 def test_numbers_in_any_form_are_the_same_numbers(script, form):
     def play(env_id: str) -> list[np.ndarray]:
         with closing(script.Envs(script.Args(env_id=env_id), 3)) as envs:
