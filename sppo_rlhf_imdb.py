@@ -488,7 +488,7 @@ def load_function(name: str) -> Callable:
         with unchanged(flag):
             found = getattr(import_module(module), function, None)
     except ModuleNotFoundError as error:
-        its_own = not module.startswith(str(error.name))  # one that the module imports
+        its_own = not f"{module}.".startswith(f"{error.name}.")  # one that the module imports
         require(its_own, f"{flag}: there is no module {module}, without .py, in the working directory or installed")
         raise
     require(callable(found), f"{flag}: {module} has no function {function}")
@@ -725,7 +725,7 @@ def load_rows(args: Args, columns: list[str]) -> tuple[list[dict], list[dict], s
     def read(name: str, revision: str | None) -> tuple:
         if path.is_file():
             data = datasets.load_dataset(kind, data_files=name)
-        elif any(path.glob("dataset_*.json")):
+        elif any((path / file).exists() for file in ("state.json", "dataset_dict.json")):  # of save_to_disk
             data = datasets.load_from_disk(name)
         else:
             data = datasets.load_dataset(name, revision=revision)
@@ -816,7 +816,7 @@ class Run:
         """Log {tag: value}, any tags, in the row of an update, which may already exist."""
         if update == len(self.rows):
             self.rows.append({"update": update})
-        self.rows[update] |= metrics
+        self.rows[update] |= {tag: float(value) for tag, value in metrics.items()}  # of Python, numpy or torch
         if RANK == 0:
             columns = {tag: tag for row in self.rows for tag in row}
             rows = [{tag: f"{x:.6g}" for tag, x in row.items()} for row in self.rows]
@@ -856,7 +856,8 @@ class Run:
         memory = self.learner.sum((torch.cuda.max_memory_allocated() if on_gpu else memory) / 2**30).item()
         if RANK > 0:
             return
-        scores, before = ({tag.replace("/", "_"): row[tag] for tag in metrics} for row in (metrics, before))
+        rows = updates[-1], before  # a run from before a new metric has it in the last row alone
+        scores, before = ({tag.replace("/", "_"): row[tag] for tag in metrics if tag in row} for row in rows)
         tokens = args.num_trajectories * sum(row["val/response_length"] for row in updates)
         phases = "generation", "rollout", "update"
         generation, rollout, update = (sum(row[f"perf/{phase}_seconds"] for row in updates) for phase in phases)

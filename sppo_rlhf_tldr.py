@@ -198,7 +198,7 @@ class ActorCritic(nn.Module):
         super().__init__()
         lora = peft.LoraConfig(r=args.lora_rank, lora_alpha=args.lora_alpha, target_modules=list(args.lora_targets))
         self.lm = base  # the adapters are put into it; peft finds them by names that no module of it may have
-        self.adapters = peft.get_peft_model(base, lora, adapter_name="policy_adapter")
+        self.adapters = peft.get_peft_model(base, lora, "policy_adapter", revision=args.revision.get(args.policy))
         self.adapters.add_adapter("value_adapter", lora)
         hidden = base.base_model(torch.zeros(1, 1, dtype=torch.long, device=base.device)).last_hidden_state
         self.hidden_size = hidden.shape[-1]  # which need not be the width inside the model
@@ -570,9 +570,10 @@ class AdapterReward:
         self.batch_size, flag, name = args.rollout_batch_size, "reward-model", args.reward_model
         config = load(args, flag, name, peft.PeftConfig.from_pretrained)
         weights = load(args, flag, name, peft.load_peft_weights, device="cpu")
-        initial = config.init_lora_weights  # PiSSA and its like change the base, also for the policy
-        is_plain = isinstance(initial, bool) or initial == "gaussian"
-        require(is_plain, f"--{flag} {name}: LoRA from {initial} changes the policy")
+        # PiSSA and its like change the base, and so the policy, as does layer_replication.
+        is_plain = config.peft_type == "LORA" and config.init_lora_weights in (True, False, "gaussian")
+        is_plain = is_plain and not config.layer_replication
+        require(is_plain, f"--{flag} {name} is no plain LoRA: it would change the policy")
         lora = {key: x for key, x in weights.items() if "lora_" in key}
         others = {key: x for key, x in weights.items() if key not in lora and ".original_module." not in key}
         *biases, head = sorted(others.values(), key=Tensor.dim) or [torch.zeros(0)]
@@ -612,7 +613,7 @@ def load_function(name: str) -> Callable:
         with unchanged(flag):
             found = getattr(import_module(module), function, None)
     except ModuleNotFoundError as error:
-        its_own = not module.startswith(str(error.name))  # one that the module imports
+        its_own = not f"{module}.".startswith(f"{error.name}.")  # one that the module imports
         require(its_own, f"{flag}: there is no module {module}, without .py, in the working directory or installed")
         raise
     require(callable(found), f"{flag}: {module} has no function {function}")
@@ -677,6 +678,9 @@ class Learner:
         self.reward = load_function(function) if function else None
         # All load models at once: of what has to be downloaded, huggingface_hub lets one process fetch each file.
         base, self.tokenizer = load_base(args, self.device)
+        quantized = {getattr(base, kind, False) for kind in ("is_quantized", "is_loaded_in_4bit")}
+        as_told = quantized == {args.base_precision == "4bit"}
+        require(as_told, f"--policy {args.policy} is quantized in another way than --base-precision says")
         eval_mode(nn.Module.to(base, self.device))  # PreTrainedModel.to refuses 4 bit
         can_chat = args.instruction is None or self.tokenizer.chat_template
         require(can_chat, f"--instruction needs a chat template, and the tokenizer of --policy {args.policy} has none")
@@ -887,7 +891,7 @@ def load_rows(args: Args, columns: list[str]) -> tuple[list[dict], list[dict], s
     def read(name: str, revision: str | None) -> tuple:
         if path.is_file():
             data = datasets.load_dataset(kind, data_files=name)
-        elif any(path.glob("dataset_*.json")):
+        elif any((path / file).exists() for file in ("state.json", "dataset_dict.json")):  # of save_to_disk
             data = datasets.load_from_disk(name)
         else:
             data = datasets.load_dataset(name, revision=revision)
@@ -978,7 +982,7 @@ class Run:
         """Log {tag: value}, any tags, in the row of an update, which may already exist."""
         if update == len(self.rows):
             self.rows.append({"update": update})
-        self.rows[update] |= metrics
+        self.rows[update] |= {tag: float(value) for tag, value in metrics.items()}  # of Python, numpy or torch
         if RANK == 0:
             columns = {tag: tag for row in self.rows for tag in row}
             rows = [{tag: f"{x:.6g}" for tag, x in row.items()} for row in self.rows]
@@ -1020,7 +1024,8 @@ class Run:
         memory = self.learner.sum((torch.cuda.max_memory_allocated() if on_gpu else memory) / 2**30).item()
         if RANK > 0:
             return
-        scores, before = ({tag.replace("/", "_"): row[tag] for tag in metrics} for row in (metrics, before))
+        rows = updates[-1], before  # a run from before a new metric has it in the last row alone
+        scores, before = ({tag.replace("/", "_"): row[tag] for tag in metrics if tag in row} for row in rows)
         tokens = args.num_trajectories * sum(row["val/response_length"] for row in updates)
         phases = "generation", "rollout", "update"
         generation, rollout, update = (sum(row[f"perf/{phase}_seconds"] for row in updates) for phase in phases)
