@@ -33,6 +33,7 @@ from contextlib import contextmanager, nullcontext
 from copy import deepcopy
 from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime, timedelta
+from glob import escape
 from importlib import import_module, metadata
 from pathlib import Path
 
@@ -666,20 +667,18 @@ def load_network(args: Args, flag: str, name: str, auto_class: type, **options) 
     adapter = load(args, flag, name, transformers.utils.find_adapter_config_file)
     require(not adapter, f"--{flag} {name} is an adapter: give a model that it has been merged into")
     options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}  # which it tells as well
-    no_code = {"trust_remote_code": False}  # of a model's folder
-    model, info = load(args, flag, name, auto_class.from_pretrained, **options, **no_code)
+    model, info = load(args, flag, name, auto_class.from_pretrained, trust_remote_code=False, **options)
     missing = {*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])}  # drawn at random
     names = f"{', '.join(sorted(missing)[:5])} of {type(model).__name__}"
     require(not missing, f"--{flag} {name} has no weights, of the configuration's shape, for {names}")
     if flag == "policy" and (other := args.tokenizer or TOKENIZERS.get(name)):
         flag, name = "tokenizer", other
-    tokenizer = load(args, flag, name, transformers.AutoTokenizer.from_pretrained, **no_code)
+    tokenizer = load(args, flag, name, transformers.AutoTokenizer.from_pretrained, trust_remote_code=False)
     tokens = tokenizer("text", add_special_tokens=False).input_ids  # transformers may make an empty tokenizer up
     require(tokens, f"--{flag} {name} has no tokenizer{': give one with --tokenizer' * (flag == 'policy')}")
     rows, largest = model.get_input_embeddings().num_embeddings, max(tokenizer.get_vocab().values())
     require(largest < rows, f"--{flag} {name}: tokens up to {largest}, {rows} embeddings: different models")
-    has_end = flag == "reward-model" or tokenizer.eos_token_id is not None
-    require(has_end, f"--{flag} {name}: the tokenizer has no end-of-text token")
+    require(tokenizer.eos_token or flag == "reward-model", f"--{flag} {name}: the tokenizer has no end-of-text token")
     return model, tokenizer
 
 
@@ -724,7 +723,7 @@ def load_rows(args: Args, columns: list[str]) -> tuple[list[dict], list[dict], s
 
     def read(name: str, revision: str | None) -> tuple:
         if path.is_file():
-            data = datasets.load_dataset(kind, data_files=name)
+            data = datasets.load_dataset(kind, data_files=escape(name))  # a name such as a[1].csv is no pattern
         elif any((path / file).exists() for file in ("state.json", "dataset_dict.json")):  # of save_to_disk
             data = datasets.load_from_disk(name)
         else:

@@ -37,6 +37,7 @@ from copy import deepcopy
 from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime, timedelta
 from functools import partial
+from glob import escape
 from importlib import import_module, metadata
 from pathlib import Path
 from typing import Literal
@@ -452,9 +453,7 @@ def encode_inside(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[
     return result
 
 
-def encode_prompts(
-    tokenizer: PreTrainedTokenizerBase, rows: list[dict], max_length: int, instruction: str | None = None
-) -> list[list[int]]:
+def encode_prompts(tokenizer: PreTrainedTokenizerBase, rows: list, max_length: int, instruction=None) -> list[list]:
     """Posts, their end cut off at max_length tokens, and "TL;DR:"; with an instruction, chats of it and a post."""
     posts = [row["prompt"].strip().removesuffix("TL;DR:").strip() for row in rows]
     if instruction is None:
@@ -571,16 +570,14 @@ class AdapterReward:
         config = load(args, flag, name, peft.PeftConfig.from_pretrained)
         weights = load(args, flag, name, peft.load_peft_weights, device="cpu")
         # PiSSA and its like change the base, and so the policy, as does layer_replication.
-        is_plain = config.peft_type == "LORA" and config.init_lora_weights in (True, False, "gaussian")
-        is_plain = is_plain and not config.layer_replication
-        require(is_plain, f"--{flag} {name} is no plain LoRA: it would change the policy")
+        plain = config.peft_type == "LORA" and config.init_lora_weights in (True, False, "gaussian")
+        require(plain and not config.layer_replication, f"--{flag} {name} is no plain LoRA: it would change the policy")
         lora = {key: x for key, x in weights.items() if "lora_" in key}
         others = {key: x for key, x in weights.items() if key not in lora and ".original_module." not in key}
         *biases, head = sorted(others.values(), key=Tensor.dim) or [torch.zeros(0)]
         is_head = head.shape == (1, self.actor_critic.hidden_size) and [x.shape for x in biases] in ([], [(1,)])
         found = ", ".join(sorted(others)[:3]) or "nothing"
-        rule = "needs one scalar head beside LoRA, and nothing that would change the policy"
-        require(is_head, f"--{flag} {name} {rule}, but has {found}")
+        require(is_head, f"--{flag} {name} needs LoRA and one scalar head (more would change the policy), not {found}")
         self.head, self.bias = head.float(), sum(x.item() for x in biases)
         config.modules_to_save, config.inference_mode = None, True  # the head is not a module of the base model
         try:
@@ -832,20 +829,18 @@ def load_network(args: Args, flag: str, name: str, auto_class: type, **options) 
     adapter = load(args, flag, name, transformers.utils.find_adapter_config_file)
     require(not adapter, f"--{flag} {name} is an adapter: give a model that it has been merged into")
     options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}  # which it tells as well
-    no_code = {"trust_remote_code": False}  # of a model's folder
-    model, info = load(args, flag, name, auto_class.from_pretrained, **options, **no_code)
+    model, info = load(args, flag, name, auto_class.from_pretrained, trust_remote_code=False, **options)
     missing = {*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])}  # drawn at random
     names = f"{', '.join(sorted(missing)[:5])} of {type(model).__name__}"
     require(not missing, f"--{flag} {name} has no weights, of the configuration's shape, for {names}")
     if flag == "policy" and (other := args.tokenizer or TOKENIZERS.get(name)):
         flag, name = "tokenizer", other
-    tokenizer = load(args, flag, name, transformers.AutoTokenizer.from_pretrained, **no_code)
+    tokenizer = load(args, flag, name, transformers.AutoTokenizer.from_pretrained, trust_remote_code=False)
     tokens = tokenizer("text", add_special_tokens=False).input_ids  # transformers may make an empty tokenizer up
     require(tokens, f"--{flag} {name} has no tokenizer{': give one with --tokenizer' * (flag == 'policy')}")
     rows, largest = model.get_input_embeddings().num_embeddings, max(tokenizer.get_vocab().values())
     require(largest < rows, f"--{flag} {name}: tokens up to {largest}, {rows} embeddings: different models")
-    has_end = flag == "reward-model" or tokenizer.eos_token_id is not None
-    require(has_end, f"--{flag} {name}: the tokenizer has no end-of-text token")
+    require(tokenizer.eos_token or flag == "reward-model", f"--{flag} {name}: the tokenizer has no end-of-text token")
     return model, tokenizer
 
 
@@ -890,7 +885,7 @@ def load_rows(args: Args, columns: list[str]) -> tuple[list[dict], list[dict], s
 
     def read(name: str, revision: str | None) -> tuple:
         if path.is_file():
-            data = datasets.load_dataset(kind, data_files=name)
+            data = datasets.load_dataset(kind, data_files=escape(name))  # a name such as a[1].csv is no pattern
         elif any((path / file).exists() for file in ("state.json", "dataset_dict.json")):  # of save_to_disk
             data = datasets.load_from_disk(name)
         else:

@@ -630,6 +630,14 @@ def test_rows_of_a_file_are_read_whatever_its_format(script, tmp_path, name):
 
 
 @either
+def test_a_file_whose_name_looks_like_a_pattern_is_the_one_that_is_read(script, tmp_path):
+    for name in ("a1.jsonl", "a[1].jsonl"):
+        tiny.write_jsonl(tmp_path / name, [{"text": name}] * 5)
+    train, _, _ = script.load_rows(script.Args(dataset=str(tmp_path / "a[1].jsonl")), ["text"])
+    assert train == [{"text": "a[1].jsonl"}] * 4
+
+
+@either
 @pytest.mark.parametrize("name", ["a.tsv", "a.csv.gz", "a.arrow", "a.txt", "a"])
 def test_files_of_other_kinds_are_refused_in_a_line_that_names_those_that_are_read(script, tmp_path, ends_with, name):
     (tmp_path / name).write_text("text\na review\n" * 9)
