@@ -33,6 +33,7 @@ from contextlib import contextmanager, nullcontext
 from copy import deepcopy
 from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime, timedelta
+from glob import escape
 from importlib import import_module, metadata
 from pathlib import Path
 
@@ -488,7 +489,7 @@ def load_function(name: str) -> Callable:
         with unchanged(flag):
             found = getattr(import_module(module), function, None)
     except ModuleNotFoundError as error:
-        its_own = not module.startswith(str(error.name))  # one that the module imports
+        its_own = not f"{module}.".startswith(f"{error.name}.")  # one that the module imports
         require(its_own, f"{flag}: there is no module {module}, without .py, in the working directory or installed")
         raise
     require(callable(found), f"{flag}: {module} has no function {function}")
@@ -666,20 +667,18 @@ def load_network(args: Args, flag: str, name: str, auto_class: type, **options) 
     adapter = load(args, flag, name, transformers.utils.find_adapter_config_file)
     require(not adapter, f"--{flag} {name} is an adapter: give a model that it has been merged into")
     options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}  # the info lists mismatches too
-    no_code = {"trust_remote_code": False}  # run none of a model's folder
-    model, info = load(args, flag, name, auto_class.from_pretrained, **options, **no_code)
+    model, info = load(args, flag, name, auto_class.from_pretrained, trust_remote_code=False, **options)
     missing = {*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])}  # drawn at random
     names = f"{', '.join(sorted(missing)[:5])} of {type(model).__name__}"
     require(not missing, f"--{flag} {name} has no weights, of the configuration's shape, for {names}")
     if flag == "policy" and (other := args.tokenizer or TOKENIZERS.get(name)):
         flag, name = "tokenizer", other
-    tokenizer = load(args, flag, name, transformers.AutoTokenizer.from_pretrained, **no_code)
+    tokenizer = load(args, flag, name, transformers.AutoTokenizer.from_pretrained, trust_remote_code=False)
     tokens = tokenizer("text", add_special_tokens=False).input_ids  # transformers may make an empty tokenizer up
     require(tokens, f"--{flag} {name} has no tokenizer{': give one with --tokenizer' * (flag == 'policy')}")
     rows, largest = model.get_input_embeddings().num_embeddings, max(tokenizer.get_vocab().values())
     require(largest < rows, f"--{flag} {name}: tokens up to {largest}, {rows} embeddings: different models")
-    has_end = flag == "reward-model" or tokenizer.eos_token_id is not None
-    require(has_end, f"--{flag} {name}: the tokenizer has no end-of-text token")
+    require(tokenizer.eos_token or flag == "reward-model", f"--{flag} {name}: the tokenizer has no end-of-text token")
     return model, tokenizer
 
 
@@ -724,8 +723,8 @@ def load_rows(args: Args, columns: list[str]) -> tuple[list[dict], list[dict], s
 
     def read(name: str, revision: str | None) -> tuple:
         if path.is_file():
-            data = datasets.load_dataset(kind, data_files=name)
-        elif any(path.glob("dataset_*.json")):
+            data = datasets.load_dataset(kind, data_files=escape(name))  # a name such as a[1].csv is no pattern
+        elif any((path / file).exists() for file in ("state.json", "dataset_dict.json")):  # of save_to_disk
             data = datasets.load_from_disk(name)
         else:
             data = datasets.load_dataset(name, revision=revision)
@@ -815,7 +814,7 @@ class Run:
         """Log {tag: value}, any tags, in the row of an update, which may already exist."""
         if update == len(self.rows):
             self.rows.append({"update": update})
-        self.rows[update] |= metrics
+        self.rows[update] |= {tag: float(value) for tag, value in metrics.items()}  # of Python, numpy or torch
         if RANK == 0:
             columns = {tag: tag for row in self.rows for tag in row}
             rows = [{tag: f"{x:.6g}" for tag, x in row.items()} for row in self.rows]
@@ -855,7 +854,8 @@ class Run:
         memory = self.learner.sum((torch.cuda.max_memory_allocated() if on_gpu else memory) / 2**30).item()
         if RANK > 0:
             return
-        scores, before = ({tag.replace("/", "_"): row[tag] for tag in metrics} for row in (metrics, before))
+        rows = updates[-1], before  # a run from before a new metric has it in the last row alone
+        scores, before = ({tag.replace("/", "_"): row[tag] for tag in metrics if tag in row} for row in rows)
         tokens = args.num_trajectories * sum(row["val/response_length"] for row in updates)
         phases = "generation", "rollout", "update"
         generation, rollout, update = (sum(row[f"perf/{phase}_seconds"] for row in updates) for phase in phases)

@@ -37,6 +37,7 @@ from copy import deepcopy
 from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime, timedelta
 from functools import partial
+from glob import escape
 from importlib import import_module, metadata
 from pathlib import Path
 from typing import Literal
@@ -198,7 +199,7 @@ class ActorCritic(nn.Module):
         super().__init__()
         lora = peft.LoraConfig(r=args.lora_rank, lora_alpha=args.lora_alpha, target_modules=list(args.lora_targets))
         self.lm = base  # the adapters are put into it; peft finds them by names that no module of it may have
-        self.adapters = peft.get_peft_model(base, lora, adapter_name="policy_adapter")
+        self.adapters = peft.get_peft_model(base, lora, "policy_adapter", revision=args.revision.get(args.policy))
         self.adapters.add_adapter("value_adapter", lora)
         hidden = base.base_model(torch.zeros(1, 1, dtype=torch.long, device=base.device)).last_hidden_state
         self.hidden_size = hidden.shape[-1]  # which need not be the width inside the model
@@ -452,9 +453,7 @@ def encode_inside(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[
     return result
 
 
-def encode_prompts(
-    tokenizer: PreTrainedTokenizerBase, rows: list[dict], max_length: int, instruction: str | None = None
-) -> list[list[int]]:
+def encode_prompts(tokenizer: PreTrainedTokenizerBase, rows: list, max_length: int, instruction=None) -> list[list]:
     """Posts, their end cut off at max_length tokens, and "TL;DR:"; with an instruction, chats of it and a post."""
     posts = [row["prompt"].strip().removesuffix("TL;DR:").strip() for row in rows]
     if instruction is None:
@@ -570,16 +569,15 @@ class AdapterReward:
         self.batch_size, flag, name = args.rollout_batch_size, "reward-model", args.reward_model
         config = load(args, flag, name, peft.PeftConfig.from_pretrained)
         weights = load(args, flag, name, peft.load_peft_weights, device="cpu")
-        initial = config.init_lora_weights  # PiSSA and its like change the base, also for the policy
-        is_plain = isinstance(initial, bool) or initial == "gaussian"
-        require(is_plain, f"--{flag} {name}: LoRA from {initial} changes the policy")
+        # PiSSA and its like change the base, and so the policy, as does layer_replication.
+        plain = config.peft_type == "LORA" and config.init_lora_weights in (True, False, "gaussian")
+        require(plain and not config.layer_replication, f"--{flag} {name} is no plain LoRA: it would change the policy")
         lora = {key: x for key, x in weights.items() if "lora_" in key}
         others = {key: x for key, x in weights.items() if key not in lora and ".original_module." not in key}
         *biases, head = sorted(others.values(), key=Tensor.dim) or [torch.zeros(0)]
         is_head = head.shape == (1, self.actor_critic.hidden_size) and [x.shape for x in biases] in ([], [(1,)])
         found = ", ".join(sorted(others)[:3]) or "nothing"
-        rule = "needs one scalar head beside LoRA, and nothing that would change the policy"
-        require(is_head, f"--{flag} {name} {rule}, but has {found}")
+        require(is_head, f"--{flag} {name} needs LoRA and one scalar head (more would change the policy), not {found}")
         self.head, self.bias = head.float(), sum(x.item() for x in biases)
         config.modules_to_save, config.inference_mode = None, True  # the head is not a module of the base model
         try:
@@ -612,7 +610,7 @@ def load_function(name: str) -> Callable:
         with unchanged(flag):
             found = getattr(import_module(module), function, None)
     except ModuleNotFoundError as error:
-        its_own = not module.startswith(str(error.name))  # one that the module imports
+        its_own = not f"{module}.".startswith(f"{error.name}.")  # one that the module imports
         require(its_own, f"{flag}: there is no module {module}, without .py, in the working directory or installed")
         raise
     require(callable(found), f"{flag}: {module} has no function {function}")
@@ -677,6 +675,9 @@ class Learner:
         self.reward = load_function(function) if function else None
         # All load models at once: of what has to be downloaded, huggingface_hub lets one process fetch each file.
         base, self.tokenizer = load_base(args, self.device)
+        quantized = {getattr(base, kind, False) for kind in ("is_quantized", "is_loaded_in_4bit")}
+        as_told = quantized == {args.base_precision == "4bit"}
+        require(as_told, f"--policy {args.policy} is quantized in another way than --base-precision says")
         eval_mode(nn.Module.to(base, self.device))  # PreTrainedModel.to refuses 4 bit
         can_chat = args.instruction is None or self.tokenizer.chat_template
         require(can_chat, f"--instruction needs a chat template, and the tokenizer of --policy {args.policy} has none")
@@ -828,20 +829,18 @@ def load_network(args: Args, flag: str, name: str, auto_class: type, **options) 
     adapter = load(args, flag, name, transformers.utils.find_adapter_config_file)
     require(not adapter, f"--{flag} {name} is an adapter: give a model that it has been merged into")
     options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}  # the info lists mismatches too
-    no_code = {"trust_remote_code": False}  # run none of a model's folder
-    model, info = load(args, flag, name, auto_class.from_pretrained, **options, **no_code)
+    model, info = load(args, flag, name, auto_class.from_pretrained, trust_remote_code=False, **options)
     missing = {*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])}  # drawn at random
     names = f"{', '.join(sorted(missing)[:5])} of {type(model).__name__}"
     require(not missing, f"--{flag} {name} has no weights, of the configuration's shape, for {names}")
     if flag == "policy" and (other := args.tokenizer or TOKENIZERS.get(name)):
         flag, name = "tokenizer", other
-    tokenizer = load(args, flag, name, transformers.AutoTokenizer.from_pretrained, **no_code)
+    tokenizer = load(args, flag, name, transformers.AutoTokenizer.from_pretrained, trust_remote_code=False)
     tokens = tokenizer("text", add_special_tokens=False).input_ids  # transformers may make an empty tokenizer up
     require(tokens, f"--{flag} {name} has no tokenizer{': give one with --tokenizer' * (flag == 'policy')}")
     rows, largest = model.get_input_embeddings().num_embeddings, max(tokenizer.get_vocab().values())
     require(largest < rows, f"--{flag} {name}: tokens up to {largest}, {rows} embeddings: different models")
-    has_end = flag == "reward-model" or tokenizer.eos_token_id is not None
-    require(has_end, f"--{flag} {name}: the tokenizer has no end-of-text token")
+    require(tokenizer.eos_token or flag == "reward-model", f"--{flag} {name}: the tokenizer has no end-of-text token")
     return model, tokenizer
 
 
@@ -886,8 +885,8 @@ def load_rows(args: Args, columns: list[str]) -> tuple[list[dict], list[dict], s
 
     def read(name: str, revision: str | None) -> tuple:
         if path.is_file():
-            data = datasets.load_dataset(kind, data_files=name)
-        elif any(path.glob("dataset_*.json")):
+            data = datasets.load_dataset(kind, data_files=escape(name))  # a name such as a[1].csv is no pattern
+        elif any((path / file).exists() for file in ("state.json", "dataset_dict.json")):  # of save_to_disk
             data = datasets.load_from_disk(name)
         else:
             data = datasets.load_dataset(name, revision=revision)
@@ -977,7 +976,7 @@ class Run:
         """Log {tag: value}, any tags, in the row of an update, which may already exist."""
         if update == len(self.rows):
             self.rows.append({"update": update})
-        self.rows[update] |= metrics
+        self.rows[update] |= {tag: float(value) for tag, value in metrics.items()}  # of Python, numpy or torch
         if RANK == 0:
             columns = {tag: tag for row in self.rows for tag in row}
             rows = [{tag: f"{x:.6g}" for tag, x in row.items()} for row in self.rows]
@@ -1019,7 +1018,8 @@ class Run:
         memory = self.learner.sum((torch.cuda.max_memory_allocated() if on_gpu else memory) / 2**30).item()
         if RANK > 0:
             return
-        scores, before = ({tag.replace("/", "_"): row[tag] for tag in metrics} for row in (metrics, before))
+        rows = updates[-1], before  # a run from before a new metric has it in the last row alone
+        scores, before = ({tag.replace("/", "_"): row[tag] for tag in metrics if tag in row} for row in rows)
         tokens = args.num_trajectories * sum(row["val/response_length"] for row in updates)
         phases = "generation", "rollout", "update"
         generation, rollout, update = (sum(row[f"perf/{phase}_seconds"] for row in updates) for phase in phases)

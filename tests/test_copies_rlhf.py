@@ -122,6 +122,19 @@ def test_a_run_from_before_a_new_flag_resumes_with_its_default(original, assets,
     assert call(after, monkeypatch, "--evaluate", "run") == 0
 
 
+def test_metrics_may_be_of_any_library_and_new_when_a_run_resumes(original, assets, monkeypatch, tmp_path):
+    line = "        metrics |= {tag: float(np.mean([s[tag] for s in stats])) for tag in stats[0]}\n"
+    logged = '        metrics |= {"my/numpy": np.float32(0.5), "my/torch": trajectories.mask.sum()}\n'
+    evaluated = '    metrics = {"eval/mine": np.float32(0.5)} | {f"eval/'
+    before = copy(original, tmp_path, "my_copy", (line, line + logged))
+    stopped_before_the_end(before, monkeypatch, *small(original, assets))
+    after = copy(original, tmp_path, "my_copy", (line, line + logged), ('    metrics = {f"eval/', evaluated))
+    assert call(after, monkeypatch, "--resume", "run") == 0
+    result = json.loads((tmp_path / "run/result.json").read_text())
+    evaluations = {key for key in result if key.startswith("eval_")} - {"eval_scores"}
+    assert result["eval_mine"] == 0.5 and evaluations - result["before"].keys() == {"eval_mine"}
+
+
 def test_a_run_of_another_copy_or_network_is_refused_and_a_removed_flag_ignored(
     original, assets, monkeypatch, tmp_path, capsys
 ):

@@ -1198,6 +1198,10 @@ DATASETS = {
     "save_to_disk": lambda folder: datasets.DatasetDict(
         {"train": datasets.Dataset.from_list(ROWS[:7]), "validation": datasets.Dataset.from_list(ROWS[7:])}
     ).save_to_disk(folder),
+    "clone of a hub's data set": lambda folder: (
+        save_split_files(folder),
+        (folder / "dataset_infos.json").write_text("{}"),
+    ),
     "valid, as the paper's posts have it": lambda folder: datasets.DatasetDict(
         {
             "train": datasets.Dataset.from_list(ROWS[:7]),

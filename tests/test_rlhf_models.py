@@ -12,6 +12,7 @@ import tiny
 import torch
 from accelerate.state import AcceleratorState
 from conftest import import_scripts
+from peft import IA3Config, get_peft_model
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from tokenizers.processors import TemplateProcessing
 from transformers import (
@@ -20,6 +21,7 @@ from transformers import (
     AutoTokenizer,
     BartConfig,
     BertConfig,
+    BitsAndBytesConfig,
     ElectraConfig,
     Gemma3Config,
     Gemma3TextConfig,
@@ -450,7 +452,7 @@ def test_reward_adapter_whose_numbers_depend_on_the_length_of_neighbours_is_refu
         make_learner(TLDR, dataset=str(tiny.write_jsonl(tmp_path / "b.jsonl", rows)), **changes)
 
 
-@pytest.mark.parametrize("kind", ["embeddings", "norms", "biases", "PiSSA"])
+@pytest.mark.parametrize("kind", ["embeddings", "norms", "biases", "PiSSA", "more layers", "IA3"])
 def test_reward_adapter_that_would_change_the_policy_is_refused(assets, make_learner, tmp_path, ends_with, kind):
     """Compared with a run without it: were it accepted, the reference would have other numbers."""
     config = AutoModelForCausalLM.from_pretrained(assets / "llama").config
@@ -459,14 +461,34 @@ def test_reward_adapter_that_would_change_the_policy_is_refused(assets, make_lea
         "norms": {"modules_to_save": ["score", "norm"]},
         "biases": {"bias": "all"},
         "PiSSA": {"init_lora_weights": "pissa"},
+        "more layers": {"layer_replication": [[0, 2], [1, 2]]},
+        "IA3": {},
     }[kind]
     if kind == "biases":
         config.attention_bias = True
         save_policy(config, assets, tmp_path / "policy", "llama")
     tiny.reward_adapter(config, tmp_path / "adapter", **changes)
+    if kind == "IA3":
+        model = AutoModelForSequenceClassification.from_pretrained(assets / "llama", num_labels=1)
+        ia3 = IA3Config(task_type="SEQ_CLS", target_modules=["k_proj"], feedforward_modules=[])
+        get_peft_model(model, ia3).save_pretrained(tmp_path / "adapter")
     policy = {"policy": str(tmp_path / "policy")} if kind == "biases" else {}
     with ends_with(r"--reward-model .*(would change|changes) the policy"):
         make_learner(TLDR, reward_model=str(tmp_path / "adapter"), **policy)
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16", "4bit"])
+def test_base_that_is_quantized_in_another_way_than_told_is_refused(
+    make_learner, assets, tmp_path, ends_with, precision
+):
+    pytest.importorskip("bitsandbytes")
+    kind = {"load_in_8bit": True} if precision == "4bit" else {"load_in_4bit": True}
+    config = BitsAndBytesConfig(**kind)
+    model = AutoModelForCausalLM.from_pretrained(assets / "llama", quantization_config=config, device_map="cpu")
+    model.save_pretrained(tmp_path / "quantized")
+    AutoTokenizer.from_pretrained(assets / "llama").save_pretrained(tmp_path / "quantized")
+    with ends_with(r"--policy .*quantized is quantized in another way than --base-precision says"):
+        make_learner(TLDR, policy=str(tmp_path / "quantized"), base_precision=precision)
 
 
 def edit_config(folder, **changes):
@@ -605,6 +627,14 @@ def test_rows_of_a_file_are_read_whatever_its_format(script, tmp_path, name):
     FILES[name](tmp_path / name)
     train, validation, _ = script.load_rows(script.Args(dataset=str(tmp_path / name)), ["text"])
     assert len(train) == 8 and sorted(row["text"] for row in train + validation) == [row["text"] for row in ROWS]
+
+
+@either
+def test_a_file_whose_name_looks_like_a_pattern_is_the_one_that_is_read(script, tmp_path):
+    for name in ("a1.jsonl", "a[1].jsonl"):
+        tiny.write_jsonl(tmp_path / name, [{"text": name}] * 5)
+    train, _, _ = script.load_rows(script.Args(dataset=str(tmp_path / "a[1].jsonl")), ["text"])
+    assert train == [{"text": "a[1].jsonl"}] * 4
 
 
 @either
