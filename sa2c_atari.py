@@ -611,7 +611,7 @@ def open_run(args: Args) -> Args:
         if error.errno in (errno.EACCES, errno.EAGAIN):  # other errors: this file system has no locks, go on without
             fail(f"{run_dir} is being trained by another process")
     if args.resume is None:
-        os.write(file, json.dumps({"script": SCRIPT, "args": asdict(args)}, indent=2).encode())
+        os.write(file, json.dumps({"script": SCRIPT, "args": asdict(args)}, indent=2, default=np.generic.item).encode())
     saved = json.loads(os.pread(file, 2**20, 0) or "{}")  # a kill in the first moment leaves it empty
     return replace(saved_args(run_dir, saved.get("script"), saved.get("args")), run_dir=str(run_dir))
 
