@@ -309,7 +309,7 @@ def test_an_empty_folder_is_no_package(script, flag, package, monkeypatch, tmp_p
 def test_hints_can_be_pasted(script, start, tmp_path):
     run_dir = f"{tmp_path}/it's ü $HOME"
     process = start(script, *small(script, total=10**7), "--run-dir", run_dir)
-    hint = first_line(process).partition("go on with: ")[2].strip()
+    hint = first_line(process).partition("continue with: ")[2].strip()
     process.kill()
     process.wait()
     process = start(script, *small(script), "--run-dir", run_dir)
