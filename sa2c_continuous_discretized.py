@@ -191,16 +191,16 @@ class Envs:
         """Take bins (num_agents, num_envs, action_dim); the last array is the observations before any reset.
         In an evaluation only the running environments take a step; the others have reward 0, and none resets."""
         values = self.bins[actions, np.arange(self.action_dim)].reshape(-1, *self.action_space.shape)
-        obs, final_obs = np.zeros((2, *self.shape, self.obs_dim))
-        reward, terminated, truncated = np.zeros((3, *self.shape, 1))  # takes arrays of one number; None is nan
+        obs, final_obs = np.zeros((2, len(self.envs), self.obs_dim))
+        reward, terminated, truncated = np.zeros((3, len(self.envs), 1))  # takes arrays of one number; None is nan
         for i in range(len(self.envs)) if running is None else np.flatnonzero(running):
-            at = divmod(i, self.shape[1])  # agent and environment
-            its_obs, its_reward, terminated[at], truncated[at], _ = self.envs[i].step(values[i])
-            obs[at] = final_obs[at] = self.take("observation", its_obs, self.obs_dim)
-            reward[at] = self.take("reward", its_reward, 1)
-            if running is None and (terminated[at] > 0 or truncated[at] > 0):
-                obs[at] = self.take("observation", self.envs[i].reset()[0], self.obs_dim)
-        return obs, reward[..., 0], terminated[..., 0] > 0, truncated[..., 0] > 0, final_obs
+            its_obs, its_reward, terminated[i], truncated[i], _ = self.envs[i].step(values[i])
+            obs[i] = final_obs[i] = self.take("observation", its_obs, self.obs_dim)
+            reward[i] = self.take("reward", its_reward, 1)
+            if running is None and (terminated[i, 0] > 0 or truncated[i, 0] > 0):
+                obs[i] = self.take("observation", self.envs[i].reset()[0], self.obs_dim)
+        obs, final_obs = obs.reshape(*self.shape, -1), final_obs.reshape(*self.shape, -1)
+        return obs, *(x.reshape(self.shape) for x in (reward, terminated > 0, truncated > 0)), final_obs
 
 
 class Normalizer(nn.Module):
@@ -460,6 +460,8 @@ def train(args: Args, envs: Envs) -> list[dict]:
             line = f"{global_step / total_timesteps:4.0%}  step {global_step:,}  return {mean_return:.1f}"
             say(f"{line}  {sps:,.0f} steps/s per agent  {left} left")
 
+    for log in logs:
+        log.writer.close()
     return save_results(args, progress, commit)
 
 
@@ -684,8 +686,8 @@ def saved_args(path: Path, script: str | None, saved: dict) -> Args:
     return Args(**{name: value for name, value in saved.items() if name in vars(Args())})
 
 
-def open_run(args: Args) -> Args:
-    """Make the run directory, or take that of --resume, lock it, and return the arguments of the run."""
+def open_run(args: Args) -> tuple[Args, object]:
+    """Make the run directory, or take that of --resume, lock it; returns the run's arguments and the lock, a file."""
     run_dir = Path(args.resume or args.run_dir).absolute()
     try:
         str(run_dir).encode()  # TensorBoard needs names in UTF-8
@@ -697,14 +699,14 @@ def open_run(args: Args) -> Args:
     except (OSError, UnicodeError) as error:
         fail(f"{run_dir} cannot be opened as a run directory: {getattr(error, 'strerror', error)}")
     try:
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # released at the end of the process
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # until the file is closed
     except OSError as error:
         if error.errno in (errno.EACCES, errno.EAGAIN):  # other errors: this file system has no locks, go on without
             fail(f"{run_dir} is being trained by another process")
     if args.resume is None:
         os.write(file, json.dumps({"script": SCRIPT, "args": asdict(args)}, indent=2, default=np.generic.item).encode())
     saved = json.loads(os.pread(file, 2**20, 0) or "{}")  # a kill in the first moment leaves it empty
-    return replace(saved_args(run_dir, saved.get("script"), saved.get("args")), run_dir=str(run_dir))
+    return replace(saved_args(run_dir, saved.get("script"), saved.get("args")), run_dir=str(run_dir)), os.fdopen(file)
 
 
 def load_model(path: str, capture_video: bool = False, cuda: bool = False) -> tuple[Args, Agent, Normalizer]:
@@ -739,7 +741,7 @@ def run(args: Args, given: set[str] | None = None) -> list[dict]:
         evaluated = evaluate(*load_model(args.evaluate, args.capture_video, args.cuda))
         return [{"eval_returns": returns, "eval_mean": np.mean(returns)} for returns in evaluated.tolist()]
     if args.resume is not None:
-        args = open_run(args)
+        args, _lock = open_run(args)
         results = [Path(own.run_dir, "result.json") for own in args.split()]
         if all(path.exists() for path in results):
             say(f"{args.run_dir} has finished; --evaluate plays its final evaluation again")
@@ -750,7 +752,8 @@ def run(args: Args, given: set[str] | None = None) -> list[dict]:
     try:
         with seed_globals(args.seed), closing(Envs(args, args.num_envs)) as envs:
             try_out(args, envs)
-            args = args if "--resume" in given else open_run(args)
+            if "--resume" not in given:
+                args, _lock = open_run(args)
             if args.track:
                 settings = {"dir": args.run_dir, "config": asdict(args), "sync_tensorboard": True, "resume": "auto"}
                 import_module("wandb").init(**settings, reinit="finish_previous")  # of an earlier run()

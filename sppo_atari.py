@@ -399,6 +399,7 @@ def train(args: Args, envs: Envs) -> dict:
             line = f"{global_step / total_timesteps:4.0%}  step {global_step:,}  return {mean_return:.1f}"
             say(f"{line}  {sps:,.0f} steps/s  {left} left")
 
+    log.writer.close()
     return save_result(args, progress, commit)
 
 
@@ -603,8 +604,8 @@ def saved_args(path: Path, script: str | None, saved: dict) -> Args:
     return Args(**{name: value for name, value in saved.items() if name in vars(Args())})
 
 
-def open_run(args: Args) -> Args:
-    """Make the run directory, or take that of --resume, lock it, and return the arguments of the run."""
+def open_run(args: Args) -> tuple[Args, object]:
+    """Make the run directory, or take that of --resume, lock it; returns the run's arguments and the lock, a file."""
     run_dir = Path(args.resume or args.run_dir).absolute()
     try:
         str(run_dir).encode()  # TensorBoard needs names in UTF-8
@@ -616,14 +617,14 @@ def open_run(args: Args) -> Args:
     except (OSError, UnicodeError) as error:
         fail(f"{run_dir} cannot be opened as a run directory: {getattr(error, 'strerror', error)}")
     try:
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # released at the end of the process
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # until the file is closed
     except OSError as error:
         if error.errno in (errno.EACCES, errno.EAGAIN):  # other errors: this file system has no locks, go on without
             fail(f"{run_dir} is being trained by another process")
     if args.resume is None:
         os.write(file, json.dumps({"script": SCRIPT, "args": asdict(args)}, indent=2, default=np.generic.item).encode())
     saved = json.loads(os.pread(file, 2**20, 0) or "{}")  # a kill in the first moment leaves it empty
-    return replace(saved_args(run_dir, saved.get("script"), saved.get("args")), run_dir=str(run_dir))
+    return replace(saved_args(run_dir, saved.get("script"), saved.get("args")), run_dir=str(run_dir)), os.fdopen(file)
 
 
 def load_model(path: str, capture_video: bool = False, cuda: bool = True) -> tuple[Args, Agent]:
@@ -655,7 +656,7 @@ def run(args: Args, given: set[str] | None = None) -> dict:
         returns = evaluate(*load_model(args.evaluate, args.capture_video, args.cuda)).tolist()
         return {"eval_returns": returns, "eval_mean": np.mean(returns)}
     if args.resume is not None:
-        args = open_run(args)
+        args, _lock = open_run(args)
         result = Path(args.run_dir, "result.json")
         if result.exists():
             say(f"{args.run_dir} has finished; --evaluate plays its final evaluation again")
@@ -669,7 +670,8 @@ def run(args: Args, given: set[str] | None = None) -> dict:
         if args.bfloat16:
             warn_if_slower(args.device)
         with seed_globals(args.seed), closing(Envs(args, args.num_envs)) as envs:
-            args = args if "--resume" in given else open_run(args)
+            if "--resume" not in given:
+                args, _lock = open_run(args)
             if args.track:
                 settings = {"dir": args.run_dir, "config": asdict(args), "sync_tensorboard": True, "resume": "auto"}
                 import_module("wandb").init(**settings, reinit="finish_previous")  # of an earlier run()

@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+import threading
 from contextlib import closing
 from dataclasses import FrozenInstanceError
 from pathlib import Path
@@ -368,6 +369,7 @@ def test_a_search_that_draws_its_settings_draws_new_ones_after_every_run(script,
         for generator in (strange_envs.random.seed, np.random.seed, torch.manual_seed):
             generator(1)
 
+    threads = threading.active_count()
     seed()
     expected = [draw() for _ in range(2)]
     seed()
@@ -378,6 +380,9 @@ def test_a_search_that_draws_its_settings_draws_new_ones_after_every_run(script,
     drawn.append(draw())
     script.evaluate(*script.load_model("run", cuda=False))
     drawn.append(draw())
+    files = [os.path.realpath(file) for file in Path("/proc/self/fd").iterdir()]  # a long search has a thousand runs
+    assert not [file for file in files if file.startswith(f"{os.getcwd()}/run/")]
+    assert threading.active_count() == threads
     assert drawn[:2] == expected
     assert all(len(set(numbers)) == 4 for numbers in zip(*drawn))  # loading a model may draw, and repeats nothing
 
