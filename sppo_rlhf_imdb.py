@@ -44,7 +44,6 @@ import numpy as np
 import torch
 import transformers
 import tyro
-from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.utils.tensorboard import SummaryWriter
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -55,7 +54,8 @@ RANK, WORLD_SIZE = (int(os.environ.get(name, default)) for name, default in (("R
 TRAINING, EVALUATION = 0, 1  # streams of random numbers
 OOM_HINT = "lower --micro-batch-size and --rollout-batch-size, which --resume takes as well"
 TOKENIZERS = {"rajkumarrrk/gpt2-fine-tuned-on-imdb-positive-reviews": "lvwerra/gpt2-imdb"}  # where the authors took it
-DISK_FULL, LOCKED = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG), (errno.EACCES, errno.EAGAIN)
+DISK_FULL = rf"(Errno|os error) ({errno.ENOSPC}|{errno.EDQUOT}|{errno.EFBIG})\b"  # in an error's text
+LOCKED = errno.EACCES, errno.EAGAIN
 PACKAGES = ("torch", "transformers", "datasets", "accelerate", "numpy")  # their versions go into result.json
 FILES = {".csv": "csv", ".parquet": "parquet", ".json": "json", ".jsonl": "json"}  # data files, and datasets' readers
 
@@ -792,7 +792,7 @@ class Run:
             self.folder.mkdir(parents=True, exist_ok=True)
             file = os.open(self.folder / "args.json", os.O_RDWR | new, 0o666)
         except OSError as error:
-            require(error.errno in DISK_FULL, f"--run-dir {self.folder} cannot be made: {error.strerror}")
+            require(re.search(DISK_FULL, str(error)), f"--run-dir {self.folder} cannot be made: {error.strerror}")
             raise
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the system drops it with the process
@@ -902,10 +902,11 @@ def main() -> None:
         require(False, "stopped", code=130)
     except torch.OutOfMemoryError:
         require(False, f"the GPU is out of memory: {OOM_HINT}", code=1)
-    except (OSError, SafetensorError) as error:
-        if getattr(error, "errno", errno.ENOSPC) not in DISK_FULL:
+    except Exception as error:  # torch hides a full disk behind its own error; libraries in Rust give no errno
+        texts = [str(x) for x in (error, error.__context__) if re.search(DISK_FULL, str(x))]
+        if not texts:
             raise
-        require(False, f"{args.run_dir}: {error}", code=1)
+        require(False, f"{args.run_dir}: {texts[0]}", code=1)
 
 
 if __name__ == "__main__":

@@ -51,7 +51,6 @@ import torch
 import transformers
 import tyro
 from rouge_score.rouge_scorer import RougeScorer
-from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from torch.utils.tensorboard import SummaryWriter
@@ -65,7 +64,8 @@ TRAINING, EVALUATION = 0, 1  # streams of random numbers
 OOM_HINT = "lower --micro-batch-size and --rollout-batch-size, which --resume takes as well, or begin anew with "
 OOM_HINT += "--gradient-checkpointing or a smaller --base-precision"
 TOKENIZERS = {"CarperAI/openai_summarize_tldr_sft": "EleutherAI/gpt-j-6b"}  # where the authors took it
-DISK_FULL, LOCKED = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG), (errno.EACCES, errno.EAGAIN)
+DISK_FULL = rf"(Errno|os error) ({errno.ENOSPC}|{errno.EDQUOT}|{errno.EFBIG})\b"  # in an error's text
+LOCKED = errno.EACCES, errno.EAGAIN
 PACKAGES = ("torch", "transformers", "datasets", "accelerate", "peft", "numpy")  # their versions go into result.json
 PROMPT_END = "\nTL;DR:"
 ROUGE = RougeScorer(("rouge1", "rouge2", "rougeL"), use_stemmer=True)
@@ -954,7 +954,7 @@ class Run:
             self.folder.mkdir(parents=True, exist_ok=True)
             file = os.open(self.folder / "args.json", os.O_RDWR | new, 0o666)
         except OSError as error:
-            require(error.errno in DISK_FULL, f"--run-dir {self.folder} cannot be made: {error.strerror}")
+            require(re.search(DISK_FULL, str(error)), f"--run-dir {self.folder} cannot be made: {error.strerror}")
             raise
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the system drops it with the process
@@ -1066,10 +1066,11 @@ def main() -> None:
         require(False, "stopped", code=130)
     except torch.OutOfMemoryError:
         require(False, f"the GPU is out of memory: {OOM_HINT}", code=1)
-    except (OSError, SafetensorError) as error:
-        if getattr(error, "errno", errno.ENOSPC) not in DISK_FULL:
+    except Exception as error:  # torch hides a full disk behind its own error; libraries in Rust give no errno
+        texts = [str(x) for x in (error, error.__context__) if re.search(DISK_FULL, str(x))]
+        if not texts:
             raise
-        require(False, f"{args.run_dir}: {error}", code=1)
+        require(False, f"{args.run_dir}: {texts[0]}", code=1)
 
 
 if __name__ == "__main__":

@@ -29,7 +29,7 @@ from pausing import interrupt
 from peft import PeftConfig, PeftModel
 from safetensors.torch import load_file, save_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 SCRIPTS = import_scripts("sppo_rlhf_*.py")
 IMDB, TLDR = (param.values[0] for param in SCRIPTS)
@@ -725,8 +725,9 @@ def test_another_process_says_what_may_have_happened_to_it_alone(
 
 
 @either
-def test_full_disk_stops_the_run_in_one_line(script, finished, assets, tmp_path):
-    with largest_file(20_000):
+@pytest.mark.parametrize("num_bytes", [4_500, 20_000])  # torch.save raises an error of its own, or the system's
+def test_full_disk_stops_the_run_in_one_line(script, finished, assets, tmp_path, num_bytes):
+    with largest_file(num_bytes):
         code, _, err = call(script, tmp_path, tiny.flags(script.SCRIPT, assets) | RUN | {"eval_every": 2})
     assert (code, err) == (1, f"error: {tmp_path / 'run'}: [Errno 27] File too large\n")
     assert not (tmp_path / "run/checkpoint.pt").exists()
@@ -749,6 +750,21 @@ def test_full_disk_for_the_policy_loses_nothing(script, finished, assets, tmp_pa
     assert err.startswith(f"error: {tmp_path / 'run'}: {said if script is IMDB else '[Errno 27] File too large'}")
     code, _, err = call(script, tmp_path, ["--evaluate", "run"])  # of what there is of it
     assert_refused(code, err, "policy")
+    assert call(script, tmp_path, ["--resume", "run"])[0] == 0
+    assert_same_run(tmp_path / "run", finished)
+
+
+@either
+def test_full_disk_for_the_tokenizer_loses_nothing(script, finished, assets, tmp_path):
+    save_pretrained = PreTrainedTokenizerFast.save_pretrained
+
+    def save_on_a_full_disk(tokenizer, folder):
+        with largest_file(5_000):
+            save_pretrained(tokenizer, folder)
+
+    with patch.object(PreTrainedTokenizerFast, "save_pretrained", save_on_a_full_disk):
+        code, _, err = call(script, tmp_path, tiny.flags(script.SCRIPT, assets) | RUN | {"eval_every": 2})
+    assert (code, err) == (1, f"error: {tmp_path / 'run'}: File too large (os error 27)\n")
     assert call(script, tmp_path, ["--resume", "run"])[0] == 0
     assert_same_run(tmp_path / "run", finished)
 
