@@ -399,8 +399,7 @@ def train(args: Args, envs: Envs) -> dict:
             line = f"{global_step / total_timesteps:4.0%}  step {global_step:,}  return {mean_return:.1f}"
             say(f"{line}  {sps:,.0f} steps/s  {left} left")
 
-    log.writer.close()
-    return save_result(args, progress, commit)
+    return save_result(args, progress, commit, log)
 
 
 @torch.no_grad()
@@ -563,8 +562,9 @@ def save_model(args: Args, agent: Agent) -> None:
     write_atomic(Path(args.run_dir, "model.safetensors"), content)
 
 
-def save_result(args: Args, progress: dict, commit: str | None) -> dict:
-    """Write result.json and return its content."""
+def save_result(args: Args, progress: dict, commit: str | None, log: RunLog) -> dict:
+    """Close the log, write result.json and return its content."""
+    log.writer.close()
     modules = {name: sys.modules.get(name.replace("-", "_")) for name in PACKAGES}
     versions = {name: module.__version__ for name, module in modules.items() if module}
     returns, last = progress["eval_returns"], progress["last_returns"]

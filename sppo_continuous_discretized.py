@@ -481,9 +481,7 @@ def train(args: Args, envs: Envs) -> list[dict]:
             line = f"{global_step / total_timesteps:4.0%}  step {global_step:,}  return {mean_return:.1f}"
             say(f"{line}  {sps:,.0f} steps/s per agent  {left} left")
 
-    for log in logs:
-        log.writer.close()
-    return save_results(args, progress, commit)
+    return save_results(args, progress, commit, logs)
 
 
 @torch.no_grad()
@@ -660,12 +658,14 @@ def save_models(args: Args, agent: Agent, normalizer: Normalizer) -> None:
             write_atomic(Path(own_args.run_dir, "model.safetensors"), content)
 
 
-def save_results(args: Args, progress: dict, commit: str | None) -> list[dict]:
-    """Write result.json for every agent that has a model, and return their contents."""
+def save_results(args: Args, progress: dict, commit: str | None, logs: list[RunLog]) -> list[dict]:
+    """Close the logs, write result.json for every agent that has a model, and return their contents."""
     modules = {name: sys.modules.get(name.replace("-", "_")) for name in PACKAGES}
     versions = {name: module.__version__ for name, module in modules.items() if module}
     results, failed = [], []
-    for own_args, returns, last in zip(args.split(), progress["eval_returns"], progress["last_returns"]):
+    agents = zip(args.split(), logs, progress["eval_returns"], progress["last_returns"])
+    for own_args, log, returns, last in agents:
+        log.writer.close()
         folder = Path(own_args.run_dir)
         if not (folder / "model.safetensors").exists():
             failed.append(str(own_args.seed))
